@@ -1,0 +1,1 @@
+"""Measurements of lbopt beside plain SGD and beside its peers."""

@@ -1,0 +1,191 @@
+"""Steps of several optimizers timed in turn, and the ratios between them.
+
+A *cycle* is four steps.  The statistics are renewed every second step and the inverses
+every fourth, so each cycle holds every kind of step, in the order of ``CYCLE``, and one
+program serves them all.  At each step of a cycle every contestant takes one step, one
+after the other; a ratio always divides two steps that were taken side by side, so that
+what else the machine is doing then falls on both.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+STATS_PERIOD = 2
+INVERSE_PERIOD = 4
+CYCLE = ("full", "none", "stats", "none")
+"""What each step renews: statistics and inverses, nothing, statistics, nothing."""
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "none": {"none": 1.0},
+    "stats": {"stats": 1.0},
+    "full": {"full": 1.0},
+    "1/10": {"stats": 0.9, "full": 0.1},
+    "10/10": {"none": 0.9, "full": 0.1},
+}
+"""Settings and their shares of each kind of step.
+
+``a/b`` renews the statistics every a steps and the inverses every b.
+"""
+
+
+class Compiled(NamedTuple):
+    """A compiled step and what compiling it took.
+
+    Attributes:
+      call: the compiled program.
+      seconds: wall time of tracing, lowering and compiling, nothing cached.
+      temporary_bytes: XLA's own temporary memory.
+    """
+
+    call: Callable[..., Any]
+    seconds: float
+    temporary_bytes: int
+
+
+class Contestant(NamedTuple):
+    """An optimizer at work on a workload.
+
+    Attributes:
+      name: its name in the tables.
+      step: ``(state, index) -> (state, loss)``; the steps count from 0.
+      state: where it starts.
+      has_curvature: whether its steps differ in what they renew.
+      setup_seconds: what it did once before compiling (finding the layers).
+      compile_seconds: all programs that the settings need, together.
+      state_bytes: the optimizer's state.
+      temporary_bytes: XLA's temporary memory, the largest of its programs.
+    """
+
+    name: str
+    step: Callable[[Any, int], tuple[Any, jax.Array]]
+    state: Any
+    has_curvature: bool
+    setup_seconds: float
+    compile_seconds: float
+    state_bytes: int
+    temporary_bytes: int
+
+
+class Samples(NamedTuple):
+    """The steps of one contestant, by cycle and position in the cycle.
+
+    Attributes:
+      seconds: wall time of each step, warm-up left out.
+      losses: the loss before each step, warm-up included.
+    """
+
+    seconds: list[list[float]]
+    losses: list[float]
+
+
+class Spread(NamedTuple):
+    """The median of some numbers and how far they lie apart."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As in a table."""
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def spread(numbers: Sequence[float]) -> Spread:
+    """The median, smallest and largest of numbers."""
+    return Spread(statistics.median(numbers), min(numbers), max(numbers))
+
+
+def compile_step(function: Any, *args: Any) -> Compiled:
+    """Compiles a jitted function ahead of time, with nothing left from earlier traces.
+
+    Args:
+      function: what ``jax.jit`` returned.
+      *args: example arguments.
+
+    Returns:
+      The program and its cost.
+    """
+    jax.clear_caches()
+    start = time.perf_counter()
+    program = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    return Compiled(program, seconds, int(memory.temp_size_in_bytes))
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    rounds: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Samples]:
+    """Runs cycles of steps, the contestants taking turns at every step.
+
+    Args:
+      contestants: who runs; their states are used up.
+      rounds: cycles that are timed, after one that is not.
+      report: told how far it is.
+
+    Returns:
+      The samples of each contestant by name.
+    """
+    states = {c.name: c.state for c in contestants}
+    samples = {c.name: Samples([], []) for c in contestants}
+    for cycle in range(rounds + 1):
+        rows: dict[str, list[float]] = {c.name: [] for c in contestants}
+        for position in range(len(CYCLE)):
+            index = cycle * len(CYCLE) + position
+            # The order changes, so that nobody always follows the same neighbour.
+            shift = (cycle + position) % len(contestants)
+            for c in (*contestants[shift:], *contestants[:shift]):
+                start = time.perf_counter()
+                states[c.name], loss = jax.block_until_ready(
+                    c.step(states[c.name], index)
+                )
+                rows[c.name].append(time.perf_counter() - start)
+                samples[c.name].losses.append(float(loss))
+        if cycle:
+            for name, row in rows.items():
+                samples[name].seconds.append(row)
+        report(f"round {cycle} of {rounds}" + ("" if cycle else " (warm-up)"))
+    return samples
+
+
+def milliseconds(seconds: Sequence[Sequence[float]]) -> dict[str, Spread]:
+    """The time of each kind of step over all rounds."""
+    return {
+        kind: spread(
+            [1e3 * row[i] for row in seconds for i, k in enumerate(CYCLE) if k == kind]
+        )
+        for kind in dict.fromkeys(CYCLE)
+    }
+
+
+def ratios(
+    seconds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]
+) -> dict[str, Spread]:
+    """Step time over the baseline's in each setting, paired round by round.
+
+    Args:
+      seconds: the contestant's times, by round and position in the cycle.
+      baseline: those of the baseline.
+
+    Returns:
+      The spread over the rounds of each setting's ratio.
+    """
+    rounds: list[Mapping[str, float]] = []
+    for own, base in zip(seconds, baseline, strict=True):
+        pairs = [a / b for a, b in zip(own, base, strict=True)]
+        rounds.append(
+            {
+                kind: statistics.mean(p for p, k in zip(pairs, CYCLE, strict=True) if k == kind)
+                for kind in CYCLE
+            }
+        )
+    return {
+        setting: spread([sum(w * r[k] for k, w in shares.items()) for r in rounds])
+        for setting, shares in SETTINGS.items()
+    }

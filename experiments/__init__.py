@@ -1,0 +1,1 @@
+"""Experiments with `lbopt`: data, models, runs and what they report."""

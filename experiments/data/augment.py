@@ -1,0 +1,129 @@
+"""Random crops and flips whose randomness belongs to an image's place in the stream.
+
+Random numbers are a hash of `(seed, position, draw)`, where `position` counts the
+images that training has seen on all processes together. An image is therefore cropped
+the same way whether it is read alone or in a batch, by one process or by many, at once
+or after a resume.
+"""
+
+import cv2
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
+
+
+def uniforms(seed: int, positions: np.ndarray, draws: int) -> np.ndarray:
+    """Numbers uniform on `[0, 1)` by the splitmix64 hash.
+
+    Args:
+        seed: Not negative.
+        positions: Integers `[n]`, one an image.
+        draws: How many numbers an image needs.
+
+    Returns:
+        float64 `[n, draws]`.
+    """
+    counter = np.asarray(positions, np.uint64)[:, None] * np.uint64(draws)
+    counter = counter + np.arange(draws, dtype=np.uint64)
+    # Hashing the seed first keeps neighbouring seeds from sharing shifted streams.
+    key = _splitmix64(np.array([seed], np.uint64) * np.uint64(_GOLDEN))
+    return (_splitmix64(counter ^ key) >> np.uint64(11)) * 2.0**-53
+
+
+def pad_crop_flip(
+    images: np.ndarray, positions: np.ndarray, seed: int, *, pad: int, flip: bool
+) -> np.ndarray:
+    """Shifts each image by up to `pad` pixels, reflecting edges, and mirrors half.
+
+    Args:
+        images: `[n, height, width, channels]`.
+        positions: Integers `[n]`, the images' places in the stream.
+        seed: Seed of the run.
+        pad: Largest shift along each axis, in pixels; 0 for none.
+        flip: Whether to mirror left and right with probability 1/2.
+
+    Returns:
+        Images of the same shape and dtype.
+    """
+    n, height, width, _ = images.shape
+    across, down, mirror = uniforms(seed, positions, 3).T
+    if pad:
+        x, y = (across * (2 * pad + 1)).astype(int), (down * (2 * pad + 1)).astype(int)
+        border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+        padded = np.pad(images, border, mode="reflect")
+        images = np.empty_like(images)
+        for i in range(n):
+            images[i] = padded[i, y[i] : y[i] + height, x[i] : x[i] + width]
+    if flip:
+        mirrored = (mirror < 0.5)[:, None, None, None]
+        images = np.where(mirrored, images[:, :, ::-1], images)
+    return images
+
+
+def random_resized_crop(
+    image: np.ndarray, position: int, seed: int, size: int
+) -> np.ndarray:
+    """The crop of Szegedy et al. (2015), mirrored with probability 1/2.
+
+    A rectangle of 8 % to 100 % of the area and aspect ratio 3/4 to 4/3 (log-uniform)
+    that fits into the image, found in ten tries, else the largest centred square.
+
+    Args:
+        image: uint8 `[height, width, channels]`, of any height and width.
+        position: The image's place in the stream.
+        seed: Seed of the run.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+    draws = uniforms(seed, np.array([position]), 41)[0]
+    crop = _sampled_crop(image, draws[:40].reshape(10, 4))
+    crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)
+    return crop[:, ::-1] if draws[40] < 0.5 else crop
+
+
+def centre_crop(image: np.ndarray, size: int, share: float = 0.875) -> np.ndarray:
+    """The centred square of a share of the shorter side, resized.
+
+    Args:
+        image: uint8 `[height, width, channels]`.
+        size: Height and width of the result, in pixels.
+        share: Side of the square over the shorter side; 0.875 is 224 of 256.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+    side = max(1, round(share * min(image.shape[:2])))
+    crop = _window(image, side, side, 0.5, 0.5)
+    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _sampled_crop(image: np.ndarray, tries: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    for area_draw, ratio_draw, top, left in tries:
+        area = height * width * (0.08 + 0.92 * area_draw)
+        ratio = (3 / 4) * (16 / 9) ** ratio_draw
+        crop_width = round((area * ratio) ** 0.5)
+        crop_height = round((area / ratio) ** 0.5)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return _window(image, crop_height, crop_width, top, left)
+    side = min(height, width)
+    return _window(image, side, side, 0.5, 0.5)
+
+
+def _window(
+    image: np.ndarray, height: int, width: int, top: float, left: float
+) -> np.ndarray:
+    """A part of the image; `top` and `left` in `[0, 1)` place it between the edges."""
+    y = int(top * (image.shape[0] - height + 1))
+    x = int(left * (image.shape[1] - width + 1))
+    return image[y : y + height, x : x + width]
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """Steele, Lea & Flood (2014): one step of the generator on each element."""
+    z = x + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

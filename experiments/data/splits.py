@@ -1,0 +1,199 @@
+"""A split of a prepared `tensorflow_datasets` data set, opened without TensorFlow.
+
+Images of one size that fit in memory are decoded once, when the split is opened; others
+(ImageNet) stay on disk, encoded, until a batch asks for them.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from experiments.data import strokes_builder
+
+
+class Records(Protocol):
+    """Random access to the records of a split, as `tfds.data_source` gives it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What happens to the images of a data set.
+
+    Attributes:
+        mean: Mean of red, green and blue, of 1; subtracted.
+        std: Standard deviation of the same; divided by.
+        pad: Largest random shift of a training image, in pixels (images of one size).
+        flip: Whether training images are mirrored at random (images of one size).
+        crop_size: Height and width, in pixels, of a crop from images of varying size.
+    """
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    pad: int = 0
+    flip: bool = False
+    crop_size: int = 224
+
+
+PREPROCESSING = {
+    # Never mirrored: a class is a drawing, and its mirror image is none of the classes.
+    # Nor shifted: each drawing has been moved at random already.
+    "strokes": Preprocessing(std=(0.246, 0.246, 0.246)),
+    "cifar10": Preprocessing((0.491, 0.482, 0.447), (0.247, 0.243, 0.262), 4, True),
+    "cifar100": Preprocessing((0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
+    "imagenet2012": Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""By data set name; sets that are not listed get the defaults of `Preprocessing`."""
+
+_TEST_SPLITS = {"imagenet2012": "validation"}  # whose split `test` has no labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a data set, open for reading.
+
+    Attributes:
+        records: The records, by index.
+        image_shape: Height, width and channels of an image as the model sees it.
+        num_classes: Number of classes.
+        preprocessing: What happens to the images.
+        fixed_size: Whether all images have the same size on disk.
+    """
+
+    records: Records
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    preprocessing: Preprocessing
+    fixed_size: bool
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.records)
+
+
+class InMemory:
+    """Records decoded once and held as two arrays.
+
+    Args:
+        records: What to decode; images of one size.
+
+    Attributes:
+        images: uint8 `[n, h, w, c]`.
+        labels: int32 `[n]`.
+    """
+
+    def __init__(self, records: Records):
+        image_shape = records[0]["image"].shape
+        self.images = np.empty((len(records), *image_shape), np.uint8)
+        self.labels = np.empty(len(records), np.int32)
+        # A thousand records at a time, so that no second copy of the whole set exists.
+        for start in range(0, len(records), 1024):
+            indices = range(start, min(start + 1024, len(records)))
+            for index, row in enumerate(records.__getitems__(list(indices)), start):
+                self.images[index], self.labels[index] = row["image"], row["label"]
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One record, by index."""
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several records, by index."""
+        return [self[index] for index in indices]
+
+
+def open_split(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike,
+    *,
+    memory_limit: int = 2 << 30,
+) -> Split:
+    """Opens a split of a prepared data set; `strokes/...` is made if it is missing.
+
+    Args:
+        name: Name in `tensorflow_datasets`, with the config if there are several:
+            `"strokes/20"`, `"cifar100"`, `"imagenet2012"`.
+        split: Name of a split or part of one: `"train"`, `"test"`, `"train[:10%]"`.
+        data_dir: Directory that holds data sets, one directory each.
+        memory_limit: Images of one size that need at most this many bytes are kept
+            decoded in memory.
+
+    Returns:
+        The split.
+
+    Raises:
+        FileNotFoundError: If the data set is not prepared in `data_dir`.
+        ValueError: If there is no such data set or split, the split is empty, or the
+            records are not labelled images.
+    """
+    builder = _open_builder(name, data_dir)
+    known = sorted(builder.info.splits)
+    if split.split("[")[0] not in known:
+        raise ValueError(f"split: {name} has {known}, not {split!r}")
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise ValueError(
+            f"{name} has the features {sorted(features)}, not image, label"
+        )
+
+    shape = features["image"].shape
+    fixed_size = None not in shape
+    preprocessing = PREPROCESSING.get(builder.name, Preprocessing())
+    # Of a photograph only a crop is used, so decoding is left to whoever crops.
+    decoders = None if fixed_size else {"image": tfds.decode.SkipDecoding()}
+    records: Records = builder.as_data_source(split, decoders=decoders)
+    if not len(records):
+        raise ValueError(f"split: {split!r} of {name} holds no images")
+    if fixed_size and len(records) * int(np.prod(shape)) <= memory_limit:
+        records = InMemory(records)
+    crop = preprocessing.crop_size
+    return Split(
+        records=records,
+        image_shape=shape if fixed_size else (crop, crop, 3),
+        num_classes=features["label"].num_classes,
+        preprocessing=preprocessing,
+        fixed_size=fixed_size,
+    )
+
+
+def test_split(name: str) -> str:
+    """The split on which the field reports accuracy.
+
+    Args:
+        name: Name in `tensorflow_datasets`, as in `open_split`.
+
+    Returns:
+        Name of the split.
+    """
+    return _TEST_SPLITS.get(name.partition("/")[0].partition(":")[0], "test")
+
+
+def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
+    data_dir = os.path.expanduser(data_dir)
+    family, _, config = name.partition("/")
+    if family == "strokes":
+        return strokes_builder.prepare(config or "20", data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(f"dataset: tensorflow_datasets has no {name!r}") from error
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"dataset: {name!r} is not prepared in {builder.data_path}. Prepare it "
+            f"once with tfds.builder({name!r}, data_dir={str(data_dir)!r})"
+            ".download_and_prepare(file_format='array_record')."
+        )
+    return builder

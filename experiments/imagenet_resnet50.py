@@ -1,0 +1,367 @@
+"""Trains a residual network with K-FAC or momentum SGD: one run, from top to bottom.
+
+    python experiments/imagenet_resnet50.py                      a run of K-FAC
+    python experiments/imagenet_resnet50.py --optimizer sgd      a run of SGD
+    python experiments/imagenet_resnet50.py demo                 both, in one picture
+    python experiments/imagenet_resnet50.py --help               every setting
+
+The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
+`strokes` (20 classes, 10,240 images), 40 steps of batch 2,048. Other data sets and
+models take the same path:
+
+    python experiments/imagenet_resnet50.py --model resnet50 --dataset imagenet2012 \
+        --data-dir ~/tensorflow_datasets --dtype bfloat16
+"""
+
+import dataclasses
+import datetime
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import lbopt
+from experiments import checkpoints, figures, metrics, runs
+from experiments.data import pipeline
+from experiments.models import resnet
+from lbopt import training
+from lbopt.curvature import registry
+
+# === Config ===========================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Kfac:
+    """Settings of K-FAC, in the words of `lbopt.kfac`."""
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    damping: float = 1e-3
+    weight_decay: float = 0.0
+    kl_clip: float | None = 0.01
+    factor_decay: float = 0.95
+    stats_period: int = 1
+    inverse_period: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """Settings of SGD with Nesterov momentum, in the words of `optax.sgd`."""
+
+    learning_rate: float = 0.8
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run."""
+
+    optimizer: Literal["kfac", "sgd"] = "kfac"
+    kfac: Kfac = Kfac()
+    sgd: Sgd = Sgd()
+    dataset: str = "strokes/20"
+    """Name in tensorflow_datasets; strokes/... is made where it is missing."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Directory that holds prepared data sets."""
+    model: Literal[tuple(resnet.MODELS)] = "resnet8"  # pyright: ignore[reportInvalidTypeForm] - one list of names, kept where the models are
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations."""
+    zero_init_residual: bool = False
+    """Start each residual block as the identity."""
+    norm_momentum: float = 0.7
+    """Decay of BatchNorm's running statistics; 0.9 suits runs of thousands of steps."""
+    batch_size: int = 2048
+    """Images in a step."""
+    epochs: float = 8.0
+    warmup_epochs: float = 0.8
+    """Epochs in which the learning rate rises; then it falls as a cosine."""
+    label_smoothing: float = 0.0
+    augment: bool = True
+    """Crop and mirror training images at random, as suits the data set."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of images and their augmentation."""
+    eval_batch_size: int = 512
+    eval_epochs: float = 1.0
+    """Epochs between two evaluations."""
+    checkpoint_epochs: float = 4.0
+    """Epochs between two checkpoints; the last step always has one."""
+    log_period: int = 1
+    """Steps between two records of the training metrics."""
+    directory: pathlib.Path | None = None
+    """Directory of the run; by default runs/DATASET-MODEL-OPTIMIZER."""
+    resume: bool = False
+    """Continue the run in the directory from its newest checkpoint."""
+
+    def __post_init__(self):
+        """Refuses what no run could use, naming the argument."""
+        rate = f"{self.optimizer}.learning_rate"
+        decay = f"{self.optimizer}.momentum"
+        values = dataclasses.asdict(self)
+        values |= {f"kfac.{key}": value for key, value in values["kfac"].items()}
+        values |= {f"sgd.{key}": value for key, value in values["sgd"].items()}
+        positive = ("batch_size", "epochs", "eval_batch_size", "eval_epochs", rate)
+        for name in (*positive, "checkpoint_epochs", "log_period"):
+            if not values[name] > 0:
+                raise ValueError(f"{name} must be positive, got {values[name]}")
+        below = {"warmup_epochs": self.epochs, "label_smoothing": 1, decay: 1}
+        for name, bound in {**below, "seed": 2**32}.items():
+            if not 0 <= values[name] < bound:
+                raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
+
+
+# === Data =============================================================================
+
+
+def open_data(config: Config) -> pipeline.Data:
+    """Training and test batches."""
+    return pipeline.open_data(
+        config.dataset,
+        config.data_dir,
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
+        seed=config.seed,
+        augmented=config.augment,
+    )
+
+
+# === Model ============================================================================
+
+
+def build_model(config: Config, data: pipeline.Data) -> resnet.ResNet:
+    """The network, without parameters."""
+    return resnet.MODELS[config.model](
+        num_classes=data.num_classes,
+        zero_init_residual=config.zero_init_residual,
+        norm_momentum=config.norm_momentum,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_loss(model: resnet.ResNet, label_smoothing: float) -> Callable:
+    """Mean cross entropy of a batch, with the new batch statistics and the accuracy."""
+
+    def loss_fn(params, model_state, batch, rng):
+        del rng  # nothing in these networks is random
+        variables = {"params": params, **model_state}
+        logits, model_state = model.apply(
+            variables, batch["image"], train=True, mutable=list(model_state)
+        )
+        labels = jax.nn.one_hot(batch["label"], model.num_classes)
+        targets = optax.smooth_labels(labels, label_smoothing)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+        return loss, (model_state, {"accuracy": accuracy})
+
+    return loss_fn
+
+
+# === Optimizer ========================================================================
+
+
+def build_optimizer(
+    config: Config, data: pipeline.Data, layers: registry.Layers | None
+) -> optax.GradientTransformation:
+    """K-FAC on the given layers, or SGD, under schedules of one shape."""
+    settings = dataclasses.asdict(getattr(config, config.optimizer))
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.pop("learning_rate"),
+        warmup_steps=round(config.warmup_epochs * data.steps_per_epoch),
+        decay_steps=data.steps(config.epochs),
+    )
+    if config.optimizer == "kfac":
+        return lbopt.kfac(learning_rate, layers, **settings)
+    weight_decay = optax.add_decayed_weights(settings.pop("weight_decay"))
+    return optax.chain(
+        weight_decay, optax.sgd(learning_rate, nesterov=True, **settings)
+    )
+
+
+# === Step =============================================================================
+
+
+class Program(NamedTuple):
+    """The three functions of a run; nothing is compiled before they are called."""
+
+    init: Callable[[], training.TrainState]
+    train_step: Callable
+    eval_step: Callable
+
+
+def build_program(config: Config, data: pipeline.Data) -> Program:
+    """Puts model, loss and optimizer together, by shapes alone."""
+    model = build_model(config, data)
+    loss_fn = make_loss(model, config.label_smoothing)
+    model_key, run_key = jax.random.split(jax.random.key(config.seed))
+
+    def init_model():
+        model_state = model.init(
+            model_key, jnp.zeros((1, *data.image_shape)), train=True
+        )
+        return model_state.pop("params"), model_state
+
+    layers = None
+    if config.optimizer == "kfac":
+        shapes = jax.eval_shape(init_model)
+        batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
+        layers = lbopt.trace_layers(loss_fn, *shapes, batch, run_key, has_aux=True)
+        print(layers)
+    tx = build_optimizer(config, data, layers)
+    return Program(
+        init=lambda: training.init_state(tx, *jax.jit(init_model)(), run_key),
+        train_step=training.make_train_step(loss_fn, tx, layers),
+        eval_step=training.make_eval_step(make_eval(model)),
+    )
+
+
+# === Evaluation =======================================================================
+
+
+def make_eval(model: resnet.ResNet) -> Callable:
+    """Sums of loss and of right answers over the images that count."""
+
+    def eval_fn(params, model_state, batch):
+        variables = {"params": params, **model_state}
+        logits = model.apply(variables, batch["image"], train=False)
+        labels, mask = batch["label"], batch["mask"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return {
+            "loss": jnp.sum(mask * losses),
+            "accuracy": jnp.sum(mask * correct),
+            "images": jnp.sum(mask),
+        }
+
+    return eval_fn
+
+
+def evaluate(
+    eval_step: Callable, state: training.TrainState, data: pipeline.Data
+) -> dict[str, float]:
+    """Mean loss and accuracy over the test images."""
+    sums = [jax.device_get(eval_step(state, batch)) for batch in data.test]
+    totals = {key: float(sum(s[key] for s in sums)) for key in sums[0]}
+    images = totals.pop("images")
+    return {key: total / images for key, total in totals.items()}
+
+
+# === The run: metrics, checkpoints, picture ===========================================
+
+
+class Run(NamedTuple):
+    """A run that nothing is known to stand against."""
+
+    config: Config
+    directory: pathlib.Path
+    data: pipeline.Data
+    program: Program
+
+
+def prepare(config: Config) -> Run:
+    """Opens the data, builds the program and claims the directory; compiles nothing.
+
+    Args:
+        config: Settings of the run.
+
+    Returns:
+        The run, ready for `train`.
+
+    Raises:
+        FileExistsError: If the directory holds a run that is not to be resumed.
+        FileNotFoundError: If the data set is not prepared.
+        ValueError: If settings do not suit the data, the optimizer or the run resumed.
+    """
+    data = open_data(config)
+    program = build_program(config, data)
+    directory = config.directory or pathlib.Path("runs") / "-".join(
+        (config.dataset.replace("/", "_"), config.model, config.optimizer)
+    )
+    runs.claim(directory, config, resume=config.resume)
+    return Run(config, directory, data, program)
+
+
+def train(run: Run) -> float:
+    """Carries out a run, or what is left of it, and draws its curves.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Accuracy on the test images after the last step, of 1.
+    """
+    config, directory, data, program = run
+    state, start, total_steps = program.init(), 0, data.steps(config.epochs)
+    evaluated = data.steps(config.eval_epochs)
+    saved = data.steps(config.checkpoint_epochs)
+    with checkpoints.Checkpoints(directory / "checkpoints") as store:
+        if latest := store.restore_latest(state):
+            start, state, batches_taken = latest
+            data.train.set_state(batches_taken)
+        with metrics.Reporter(
+            directory,
+            name=config.optimizer,
+            total_steps=total_steps,
+            batch_size=config.batch_size,
+            steps_per_epoch=data.steps_per_epoch,
+            start_step=start,
+        ) as reporter:
+            for step in range(start + 1, total_steps + 1):
+                last = step == total_steps
+                state, step_metrics = program.train_step(state, next(data.train))
+                if step % config.log_period == 0 or step % evaluated == 0 or last:
+                    # Reading a metric waits for its step, so the others run ahead.
+                    reporter.train(step, step_metrics)
+                with reporter.paused():
+                    if step % evaluated == 0 or last:
+                        reporter.test(step, evaluate(program.eval_step, state, data))
+                    if step % saved == 0 or last:
+                        store.save(step, state, data.train.get_state())
+    draw([run], directory / "curves.png")
+    log = directory / "metrics.jsonl"
+    return figures.read_curve(log, "test", "accuracy").values[-1]
+
+
+def draw(drawn: Sequence[Run], path: pathlib.Path) -> None:
+    """Draws the curves of runs that differ in the optimizer only."""
+    config = drawn[0].config
+    what = f"{config.model} on {config.dataset}, batch {config.batch_size:,}"
+    logs = {run.config.optimizer: run.directory / "metrics.jsonl" for run in drawn}
+    figures.draw_runs(logs, path, title=f"{what}, {config.epochs:g} epochs")
+
+
+def demo_configs(config: Config) -> list[Config]:
+    """The same run with SGD and with K-FAC, in a new directory for both."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    root = (config.directory or pathlib.Path("runs")) / f"demo-{now}"
+    return [
+        dataclasses.replace(config, optimizer=name, directory=root / name)
+        for name in ("sgd", "kfac")
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Does what the command line, without the program's name, asks for."""
+    demo = arguments[:1] == ["demo"]
+    try:
+        config = tyro.cli(Config, args=arguments[demo:], description=__doc__)
+        prepared = [prepare(c) for c in (demo_configs(config) if demo else [config])]
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    accuracies = {run.config.optimizer: train(run) for run in prepared}
+    picture = prepared[0].directory / "curves.png"
+    if demo:
+        picture = prepared[0].directory.parent / "sgd_and_kfac.png"
+        draw(prepared, picture)
+    for optimizer, accuracy in accuracies.items():
+        print(f"{optimizer:5} test accuracy {accuracy:.1%}")
+    print(f"picture: {picture.resolve()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

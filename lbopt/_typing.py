@@ -1,0 +1,34 @@
+"""The words that signatures share: array types, trees and the names of their axes.
+
+Axis names used in shape annotations all over the library:
+
+* ``batch``: examples; ``shared``: locations, tokens or uses that share one kernel;
+* ``in``, ``out``: rows and columns of a layer's kernel matrix (``in`` includes the
+  homogeneous coordinate when the layer has a bias);
+* ``stack``: independent copies of a layer (convolution groups, scanned layers);
+* ``c``: channels of a normalisation layer.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Bool, Float, Int, PyTree
+
+Array: TypeAlias = jax.Array
+Params: TypeAlias = PyTree
+"""A tree of parameters as Flax makes it: nested mappings with arrays as leaves."""
+
+Updates: TypeAlias = PyTree
+"""A tree of the structure of the parameters: gradients or parameter updates."""
+
+OptState: TypeAlias = Any
+"""The state of any optax transformation."""
+
+Scalar: TypeAlias = Float[Array, ""] | float | int
+Count: TypeAlias = Int[Array, ""]
+Due: TypeAlias = Bool[Array, ""] | bool
+"""Whether a statistic is wanted: a traced flag, or a bool fixed at trace time."""
+
+ScalarOrSchedule: TypeAlias = Scalar | Callable[[Any], Any]
+"""A number, or a function of the step count that returns one."""

@@ -1,0 +1,387 @@
+"""How each layer of ``flax.linen`` is seen: its block, and what its tap saves.
+
+A rule stands for one method of one Flax class and is found by the function that runs,
+never by ``isinstance``: a subclass that calls ``super().__call__`` is tapped once,
+inside, and ``nn.remat(nn.Dense)`` is the same function in a new class.
+
+What Flax cannot intercept (``nn.nowrap`` methods, dunder methods other than
+``__call__``, fields, descriptors) cannot be tapped either; the parameters of such code
+fall back to the diagonal block.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from lbopt import patches
+from lbopt._typing import Array
+from lbopt.curvature import block, embedding, kronecker, linear_maps, unit_wise
+
+Arguments = Mapping[str, Any]
+
+
+class Seen(NamedTuple):
+    """One call of a layer, as its rule sees it.
+
+    Attributes:
+      module: the bound Flax module.
+      arguments: the call's arguments by name.
+      params: the layer's own parameters, one copy of them.
+    """
+
+    module: Any
+    arguments: Arguments
+    params: Mapping[str, Array]
+
+
+class Rule(NamedTuple):
+    """How one method of one Flax class is tapped.
+
+    Attributes:
+      block: ``(seen, batched, sharing) -> block``; raises ``Refusal`` with the reason
+        where the theory does not hold.
+      residual: ``seen -> arrays`` that the backward rule needs.
+      names: the names of the parameters that the block covers.
+    """
+
+    block: Callable[[Seen, bool, kronecker.WeightSharing], block.CurvatureBlock]
+    residual: Callable[[Seen], Any]
+    names: tuple[str, ...] = ("kernel", "bias")
+
+
+class Refusal(Exception):  # noqa: N818  (a verdict that falls back, not an error)
+    """Why a layer that is otherwise known gets no block of its own."""
+
+
+def find_rule(method: Callable[..., Any]) -> Rule | None:
+    """The rule of the function behind a bound Flax method, if there is one."""
+    return _RULES.get(getattr(method, "func", method))
+
+
+def bind_arguments(method: Any, args: tuple, kwargs: Mapping[str, Any]) -> Arguments:
+    """The call's arguments by the names of the method's signature."""
+    bound = inspect.signature(method).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+# ------------------------------------------------------------------ dense layers
+
+
+def _dtype(seen: Seen, name: str = "kernel") -> Any:
+    return block.statistics_dtype(seen.params[name].dtype)
+
+
+def _inputs(seen: Seen) -> Array:
+    """The layer's input after the module's own cast, so that no second copy is kept."""
+    x, *_ = seen.module.promote_dtype(
+        seen.arguments["inputs"],
+        seen.params["kernel"],
+        seen.params.get("bias"),
+        dtype=seen.module.dtype,
+    )
+    return x
+
+
+def _dense(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    linear = linear_maps.dense_linear(
+        seen.params["kernel"].shape, "bias" in seen.params, batched
+    )
+    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+
+
+def _dense_general(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    module, ndim = seen.module, seen.arguments["inputs"].ndim
+    linear = linear_maps.dense_linear(
+        seen.params["kernel"].shape,
+        "bias" in seen.params,
+        batched,
+        axis=tuple(axis % ndim - ndim for axis in _as_tuple(module.axis, 1)),
+        batch_dims=tuple(axis % ndim for axis in _as_tuple(module.batch_dims, 1)),
+    )
+    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+
+
+def _embed(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    del batched, sharing  # words and queries are rows in any case
+    vocabulary, features = seen.params["embedding"].shape
+    return embedding.embed_block(vocabulary, features, _dtype(seen, "embedding"))
+
+
+def _words(seen: Seen) -> Array:
+    return seen.arguments["inputs"]
+
+
+def _query(seen: Seen) -> Array:
+    query, _ = seen.module.promote_dtype(
+        seen.arguments["query"], seen.params["embedding"], dtype=seen.module.dtype
+    )
+    return query
+
+
+# ------------------------------------------------------------------ convolutions
+
+
+def _conv(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    del batched  # Flax's convolutions say themselves which axis is the batch
+    module = seen.module
+    if not module.shared_weights:
+        raise Refusal("the kernel is not shared by the locations")
+    if module.mask is not None:
+        raise Refusal("the kernel is masked")
+    shape = seen.params["kernel"].shape
+    size = shape[:-2]
+    strides, input_dilation, kernel_dilation = (
+        _as_tuple(value, len(size))
+        for value in (module.strides, module.input_dilation, module.kernel_dilation)
+    )
+    window = patches.Window(
+        size, strides, ((0, 0),) * len(size), input_dilation, kernel_dilation
+    )
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(module.padding))
+    if mode is None:
+        spatial = seen.arguments["inputs"].shape[-len(size) - 1 : -1]
+        window = window._replace(padding=_padding(module.padding, spatial, window))
+
+    def pad(x: Array) -> Array:
+        x = _merge_batch(x, len(size))
+        if mode is None:
+            return x
+        edges = [(s // 2, (s + 1) // 2) for s in window.span]
+        return jnp.pad(x, [(0, 0), *edges, (0, 0)], mode=mode)
+
+    linear = linear_maps.conv_linear(
+        window,
+        pad,
+        shape[-2],
+        shape[-1],
+        "bias" in seen.params,
+        groups=module.feature_group_count,
+    )
+    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+
+
+def _padding(
+    padding: Any, spatial: tuple[int, ...], window: patches.Window
+) -> tuple[tuple[int, int], ...]:
+    """Flax's zero padding of a convolution, made explicit."""
+    if padding == "CAUSAL":
+        return ((window.span[0], 0),)
+    if not isinstance(padding, str):
+        return _explicit_padding(padding, len(spatial))
+    dilated = [
+        (s - 1) * d + 1 for s, d in zip(spatial, window.input_dilation, strict=True)
+    ]
+    kernel = [s + 1 for s in window.span]
+    return tuple(lax.padtype_to_pads(dilated, kernel, window.strides, padding))
+
+
+def _conv_transpose(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    del batched
+    module = seen.module
+    if module.mask is not None:
+        raise Refusal("the kernel is masked")
+    shape = seen.params["kernel"].shape
+    size = shape[:-2]
+    rank = len(size)
+    strides = _as_tuple(module.strides, rank)
+    dilation = _as_tuple(module.kernel_dilation, rank)
+    flip = module.transpose_kernel
+    circular = module.padding == "CIRCULAR"
+    if circular:
+        window = patches.Window(
+            size, (1,) * rank, ((0, 0),) * rank, (1,) * rank, dilation
+        )
+        pad = lambda x: _wrap_transposed(  # noqa: E731
+            _merge_batch(x, rank), window.span, strides, flip
+        )
+    else:
+        spans = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
+        padding = _transposed_padding(module.padding, spans, strides)
+        window = patches.Window(size, (1,) * rank, padding, strides, dilation)
+        pad = lambda x: _merge_batch(x, rank)  # noqa: E731
+    in_features, out_features = shape[-2:] if not flip else shape[:-3:-1]
+    linear = linear_maps.conv_linear(
+        window, pad, in_features, out_features, "bias" in seen.params, flip=flip
+    )
+    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+
+
+def _transposed_padding(padding, spans, strides) -> tuple[tuple[int, int], ...]:
+    """The padding of the dilated input that makes ``lax.conv_transpose``."""
+    if not isinstance(padding, str):
+        return _explicit_padding(padding, len(spans))
+    pads = []
+    for span, stride in zip(spans, strides, strict=True):
+        if padding == "VALID":
+            total, low = span + stride - 1 + max(span + 1 - stride, 0), span
+        else:
+            total = span + stride - 1
+            low = span if stride > span else -(-total // 2)
+        pads.append((low, total - low))
+    return tuple(pads)
+
+
+def _wrap_transposed(x: Array, spans, strides, flip: bool) -> Array:
+    """A dilated input with periodic edges, on which a plain convolution is circular."""
+    # Flax convolves with all the padding that touches the input, and wraps the result
+    # around the period, input size × stride, after an offset that depends on its size;
+    # both are moved to the input here.
+    for i, (span, stride) in enumerate(zip(spans, strides, strict=True)):
+        axis, size = i + 1, x.shape[i + 1]
+        period = size * stride
+        low, high = _transposed_padding("VALID", [span], [stride])[0]
+        valid = (size - 1) * stride + 1 + low + high - span
+        difference = -(valid - period) % (2 * period)
+        offset = difference // 2 if flip else (difference + 1) // 2
+        zero = jnp.zeros((), x.dtype)
+        edges = [(0, 0, 0)] * x.ndim
+        edges[axis] = (0, stride - 1, stride - 1)
+        x = lax.pad(x, zero, edges)
+        positions = (jnp.arange(period + span) - offset - low) % period
+        x = jnp.take(x, positions, axis=axis)
+    return x
+
+
+def _explicit_padding(padding: Any, rank: int) -> tuple[tuple[int, int], ...]:
+    pairs = [padding] * rank if isinstance(padding, int) else list(padding)
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+
+
+def _merge_batch(x: Array, rank: int) -> Array:
+    return x.reshape(-1, *x.shape[x.ndim - rank - 1 :])
+
+
+def _as_tuple(value: Any, rank: int) -> tuple[int, ...]:
+    if value is None:
+        return (1,) * rank
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+# ------------------------------------------------------------------ normalisation
+
+
+def _norm(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+    del sharing  # the sum over locations comes before the square in any case
+    module, ndim = seen.module, seen.arguments["x"].ndim
+    names = tuple(name for name in ("scale", "bias") if name in seen.params)
+    axes = getattr(module, "feature_axes", getattr(module, "axis", -1))
+    shape = seen.params[names[0]].shape
+    return unit_wise.unit_wise_block(
+        math.prod(shape),
+        names,
+        batched,
+        _dtype(seen, names[0]),
+        feature_axes=tuple(sorted(a % ndim - ndim for a in _as_tuple(axes, 1))),
+        shape=shape,
+    )
+
+
+def _reduced(reduce: Callable[[Any, Array], tuple[tuple[int, ...], int]]):
+    """A residual of (input, mean, 1/deviation) over the axes that ``reduce`` names."""
+
+    def residual(seen: Seen) -> unit_wise.NormResidual:
+        module, x = seen.module, seen.arguments["x"]
+        axes, groups = reduce(module, x)
+        axes = tuple(sorted(axis % x.ndim for axis in axes))
+        values = jnp.asarray(x, block.statistics_dtype(x.dtype))
+        mask = seen.arguments.get("mask")
+        if groups:
+            split = (*x.shape[:-1], groups, x.shape[-1] // groups)
+            values = values.reshape(split)
+            mask = None if mask is None else jnp.broadcast_to(mask, x.shape)
+            mask = None if mask is None else mask.reshape(split)
+            axes = (*(a for a in axes if a != x.ndim - 1), x.ndim)
+        centred = not isinstance(module, nn.RMSNorm)
+        mean, var = _moments(module, values, axes, mask, centred)
+        if groups:
+            mean, var = (
+                jnp.repeat(m[..., 0], x.shape[-1] // groups, -1) for m in (mean, var)
+            )
+        return unit_wise.NormResidual(x, mean, lax.rsqrt(var + module.epsilon))
+
+    return residual
+
+
+def _moments(module: Any, x: Array, axes, mask, centred: bool) -> tuple[Array, Array]:
+    """Mean and variance by Flax's own formula; XLA merges them with the layer's."""
+
+    def mean_of(y: Array) -> Array:
+        y = jnp.mean(y, axes, keepdims=True, where=mask)
+        if module.axis_name is None:
+            return y
+        return lax.pmean(
+            y, module.axis_name, axis_index_groups=module.axis_index_groups
+        )
+
+    if not centred:
+        square = mean_of(lax.square(x))
+        return jnp.zeros_like(square), square
+    mean = mean_of(x)
+    if not module.use_fast_variance:
+        return mean, mean_of(lax.square(x - mean))
+    return mean, jnp.maximum(0.0, mean_of(lax.square(x)) - lax.square(mean))
+
+
+def _batch_norm_residual(seen: Seen) -> unit_wise.NormResidual:
+    module, x = seen.module, seen.arguments["x"]
+    running = nn.merge_param(
+        "use_running_average",
+        module.use_running_average,
+        seen.arguments["use_running_average"],
+    )
+    if not running:
+        return _over_batch(seen)
+    features = {axis % x.ndim for axis in _as_tuple(module.axis, 1)}
+    shape = [size if i in features else 1 for i, size in enumerate(x.shape)]
+    mean = module.get_variable("batch_stats", "mean").reshape(shape)
+    var = module.get_variable("batch_stats", "var").reshape(shape)
+    return unit_wise.NormResidual(x, mean, lax.rsqrt(var + module.epsilon))
+
+
+def _batch_axes(module, x):
+    features = {axis % x.ndim for axis in _as_tuple(module.axis, 1)}
+    return tuple(i for i in range(x.ndim) if i not in features), 0
+
+
+def _layer_axes(module, x):
+    return _as_tuple(module.reduction_axes, 1), 0
+
+
+def _group_axes(module, x):
+    groups = module.num_groups or x.shape[-1] // module.group_size
+    axes = module.reduction_axes
+    return (tuple(range(1, x.ndim)) if axes is None else tuple(axes)), groups
+
+
+def _instance_axes(module, x):
+    features = {axis % x.ndim for axis in _as_tuple(module.feature_axes, 1)}
+    return tuple(i for i in range(1, x.ndim) if i not in features), 0
+
+
+_over_batch = _reduced(_batch_axes)
+_EMBED = ("embedding",)
+_NORM = ("scale", "bias")
+
+# One line for each method of Flax that is tapped.
+_RULES: dict[Any, Rule] = {
+    inspect.unwrap(method): rule
+    for method, rule in (
+        (nn.Dense.__call__, Rule(_dense, _inputs)),
+        (nn.DenseGeneral.__call__, Rule(_dense_general, _inputs)),
+        (nn.Conv.__call__, Rule(_conv, _inputs)),
+        (nn.ConvTranspose.__call__, Rule(_conv_transpose, _inputs)),
+        (nn.Embed.__call__, Rule(_embed, _words, _EMBED)),
+        (nn.Embed.attend, Rule(_embed, _query, _EMBED)),
+        (nn.BatchNorm.__call__, Rule(_norm, _batch_norm_residual, _NORM)),
+        (nn.LayerNorm.__call__, Rule(_norm, _reduced(_layer_axes), _NORM)),
+        (nn.RMSNorm.__call__, Rule(_norm, _reduced(_layer_axes), _NORM)),
+        (nn.GroupNorm.__call__, Rule(_norm, _reduced(_group_axes), _NORM)),
+        (nn.InstanceNorm.__call__, Rule(_norm, _reduced(_instance_axes), _NORM)),
+    )
+}

@@ -1,0 +1,271 @@
+"""Layers as matrices: how dense layers and convolutions share one linear map.
+
+A layer's parameters are a matrix ``W [in, out]`` that is applied to rows: the kernel,
+with the bias as its last row where there is one.  Each function here describes one kind
+of layer as a :class:`SharedLinear`, in the weight-sharing format
+``[*stack, batch, shared, features]``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lbopt import patches
+from lbopt._typing import Array
+from lbopt.curvature import block
+
+
+class SharedLinear(NamedTuple):
+    """How one kind of layer is a matrix applied to rows.
+
+    Attributes:
+      in_features: rows of the kernel matrix, without the bias.
+      out_features: columns of the kernel matrix.
+      stack: sizes of the axes that number independent matrices (groups).
+      use_bias: whether the bias is the last row of the matrix.
+      input_rows: ``inputs -> [*stack, batch, shared, in]``.
+      input_moment: ``(inputs, homogeneous, dtype) -> (Σ a aᵀ, rows)`` over all rows.
+      input_mean: ``(inputs, dtype) -> [*stack, batch, in]``, the mean over locations.
+      output_rows: ``output_grads -> [*stack, batch, shared, out]``.
+      kernel_shape: shape of the kernel in Flax, of one copy of the layer.
+      bias_shape: shape of the bias, likewise.
+      kernel_matrix: kernel of one copy of the layer ``-> [*stack, in, out]``.
+      matrix_kernel: the inverse of ``kernel_matrix``.
+    """
+
+    in_features: int
+    out_features: int
+    stack: tuple[int, ...]
+    use_bias: bool
+    input_rows: Callable[[Array], Array]
+    input_moment: Callable[[Array, bool, Any], tuple[Array, int]]
+    input_mean: Callable[[Array, Any], Array]
+    output_rows: Callable[[Array], Array]
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...]
+    kernel_matrix: Callable[[Array], Array]
+    matrix_kernel: Callable[[Array], Array]
+
+
+def moment_of(rows: Array, homogeneous: bool, dtype: Any) -> Array:
+    """Σ a aᵀ over ``[*stack, batch, shared, features]``, with a 1 appended or not."""
+    stack = rows.ndim - 3
+    total = patches.outer_sum(rows, dtype, stack=stack)
+    if not homogeneous:
+        return total
+    count = math.prod(rows.shape[stack:-1])
+    edge = jnp.sum(rows, axis=(-3, -2), dtype=dtype)
+    return _append_ones(total, edge, count)
+
+
+def _append_ones(
+    total: Float[Array, "*stack d d"], edge: Float[Array, "*stack d"], count: int
+) -> Float[Array, "*stack e e"]:
+    """Σ [a; 1] [a; 1]ᵀ from Σ a aᵀ, Σ a and the number of rows."""
+    corner = jnp.full_like(edge[..., :1], count)
+    top = jnp.concatenate([total, edge[..., None]], -1)
+    bottom = jnp.concatenate([edge, corner], -1)[..., None, :]
+    return jnp.concatenate([top, bottom], -2)
+
+
+def join_bias(leaves: block.Leaves, linear: SharedLinear) -> Array:
+    """Kernel and bias of a layer's copies as ``[*copies, *stack, in (+ 1), out]``."""
+    kernel = leaves["kernel"]
+    copies = kernel.shape[: kernel.ndim - len(linear.kernel_shape)]
+    matrix = _over_copies(linear.kernel_matrix, kernel, len(copies))
+    if not linear.use_bias:
+        return matrix
+    bias = leaves["bias"].reshape(*copies, *linear.stack, 1, linear.out_features)
+    return jnp.concatenate([matrix, bias], -2)
+
+
+def split_bias(matrix: Array, linear: SharedLinear) -> dict[str, Array]:
+    """The inverse of ``join_bias``."""
+    copies = matrix.ndim - len(linear.stack) - 2
+    kernel = _over_copies(
+        linear.matrix_kernel, matrix[..., : linear.in_features, :], copies
+    )
+    if not linear.use_bias:
+        return {"kernel": kernel}
+    bias = matrix[..., -1, :]
+    return {
+        "kernel": kernel,
+        "bias": bias.reshape(*bias.shape[:copies], *linear.bias_shape),
+    }
+
+
+def _over_copies(function: Callable[[Array], Array], x: Array, copies: int) -> Array:
+    for _ in range(copies):
+        function = jax.vmap(function)
+    return function(x)
+
+
+# ------------------------------------------------------------------ dense layers
+
+
+def dense_linear(
+    kernel_shape: tuple[int, ...],
+    use_bias: bool,
+    batched: bool,
+    *,
+    axis: tuple[int, ...] = (-1,),
+    batch_dims: tuple[int, ...] = (),
+) -> SharedLinear:
+    """A dense layer, or Flax's ``DenseGeneral``, as a shared linear map.
+
+    Args:
+      kernel_shape: the kernel's shape in Flax: batch dimensions, contracted
+        dimensions, output features.
+      use_bias: whether there is a bias.
+      batched: whether the first axis left over numbers examples; else the layer sees
+        one example per call (under a per-example ``vmap``).
+      axis: the contracted input axes.
+      batch_dims: leading input axes of which each position has its own kernel.
+
+    Returns:
+      The layer as a shared linear map.
+    """
+    n_stack, n_in = len(batch_dims), len(axis)
+    stack, features = kernel_shape[:n_stack], kernel_shape[n_stack + n_in :]
+    d_in = math.prod(kernel_shape[n_stack : n_stack + n_in])
+    d_out = math.prod(features)
+
+    def to_rows(x: Array) -> Array:
+        contracted = [i % x.ndim for i in axis]
+        first = [i % x.ndim for i in batch_dims]
+        rest = [i for i in range(x.ndim) if i not in (*contracted, *first)]
+        x = jnp.transpose(x, (*first, *rest, *contracted))
+        return _batch_and_shared(x, n_stack, n_in, batched)
+
+    def moment(x: Array, homogeneous: bool, dtype: Any) -> tuple[Array, int]:
+        rows = to_rows(x)
+        return moment_of(rows, homogeneous, dtype), math.prod(rows.shape[-3:-1])
+
+    return SharedLinear(
+        in_features=d_in,
+        out_features=d_out,
+        stack=stack,
+        use_bias=use_bias,
+        input_rows=to_rows,
+        input_moment=moment,
+        input_mean=lambda x, dtype: jnp.mean(to_rows(x), axis=-2, dtype=dtype),
+        output_rows=lambda g: _batch_and_shared(g, n_stack, len(features), batched),
+        kernel_shape=kernel_shape,
+        bias_shape=(*stack, *features),
+        kernel_matrix=lambda kernel: kernel.reshape(*stack, d_in, d_out),
+        matrix_kernel=lambda matrix: matrix.reshape(kernel_shape),
+    )
+
+
+def _batch_and_shared(x: Array, stack: int, trailing: int, batched: bool) -> Array:
+    """``[*stack, *rest, *features]`` to ``[*stack, batch, shared, features]``."""
+    rest = x.shape[stack : x.ndim - trailing]
+    batch = rest[0] if batched and rest else 1
+    features = math.prod(x.shape[x.ndim - trailing :])
+    return x.reshape(*x.shape[:stack], batch, -1, features)
+
+
+# ------------------------------------------------------------------ convolutions
+
+
+def conv_linear(
+    window: patches.Window,
+    pad: Callable[[Array], Array],
+    in_features: int,
+    out_features: int,
+    use_bias: bool,
+    *,
+    groups: int = 1,
+    flip: bool = False,
+) -> SharedLinear:
+    """A convolution as a linear map shared by its output locations.
+
+    Args:
+      window: geometry, after ``pad``.
+      pad: what Flax does to the input before it convolves (circular or reflected
+        edges, batch axes merged), to channels-last with one batch axis.
+      in_features: input channels of one group.
+      out_features: output channels of all groups.
+      use_bias: whether there is a bias.
+      groups: feature groups; each is an independent matrix.
+      flip: whether the kernel is stored mirrored, with its two feature axes exchanged
+        (``ConvTranspose(transpose_kernel=True)``).
+
+    Returns:
+      The layer as a shared linear map.
+    """
+    taps, per_group = math.prod(window.size), out_features // groups
+    stack = (groups,) if groups > 1 else ()
+    rank = len(window.size)
+    spatial = tuple(range(rank))
+    features = (out_features, in_features) if flip else (in_features, out_features)
+
+    def by_group(x: Array) -> Array:
+        """``[batch, shared, taps * groups * in]`` to one matrix of rows a group."""
+        batch = x.shape[0]
+        if not stack:
+            return x.reshape(batch, -1, taps * in_features)
+        x = x.reshape(batch, -1, taps, groups, in_features)
+        return jnp.moveaxis(x, 3, 0).reshape(groups, batch, -1, taps * in_features)
+
+    def moment(x: Array, homogeneous: bool, dtype: Any) -> tuple[Array, int]:
+        x = pad(x)
+        locations = math.prod(patches.output_size(window, x.shape[1:-1]))
+        rows = x.shape[0] * locations
+        if stack:
+            grouped = by_group(patches.extract_patches(x, window))
+            return moment_of(grouped, homogeneous, dtype), rows
+        total = patches.patch_moment(x, window, dtype)
+        if homogeneous:
+            over_batch = jnp.sum(x, axis=0, keepdims=True, dtype=dtype)
+            edge = patches.patch_sum(over_batch, window)[0]
+            total = _append_ones(total, edge, rows)
+        return total, rows
+
+    def input_rows(x: Array) -> Array:
+        return by_group(patches.extract_patches(pad(x), window))
+
+    def mean_rows(x: Array, dtype: Any) -> Array:
+        x = pad(x).astype(dtype)
+        locations = math.prod(patches.output_size(window, x.shape[1:-1]))
+        return by_group(patches.patch_sum(x, window) / locations)[..., 0, :]
+
+    def output_rows(g: Array) -> Array:
+        batch = math.prod(g.shape[: g.ndim - rank - 1])
+        if not stack:
+            return g.reshape(batch, -1, out_features)
+        g = g.reshape(batch, -1, groups, per_group)
+        return jnp.moveaxis(g, 2, 0)
+
+    def kernel_matrix(kernel: Array) -> Array:
+        if flip:
+            kernel = jnp.swapaxes(jnp.flip(kernel, spatial), -1, -2)
+        if not stack:
+            return kernel.reshape(taps * in_features, out_features)
+        kernel = kernel.reshape(taps * in_features, groups, per_group)
+        return jnp.moveaxis(kernel, 1, 0)
+
+    def matrix_kernel(matrix: Array) -> Array:
+        if stack:
+            matrix = jnp.moveaxis(matrix, 0, 1)
+        kernel = matrix.reshape(*window.size, in_features, out_features)
+        return jnp.flip(jnp.swapaxes(kernel, -1, -2), spatial) if flip else kernel
+
+    return SharedLinear(
+        in_features=taps * in_features,
+        out_features=per_group,
+        stack=stack,
+        use_bias=use_bias,
+        input_rows=input_rows,
+        input_moment=moment,
+        input_mean=mean_rows,
+        output_rows=output_rows,
+        kernel_shape=(*window.size, *features),
+        bias_shape=(out_features,),
+        kernel_matrix=kernel_matrix,
+        matrix_kernel=matrix_kernel,
+    )

@@ -1,0 +1,287 @@
+"""Symmetric matrices: packed storage, damping, and damped inverses.
+
+A symmetric ``n × n`` matrix is stored as ``n (n + 1) / 2`` numbers in LAPACK's
+rectangular full packed order: with ``M = [[M₁₁, M₂₁ᵀ], [M₂₁, M₂₂]]`` split in halves,
+the triangles of ``M₁₁`` and ``M₂₂`` fit together into one rectangle and ``M₂₁`` is the
+rest of it.  Packing and unpacking are slices, transposes and masks, never index
+arrays, and a product with a vector reads ``M₂₁`` as it lies.
+
+Every function takes any number of leading axes (stacked matrices) and computes at the
+highest matrix-product precision, because reduced precision makes inverses useless.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float
+
+from lbopt._typing import Array, Scalar
+
+_HIGHEST = lax.Precision.HIGHEST
+
+# Below this size LAPACK's (or the accelerator's) own Cholesky is as fast as matrix
+# products, and larger leaves keep the compiled program short.
+_LEAF = 256
+
+
+def packed_size(n: int) -> int:
+    """The numbers kept of a symmetric ``n × n`` matrix: ``n (n + 1) / 2``."""
+    return n * (n + 1) // 2
+
+
+def matrix_size(packed: int) -> int:
+    """The ``n`` of which ``packed`` is the packed size.
+
+    Args:
+      packed: how many numbers are kept.
+
+    Returns:
+      n.
+
+    Raises:
+      ValueError: if no ``n`` has that packed size.
+    """
+    n = int((2 * packed) ** 0.5)
+    if packed_size(n) != packed:
+        raise ValueError(
+            f"packed={packed} numbers are not n (n + 1) / 2 for any n; pass the last "
+            "axis of an array made by lbopt.linalg.pack"
+        )
+    return n
+
+
+def pack(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack packed"]:
+    """The lower triangle of a symmetric matrix in rectangular full packed order.
+
+    Args:
+      matrix: symmetric matrices; what stands above the diagonal of the two diagonal
+        blocks is not read.
+
+    Returns:
+      ``[*stack, n (n + 1) / 2]``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lbopt import linalg
+      >>> m = jnp.array([[2.0, 1.0, 0.0], [1.0, 3.0, 5.0], [0.0, 5.0, 4.0]])
+      >>> linalg.pack(m).shape, bool((linalg.unpack(linalg.pack(m)) == m).all())
+      ((6,), True)
+    """
+    n = matrix.shape[-1]
+    half, even = (n + 1) // 2, 1 - n % 2
+    lower = matrix[..., :half, :half]
+    upper = jnp.swapaxes(matrix[..., half:, half:], -1, -2)
+    edges = [(0, 0)] * (matrix.ndim - 2)
+    # Even n: the first triangle moves one row down; odd n: the second one column right.
+    lower = jnp.pad(lower, [*edges, (even, 0), (0, 0)])
+    upper = jnp.pad(upper, [*edges, (0, 1), (1 - even, 0)])
+    top = jnp.where(_rows(lower) - even >= _columns(lower), lower, upper)
+    rectangle = jnp.concatenate([top, matrix[..., half:, :half]], axis=-2)
+    return rectangle.reshape(*matrix.shape[:-2], packed_size(n))
+
+
+def _blocks(
+    packed: Float[Array, "*stack packed"],
+) -> tuple[
+    Float[Array, "*stack half half"],
+    Float[Array, "*stack rest half"],
+    Float[Array, "*stack rest rest"],
+]:
+    """The blocks ``M₁₁``, ``M₂₁`` and ``M₂₂`` of a packed matrix, each whole."""
+    n = matrix_size(packed.shape[-1])
+    half, rest, even = (n + 1) // 2, n // 2, 1 - n % 2
+    rectangle = packed.reshape(*packed.shape[:-1], n + even, half)
+    top, m21 = rectangle[..., : half + even, :], rectangle[..., half + even :, :]
+    lower = top[..., even:, :]
+    upper = jnp.swapaxes(top[..., :rest, 1 - even :], -1, -2)
+    return _from_lower(lower), m21, _from_lower(upper)
+
+
+def unpack(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n n"]:
+    """The full symmetric matrices that ``pack`` packed.
+
+    Args:
+      packed: packed symmetric matrices.
+
+    Returns:
+      ``[*stack, n, n]``.
+
+    Raises:
+      ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
+    """
+    m11, m21, m22 = _blocks(packed)
+    return _join(m11, m21, m22)
+
+
+def symmetric_matmul(
+    packed: Float[Array, "*stack packed"], x: Float[Array, "*stack n columns"]
+) -> Float[Array, "*stack n columns"]:
+    """The product ``M x`` of packed symmetric matrices with ordinary ones.
+
+    Args:
+      packed: packed symmetric matrices M.
+      x: matrices of n rows.
+
+    Returns:
+      ``[*stack, n, columns]``.
+
+    Raises:
+      ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
+    """
+    m11, m21, m22 = _blocks(packed)
+    half = m11.shape[-1]
+    x1, x2 = x[..., :half, :], x[..., half:, :]
+    top = matmul(m11, x1) + matmul(jnp.swapaxes(m21, -1, -2), x2)
+    bottom = matmul(m21, x1) + matmul(m22, x2)
+    return jnp.concatenate([top, bottom], axis=-2)
+
+
+def packed_diagonal(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n"]:
+    """The diagonals of packed matrices."""
+    m11, _, m22 = _blocks(packed)
+    return jnp.concatenate(
+        [jnp.diagonal(m, axis1=-2, axis2=-1) for m in (m11, m22)], axis=-1
+    )
+
+
+def pi_damping(
+    damping: Scalar, *mean_eigenvalues: Float[Array, "*stack"]
+) -> tuple[Float[Array, "*stack"], ...]:
+    r"""The part of the damping that each Kronecker factor takes.
+
+    .. math::
+      \lambda_i = \pi_i\, \lambda^{1/n}, \qquad
+      \pi_i = \frac{\nu_i}{(\prod_j \nu_j)^{1/n}}, \qquad
+      \nu_i = \operatorname{tr} M_i / \dim M_i
+
+    For two factors this is :math:`\pi\sqrt\lambda` and :math:`\sqrt\lambda / \pi` with
+    :math:`\pi^2 = \nu_A / \nu_G`.  Where some :math:`\nu_i` is not positive and
+    finite, every :math:`\pi_i` is 1.
+
+    Args:
+      damping: λ, in units of the curvature.
+      *mean_eigenvalues: ν of each factor.
+
+    Returns:
+      The amounts λᵢ to add to the diagonals, in the order of the factors.
+
+    Source: Martens & Grosse 2015 §6.3 with the trace norm of Grosse & Martens 2016;
+    n factors as in Ba, Grosse & Martens 2017.  The guard follows the authors' code.
+    """
+    n = len(mean_eigenvalues)
+    sound = jnp.asarray(True)
+    for nu in mean_eigenvalues:
+        sound &= jnp.isfinite(nu) & (nu > 0)
+    logs = [jnp.log(jnp.where(sound, nu, 1.0)) for nu in mean_eigenvalues]
+    mean = sum(logs) / n
+    root = jnp.asarray(damping) ** (1 / n)
+    return tuple(jnp.exp(log - mean) * root for log in logs)
+
+
+def damped_inverse(
+    packed: Float[Array, "*stack packed"], damping: Float[Array, "*stack"]
+) -> Float[Array, "*stack packed"]:
+    r"""The inverse :math:`(M + \lambda I)^{-1}`, packed, by a blocked Cholesky.
+
+    With ``M + λI = [[M₁₁, ·], [M₂₁, M₂₂]]`` and the inverse factor ``A = L₁₁⁻¹``,
+
+    .. math::
+      L_{21} = M_{21} A^\top, \qquad
+      C = \operatorname{chol}(M_{22} - L_{21} L_{21}^\top)^{-1}, \qquad
+      B = -C L_{21} A
+
+    give :math:`L^{-1} = [[A, 0], [B, C]]` and the inverse
+    :math:`L^{-\top} L^{-1}` block by block, so that nearly all the work is matrix
+    products.  A matrix that is not positive definite gives NaN.
+
+    Args:
+      packed: packed symmetric matrices.
+      damping: λ, one for each matrix.
+
+    Returns:
+      Packed inverses.
+
+    Raises:
+      ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
+    """
+    matrix = unpack(packed)
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    _, inverse = _inverse_factor(matrix + damping[..., None, None] * eye)
+    return pack(inverse)
+
+
+def _inverse_factor(
+    m: Float[Array, "*stack n n"],
+) -> tuple[Float[Array, "*stack n n"], Float[Array, "*stack n n"]]:
+    """The inverse Cholesky factor ``L⁻¹`` and the inverse ``L⁻ᵀ L⁻¹``."""
+    n = m.shape[-1]
+    if n <= _LEAF:
+        factor = lax.linalg.cholesky(m)
+        eye = jnp.broadcast_to(jnp.eye(n, dtype=m.dtype), m.shape)
+        a = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+        return a, _gram(a)
+    k = n // 2
+    m11, m21, m22 = m[..., :k, :k], m[..., k:, :k], m[..., k:, k:]
+    a, inverse11 = _inverse_factor(m11)
+    l21 = matmul(m21, jnp.swapaxes(a, -1, -2))
+    c, inverse22 = _inverse_factor(m22 - matmul(l21, jnp.swapaxes(l21, -1, -2)))
+    b = -matmul(c, matmul(l21, a))
+    inverse21 = matmul(jnp.swapaxes(c, -1, -2), b)
+    zeros = jnp.zeros_like(jnp.swapaxes(b, -1, -2))
+    factor = jnp.concatenate(
+        [jnp.concatenate([a, zeros], -1), jnp.concatenate([b, c], -1)], -2
+    )
+    return factor, _join(inverse11 + _gram(b), inverse21, inverse22)
+
+
+def eigendecompose(
+    packed: Float[Array, "*stack packed"],
+) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
+    """Eigenvalues (clipped at 0, ascending) and eigenvectors as columns.
+
+    Args:
+      packed: packed positive semi-definite matrices.
+
+    Returns:
+      Eigenvalues ``[*stack, n]`` and eigenvectors ``[*stack, n, n]``.
+
+    Raises:
+      ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
+    """
+    vectors, values = lax.linalg.eigh(unpack(packed))
+    return jnp.maximum(values, 0), vectors
+
+
+def all_finite(*arrays: Array) -> Array:
+    """Whether every number of every array is finite, as one flag."""
+    flags = [jnp.all(jnp.isfinite(x)) for x in arrays]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+
+
+def matmul(x: Array, y: Array) -> Array:
+    """The matrix product at the highest precision, over leading axes."""
+    return jnp.matmul(x, y, precision=_HIGHEST)
+
+
+def _gram(x: Array) -> Array:
+    return matmul(jnp.swapaxes(x, -1, -2), x)
+
+
+def _rows(x: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+
+
+def _columns(x: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+
+
+def _from_lower(x: Array) -> Array:
+    """The symmetric matrix whose lower triangle is that of ``x``."""
+    return jnp.where(_rows(x) >= _columns(x), x, jnp.swapaxes(x, -1, -2))
+
+
+def _join(m11: Array, m21: Array, m22: Array) -> Array:
+    """The symmetric matrix of three blocks."""
+    m12 = jnp.swapaxes(m21, -1, -2)
+    return jnp.concatenate(
+        [jnp.concatenate([m11, m12], -1), jnp.concatenate([m21, m22], -1)], -2
+    )

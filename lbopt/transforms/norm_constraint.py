@@ -1,0 +1,93 @@
+"""A bound on how far one step may move the model's predictions."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbopt._typing import Params, ScalarOrSchedule, Updates
+
+
+class ClipByKlState(NamedTuple):
+    """State of ``clip_by_kl``.
+
+    Attributes:
+      count: steps taken; the argument of schedules.
+      inner_state: the preconditioner's state.
+      scale: what the last step was multiplied by.
+    """
+
+    count: Any
+    inner_state: Any
+    scale: Any
+
+
+def clip_by_kl(
+    inner: optax.GradientTransformation,
+    c: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales a preconditioned gradient so that its squared length in F̂ is at most c.
+
+    With :math:`\Delta = \hat F^{-1} \nabla h` and the rate η that a later transform
+    multiplies by,
+
+    .. math:: \Delta \leftarrow \Delta\, \min\left(1,
+              \sqrt{\frac{c}{\eta^2\, \Delta^\top \nabla h}}\right)
+
+    because :math:`\Delta^\top \hat F \Delta = \Delta^\top \nabla h` for the damped
+    curvature that was inverted.  The KL divergence between the predictions before and
+    after the step is about c / 2.
+
+    Args:
+      inner: any preconditioner of gradients.
+      c: the bound, twice the KL divergence; a number or a schedule.
+      learning_rate: η, a number or a schedule, the same as the later transform's.
+
+    Returns:
+      A transformation that takes what ``inner`` takes.
+
+    Raises:
+      ValueError: if c is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, lbopt, optax
+      >>> tx = lbopt.clip_by_kl(optax.identity(), c=1.0, learning_rate=0.5)
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> [round(float(u), 6) for u in updates["w"]]  # 0.5 * 5 = 2.5 is clipped to 1
+      [1.2, 1.6]
+
+    Source: Ba, Grosse & Martens 2017, §5.  Where the inner product is not positive the
+    paper says nothing; the scale is 1 there.
+    """
+    if isinstance(c, (int, float)) and not c > 0:
+        raise ValueError(f"c={c} must be positive; pass kl_clip=None for no clipping")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Params) -> ClipByKlState:
+        return ClipByKlState(jnp.zeros([], jnp.int32), inner.init(params), jnp.ones([]))
+
+    def update_fn(
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, ClipByKlState]:
+        natural, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        bound = c(state.count) if callable(c) else c
+        length = jnp.square(eta) * optax.tree.vdot(natural, updates)
+        sound = length > 0
+        scale = jnp.minimum(
+            1.0, jnp.where(sound, jnp.sqrt(bound / jnp.where(sound, length, 1)), 1.0)
+        )
+        natural = jax.tree.map(lambda u: (u * scale).astype(u.dtype), natural)
+        count = optax.safe_increment(state.count)
+        scale = scale.astype(state.scale.dtype)
+        return natural, ClipByKlState(count, inner_state, scale)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

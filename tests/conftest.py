@@ -1,0 +1,12 @@
+"""The test session is stricter than users are."""
+
+import os
+
+# One thread: LAPACK's own threads fight with XLA's, and times become erratic.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,112 @@
+"""The imports point downwards, and every module has its tests."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the bottom up: a module may import what stands in an earlier row, and, where a
+# row names several, nothing of its own row.
+ROWS = [
+    ["_typing"],
+    ["linalg", "patches"],
+    ["curvature.block"],
+    ["curvature.linear_maps"],
+    ["curvature.kronecker", "curvature.unit_wise", "curvature.diagonal"],
+    ["curvature.embedding"],
+    ["curvature.flax_layers"],
+    ["curvature.capture"],
+    ["curvature.discovery", "curvature.verification"],
+    ["curvature.registry"],
+    ["curvature.fisher", "curvature.refresh"],
+    ["transforms.kfac", "transforms.norm_constraint"],
+    ["optimizers"],
+    ["training"],
+    [""],  # lbopt/__init__.py re-exports all
+]
+ROW = {name: i for i, row in enumerate(ROWS) for name in row}
+PACKAGES = {"curvature", "transforms"}
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT / "lbopt").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in sorted((ROOT / "lbopt").rglob("*.py"))}
+
+
+def imports_of(path):
+    """The modules of lbopt that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {n if n in _dotted() else node.module for n in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {n.removeprefix("lbopt").lstrip(".") for n in found if n.startswith("lbopt")}
+
+
+def _dotted():
+    return {f"lbopt.{name}".rstrip(".") for name in MODULES}
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) - PACKAGES == set(ROW)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - PACKAGES))
+def test_imports_point_downwards(name):
+    for other in imports_of(MODULES[name]):
+        assert ROW[other] < ROW[name], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("folder", ["lbopt"])
+def test_the_library_imports_nothing_above_it(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            for module in modules:
+                top = module.split(".")[0]
+                assert top not in {"experiments", "benchmarks", "tests"}, path
+                # Heavy packages stay out of the core.
+                assert top not in {"tensorflow", "tensorflow_datasets", "grain"}, path
+                assert not module.startswith("jax._src"), path
+
+
+def test_nothing_but_the_step_builder_compiles():
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "jit":
+                assert name == "training", f"{path}: {ast.unparse(node)}"
+
+
+def test_no_global_statements():
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, (ast.Global, ast.Nonlocal)), path
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - PACKAGES - {"", "_typing"}))
+def test_every_module_has_a_test_file(name):
+    *folders, module = name.split(".")
+    assert (ROOT.joinpath("tests", *folders) / f"test_{module}.py").exists()
+
+
+@pytest.mark.parametrize("path", [*MODULES.values()], ids=str)
+def test_modules_are_short(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+def test_public_names_are_sorted_and_exist():
+    import lbopt
+
+    assert lbopt.__all__ == sorted(lbopt.__all__)
+    for name in lbopt.__all__:
+        assert getattr(lbopt, name).__doc__, name
