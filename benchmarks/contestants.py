@@ -33,7 +33,7 @@ def sgd(workload: Workload) -> timing.Contestant:
 
 
 def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
-    """lbopt's K-FAC.
+    """Lbopt's K-FAC.
 
     Args:
       workload: the problem.

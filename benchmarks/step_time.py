@@ -11,7 +11,6 @@ float32 with momentum 0.9, rate 1e-3, damping 1e-3 and a decay of 0.95.
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -135,7 +135,9 @@ def table(result: dict[str, Any]) -> str:
     runners = result["contestants"]
     base = runners[0]
     plain = timing.Spread(**base["milliseconds"]["step"])
-    times = [("", "nothing", "statistics", "+ inverses", "1/10", "10/10")]
+    times: list[tuple[str, ...]] = [
+        ("", "nothing", "statistics", "+ inverses", "1/10", "10/10")
+    ]
     costs = [("", "setup s", "compile s", "state MB", "temporary MB", "loss")]
     for r in runners:
         if "ratios" in r:
@@ -184,6 +186,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         "python": platform.python_version(),
         "versions": {name: v for name, v in versions.items() if v},
         "settings": {
@@ -197,7 +200,8 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time", description=__doc__.split("\n\n")[0]
+        prog="python -m benchmarks.step_time",
+        description=(__doc__ or "").partition("\n")[0],
     )
     parser.add_argument("--workload", default="all", choices=("all", *WORKLOADS))
     parser.add_argument(
@@ -230,7 +234,7 @@ def _positive(text: str) -> int:
 
 
 def _installed(peer: str) -> bool:
-    if importlib.util.find_spec(peer) is not None:
+    if find_spec(peer) is not None:
         return True
     print(f"{peer} is not installed and left out; pip install 'lbopt[bench]' has it")
     return False

@@ -181,7 +181,9 @@ def ratios(
         pairs = [a / b for a, b in zip(own, base, strict=True)]
         rounds.append(
             {
-                kind: statistics.mean(p for p, k in zip(pairs, CYCLE, strict=True) if k == kind)
+                kind: statistics.mean(
+                    p for p, k in zip(pairs, CYCLE, strict=True) if k == kind
+                )
                 for kind in CYCLE
             }
         )

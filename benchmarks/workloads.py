@@ -155,13 +155,18 @@ def autoencoder(
     inputs = jax.nn.sigmoid(codes @ mixing)
     model = Autoencoder(sizes)
     params = jax.jit(model.init)(init_rng, inputs)["params"]
+
+    def predict(params, model_state, inputs):
+        outputs: Any = model.apply({"params": params}, inputs)
+        return outputs, model_state
+
     return Workload(
         name=name,
         description=f"MLP {'-'.join(map(str, sizes))} mirrored, batch {batch_size}",
         params=params,
         model_state={},
         batch={"inputs": inputs, "targets": inputs},
-        predict=lambda params, state, x: (model.apply({"params": params}, x), state),
+        predict=predict,
         distribution="bernoulli",
     )
 

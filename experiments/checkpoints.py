@@ -80,7 +80,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
-        return step, restored.state, restored.data["batches_taken"]
+        return step, restored["state"], restored["data"]["batches_taken"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

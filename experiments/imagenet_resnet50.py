@@ -6,11 +6,9 @@
     python experiments/imagenet_resnet50.py --help               every setting
 
 The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
-`strokes` (20 classes, 10,240 images), 40 steps of batch 2,048. Other data sets and
-models take the same path:
+`strokes` (20 classes, 10,240 images), 40 steps of batch 2,048. On other data:
 
-    python experiments/imagenet_resnet50.py --model resnet50 --dataset imagenet2012 \
-        --data-dir ~/tensorflow_datasets --dtype bfloat16
+    ... --model resnet50 --dataset imagenet2012 --data-dir ~/tensorflow_datasets
 """
 
 import dataclasses
@@ -18,7 +16,7 @@ import datetime
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +67,7 @@ class Config:
     """Name in tensorflow_datasets; strokes/... is made where it is missing."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Directory that holds prepared data sets."""
-    model: Literal[tuple(resnet.MODELS)] = "resnet8"  # pyright: ignore[reportInvalidTypeForm] - one list of names, kept where the models are
+    model: resnet.ModelName = "resnet8"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations."""
     zero_init_residual: bool = False
@@ -100,17 +98,15 @@ class Config:
 
     def __post_init__(self):
         """Refuses what no run could use, naming the argument."""
-        rate = f"{self.optimizer}.learning_rate"
-        decay = f"{self.optimizer}.momentum"
-        values = dataclasses.asdict(self)
-        values |= {f"kfac.{key}": value for key, value in values["kfac"].items()}
-        values |= {f"sgd.{key}": value for key, value in values["sgd"].items()}
-        positive = ("batch_size", "epochs", "eval_batch_size", "eval_epochs", rate)
-        for name in (*positive, "checkpoint_epochs", "log_period"):
+        chosen = dataclasses.asdict(getattr(self, self.optimizer))
+        values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
+        positive = "batch_size epochs eval_batch_size eval_epochs checkpoint_epochs"
+        rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
+        for name in (*positive.split(), "log_period", rate):
             if not values[name] > 0:
                 raise ValueError(f"{name} must be positive, got {values[name]}")
-        below = {"warmup_epochs": self.epochs, "label_smoothing": 1, decay: 1}
-        for name, bound in {**below, "seed": 2**32}.items():
+        below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
+        for name, bound in {**below, momentum: 1}.items():
             if not 0 <= values[name] < bound:
                 raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
 
@@ -165,9 +161,9 @@ def make_loss(model: resnet.ResNet, label_smoothing: float) -> Callable:
 
 
 def build_optimizer(
-    config: Config, data: pipeline.Data, layers: registry.Layers | None
-) -> optax.GradientTransformation:
-    """K-FAC on the given layers, or SGD, under schedules of one shape."""
+    config: Config, data: pipeline.Data, loss_fn: Callable, arguments: tuple
+) -> tuple[optax.GradientTransformation, registry.Layers | None]:
+    """SGD, or K-FAC and the layers it found; `arguments` are the loss's, or shapes."""
     settings = dataclasses.asdict(getattr(config, config.optimizer))
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -175,12 +171,14 @@ def build_optimizer(
         warmup_steps=round(config.warmup_epochs * data.steps_per_epoch),
         decay_steps=data.steps(config.epochs),
     )
-    if config.optimizer == "kfac":
-        return lbopt.kfac(learning_rate, layers, **settings)
-    weight_decay = optax.add_decayed_weights(settings.pop("weight_decay"))
-    return optax.chain(
-        weight_decay, optax.sgd(learning_rate, nesterov=True, **settings)
-    )
+    if config.optimizer == "sgd":
+        decay = optax.add_decayed_weights(settings.pop("weight_decay"))
+        sgd = optax.sgd(learning_rate, nesterov=True, **settings)
+        return optax.chain(decay, sgd), None
+    layers = lbopt.trace_layers(loss_fn, *arguments, has_aux=True)
+    kfac = lbopt.kfac(learning_rate, layers, **settings)
+    print(layers)
+    return kfac, layers
 
 
 # === Step =============================================================================
@@ -201,23 +199,21 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
     model_key, run_key = jax.random.split(jax.random.key(config.seed))
 
     def init_model():
-        model_state = model.init(
-            model_key, jnp.zeros((1, *data.image_shape)), train=True
-        )
+        images = jnp.zeros((1, *data.image_shape))
+        model_state = dict(model.init(model_key, images, train=True))
         return model_state.pop("params"), model_state
 
-    layers = None
-    if config.optimizer == "kfac":
-        shapes = jax.eval_shape(init_model)
-        batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
-        layers = lbopt.trace_layers(loss_fn, *shapes, batch, run_key, has_aux=True)
-        print(layers)
-    tx = build_optimizer(config, data, layers)
-    return Program(
-        init=lambda: training.init_state(tx, *jax.jit(init_model)(), run_key),
-        train_step=training.make_train_step(loss_fn, tx, layers),
-        eval_step=training.make_eval_step(make_eval(model)),
-    )
+    params, model_state = jax.eval_shape(init_model)
+    batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
+    arguments = (params, model_state, batch, run_key)
+    tx, layers = build_optimizer(config, data, loss_fn, arguments)
+
+    def init() -> training.TrainState:
+        params, model_state = jax.jit(init_model)()
+        return training.init_state(tx, params, model_state, run_key)
+
+    train_step = training.make_train_step(loss_fn, tx, layers)
+    return Program(init, train_step, training.make_eval_step(make_eval(model)))
 
 
 # === Evaluation =======================================================================
@@ -228,7 +224,7 @@ def make_eval(model: resnet.ResNet) -> Callable:
 
     def eval_fn(params, model_state, batch):
         variables = {"params": params, **model_state}
-        logits = model.apply(variables, batch["image"], train=False)
+        logits: Any = model.apply(variables, batch["image"], train=False)
         labels, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.argmax(logits, axis=-1) == labels
@@ -255,7 +251,7 @@ def evaluate(
 
 
 class Run(NamedTuple):
-    """A run that nothing is known to stand against."""
+    """A run whose settings have passed every check."""
 
     config: Config
     directory: pathlib.Path
@@ -265,12 +261,6 @@ class Run(NamedTuple):
 
 def prepare(config: Config) -> Run:
     """Opens the data, builds the program and claims the directory; compiles nothing.
-
-    Args:
-        config: Settings of the run.
-
-    Returns:
-        The run, ready for `train`.
 
     Raises:
         FileExistsError: If the directory holds a run that is not to be resumed.
@@ -287,14 +277,7 @@ def prepare(config: Config) -> Run:
 
 
 def train(run: Run) -> float:
-    """Carries out a run, or what is left of it, and draws its curves.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Accuracy on the test images after the last step, of 1.
-    """
+    """Carries out a run, or what is left of it; returns its final test accuracy."""
     config, directory, data, program = run
     state, start, total_steps = program.init(), 0, data.steps(config.epochs)
     evaluated = data.steps(config.eval_epochs)
@@ -330,9 +313,9 @@ def train(run: Run) -> float:
 def draw(drawn: Sequence[Run], path: pathlib.Path) -> None:
     """Draws the curves of runs that differ in the optimizer only."""
     config = drawn[0].config
-    what = f"{config.model} on {config.dataset}, batch {config.batch_size:,}"
+    title = f"{config.model} on {config.dataset}, batch {config.batch_size:,}"
     logs = {run.config.optimizer: run.directory / "metrics.jsonl" for run in drawn}
-    figures.draw_runs(logs, path, title=f"{what}, {config.epochs:g} epochs")
+    figures.draw_runs(logs, path, title=title)
 
 
 def demo_configs(config: Config) -> list[Config]:

@@ -129,6 +129,7 @@ class Reporter:
             bar_format="{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}"
             "{postfix} [{elapsed} < {remaining}]",
         )
+        self._bar.set_postfix_str("compiling")
         self._stream = sys.stderr if stream is None else stream
 
     def __enter__(self) -> Self:
@@ -155,7 +156,7 @@ class Reporter:
         self._write("train", step, seconds, metrics)
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
-            f"{self._epoch.images_per_second():,.0f} images/s",
+            f"{self._epoch.speed()}",
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
@@ -177,7 +178,7 @@ class Reporter:
             f"  step {step}/{self._total_steps}"
             f"  train loss {means['loss']:.3f} accuracy {means['accuracy']:.1%}"
             f"  test loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.1%}"
-            f"  {self._epoch.images_per_second():,.0f} images/s"
+            f"  {self._epoch.speed()}"
             f"  {datetime.timedelta(seconds=round(seconds))}"
         )
         self._bar.write(line, file=self._stream)
@@ -204,17 +205,20 @@ class _Clock:
 
     def __init__(self, start: float):
         self._start = time.perf_counter() - start
+        self._paused_since: float | None = None
 
     def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        paused = self._paused_since
+        return (time.perf_counter() if paused is None else paused) - self._start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
+        self._paused_since = time.perf_counter()
         try:
             yield
         finally:
-            self._start += time.perf_counter() - begin
+            self._start += time.perf_counter() - self._paused_since
+            self._paused_since = None
 
 
 class _EpochMeans:
@@ -245,8 +249,9 @@ class _EpochMeans:
             for key in ("loss", "accuracy")
         }
 
-    def images_per_second(self) -> float:
-        return self._images / self._busy if self._busy else math.nan
+    def speed(self) -> str:
+        rate = f"{self._images / self._busy:,.0f}" if self._busy else "-"
+        return f"{rate} images/s"
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -3,8 +3,7 @@
 A symmetric ``n × n`` matrix is stored as ``n (n + 1) / 2`` numbers in LAPACK's
 rectangular full packed order: with ``M = [[M₁₁, M₂₁ᵀ], [M₂₁, M₂₂]]`` split in halves,
 the triangles of ``M₁₁`` and ``M₂₂`` fit together into one rectangle and ``M₂₁`` is the
-rest of it.  Packing and unpacking are slices, transposes and masks, never index
-arrays, and a product with a vector reads ``M₂₁`` as it lies.
+rest of it.  Packing and unpacking are slices, transposes and masks, never index arrays.
 
 Every function takes any number of leading axes (stacked matrices) and computes at the
 highest matrix-product precision, because reduced precision makes inverses useless.
@@ -112,29 +111,6 @@ def unpack(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n n"]:
     return _join(m11, m21, m22)
 
 
-def symmetric_matmul(
-    packed: Float[Array, "*stack packed"], x: Float[Array, "*stack n columns"]
-) -> Float[Array, "*stack n columns"]:
-    """The product ``M x`` of packed symmetric matrices with ordinary ones.
-
-    Args:
-      packed: packed symmetric matrices M.
-      x: matrices of n rows.
-
-    Returns:
-      ``[*stack, n, columns]``.
-
-    Raises:
-      ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
-    """
-    m11, m21, m22 = _blocks(packed)
-    half = m11.shape[-1]
-    x1, x2 = x[..., :half, :], x[..., half:, :]
-    top = matmul(m11, x1) + matmul(jnp.swapaxes(m21, -1, -2), x2)
-    bottom = matmul(m21, x1) + matmul(m22, x2)
-    return jnp.concatenate([top, bottom], axis=-2)
-
-
 def packed_diagonal(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n"]:
     """The diagonals of packed matrices."""
     m11, _, m22 = _blocks(packed)
@@ -179,8 +155,8 @@ def pi_damping(
 
 def damped_inverse(
     packed: Float[Array, "*stack packed"], damping: Float[Array, "*stack"]
-) -> Float[Array, "*stack packed"]:
-    r"""The inverse :math:`(M + \lambda I)^{-1}`, packed, by a blocked Cholesky.
+) -> Float[Array, "*stack n n"]:
+    r"""The inverse :math:`(M + \lambda I)^{-1}`, whole, by a blocked Cholesky.
 
     With ``M + λI = [[M₁₁, ·], [M₂₁, M₂₂]]`` and the inverse factor ``A = L₁₁⁻¹``,
 
@@ -198,15 +174,15 @@ def damped_inverse(
       damping: λ, one for each matrix.
 
     Returns:
-      Packed inverses.
+      The inverses; not packed, because they are read at every step.
 
     Raises:
       ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
     """
     matrix = unpack(packed)
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     _, inverse = _inverse_factor(matrix + damping[..., None, None] * eye)
-    return pack(inverse)
+    return inverse
 
 
 def _inverse_factor(
@@ -254,7 +230,7 @@ def eigendecompose(
 def all_finite(*arrays: Array) -> Array:
     """Whether every number of every array is finite, as one flag."""
     flags = [jnp.all(jnp.isfinite(x)) for x in arrays]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+    return jnp.all(jnp.stack(flags))
 
 
 def matmul(x: Array, y: Array) -> Array:

@@ -267,14 +267,18 @@ def _moment_by_displacement(
     moment = jnp.moveaxis(blocks, 1, 2).reshape(*size, channels, *size, channels)
     for strip in _surplus_strips(window, spatial):
         rows = _strip_patches(inputs, window, strip)
-        kernel = tuple(
-            len(strip.taps) if axis == strip.axis else k for axis, k in enumerate(size)
-        )
+        first, taps = strip.taps[0], len(strip.taps)
+        kernel = tuple(taps if i == strip.axis else k for i, k in enumerate(size))
         surplus = outer_sum(rows, dtype).reshape(*kernel, channels, *kernel, channels)
-        taps = slice(strip.taps[0], strip.taps[-1] + 1)
-        index = [slice(None)] * (2 * rank + 2)
-        index[strip.axis] = index[rank + 1 + strip.axis] = taps
-        moment = moment.at[tuple(index)].add(-surplus)
+        # Padded to the whole and subtracted: one fused pass over the moment, where a
+        # scatter would be a loop.
+        edges = [(0, 0, 0)] * (2 * rank + 2)
+        edges[strip.axis] = edges[rank + 1 + strip.axis] = (
+            first,
+            size[strip.axis] - first - taps,
+            0,
+        )
+        moment = moment - lax.pad(surplus, jnp.zeros((), surplus.dtype), edges)
     features = math.prod(size) * channels
     return moment.reshape(features, features)
 
@@ -294,16 +298,23 @@ def _correlations(
       dimension, in lexicographic order.
     """
     # Displacements with a negative first coordinate are transposes of the others.
-    letters = "HWD"[: len(window.size)]
+    rank = len(window.size)
+    letters = "HWD"[:rank]
+    # Examples are contracted and channels take their place.  The axes are moved by
+    # hand because XLA's CPU compiler finds its fast convolution for this layout only,
+    # wherever the convolution stands inside a conditional.
+    channels_first = jnp.moveaxis(inputs, (-1, 0), (0, -1))  # [c, *spatial, batch]
+    batch_inside = jnp.moveaxis(inputs, 0, rank)  # [*spatial, batch, c]
     half = lax.conv_general_dilated(
-        inputs,
-        inputs,
+        channels_first,
+        batch_inside,
         window_strides=window.kernel_dilation,
         padding=[(0, window.span[0]), *((span, span) for span in window.span[1:])],
-        dimension_numbers=(f"C{letters}N", f"I{letters}O", f"{letters}CN"),
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         precision=_HIGHEST,
         preferred_element_type=dtype,
     )
+    half = jnp.moveaxis(half, (0, -1), (-1, -2))  # [*displacements, c, c']
     others = math.prod(half.shape[1:-2])
     half = half.reshape(window.size[0], others, *half.shape[-2:])
     mirrored = jnp.swapaxes(half[:0:-1, ::-1], -1, -2)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import linalg
 from lbopt._typing import Array, OptState, Params
 from lbopt.curvature.fisher import Fisher, value_grad_and_curvature
 from lbopt.curvature.refresh import refresh
@@ -73,8 +72,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Compiles one training step.
 
-    A step in which the loss, a gradient or an update is not finite changes nothing but
-    the counters ``step`` and ``skipped``.
+    A step in which the loss or the norm of the gradient is not finite changes nothing
+    but the counters ``step`` and ``skipped``.
 
     Args:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``;
@@ -121,19 +120,27 @@ def make_train_step(
         args = (state.params, state.model_state, batch, loss_rng)
         extra: dict[str, Any] = {}
         if layers is None:
-            (loss, (model_state, metrics)), grads = with_gradient(*args)
+            (loss, (new_model_state, metrics)), grads = with_gradient(*args)
         else:
-            (loss, (model_state, metrics)), grads, extra["curvature"] = with_curvature(
-                *args, rng=label_rng, due=refresh(state.opt_state)
+            (loss, (new_model_state, metrics)), grads, extra["curvature"] = (
+                with_curvature(*args, rng=label_rng, due=refresh(state.opt_state))
             )
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value=loss, **extra
-        )
-        sound = linalg.all_finite(loss, *jax.tree.leaves((grads, updates)))
-        new = (optax.apply_updates(state.params, updates), model_state, opt_state)
-        old = (state.params, state.model_state, state.opt_state)
-        params, model_state, opt_state = jax.tree.map(
-            lambda n, o: jnp.where(sound, n, o), new, old
+
+        def update(params, opt_state, model_state):
+            updates, opt_state = tx.update(
+                grads, opt_state, params, value=loss, **extra
+            )
+            return optax.apply_updates(params, updates), opt_state, new_model_state
+
+        def skip(params, opt_state, model_state):
+            return params, opt_state, model_state
+
+        # The norm, not each entry: a gradient whose square overflows is no use either.
+        sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        # A conditional around the update rather than a selection after it: XLA would
+        # repeat the test in every array that is selected.
+        params, opt_state, model_state = jax.lax.cond(
+            sound, update, skip, state.params, state.opt_state, state.model_state
         )
         skipped = state.skipped + ~sound
         state = TrainState(

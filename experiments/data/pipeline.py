@@ -29,7 +29,7 @@ import numpy as np
 from experiments.data import augment, splits
 
 Batch = dict[str, np.ndarray]
-"""`image` float32 `[b, h, w, c]`, `label` int32 `[b]`; to evaluate, `mask` float32 `[b]`."""
+"""`image` float32 `[b, h, w, c]`, `label` int32 `[b]`; testing, `mask` `[b]`."""
 
 _Load = Callable[[Sequence], Batch]
 

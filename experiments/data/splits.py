@@ -143,7 +143,9 @@ def open_split(
     known = sorted(builder.info.splits)
     if split.split("[")[0] not in known:
         raise ValueError(f"split: {name} has {known}, not {split!r}")
-    features = builder.info.features
+    if not builder.info.splits[split].num_examples:
+        raise ValueError(f"split: {split!r} of {name} holds no images")
+    features: Any = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(
             f"{name} has the features {sorted(features)}, not image, label"
@@ -154,9 +156,8 @@ def open_split(
     preprocessing = PREPROCESSING.get(builder.name, Preprocessing())
     # Of a photograph only a crop is used, so decoding is left to whoever crops.
     decoders = None if fixed_size else {"image": tfds.decode.SkipDecoding()}
-    records: Records = builder.as_data_source(split, decoders=decoders)
-    if not len(records):
-        raise ValueError(f"split: {split!r} of {name} holds no images")
+    open_records: Any = builder.as_data_source  # whose decorator hides its parameters
+    records: Records = open_records(split, decoders=decoders)
     if fixed_size and len(records) * int(np.prod(shape)) <= memory_limit:
         records = InMemory(records)
     crop = preprocessing.crop_size
@@ -188,8 +189,8 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
         return strokes_builder.prepare(config or "20", data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(f"dataset: tensorflow_datasets has no {name!r}") from error
+    except (tfds.core.DatasetNotFoundError, ValueError):
+        raise ValueError(f"dataset: tensorflow_datasets has no {name!r}") from None
     if not builder.is_prepared():
         raise FileNotFoundError(
             f"dataset: {name!r} is not prepared in {builder.data_path}. Prepare it "

@@ -132,9 +132,6 @@ def class_strokes(config: Strokes) -> np.ndarray:
     candidate that lies farthest from those already chosen: siblings are alike because
     they share two strokes, never because their third happens to be the same.
 
-    Args:
-        config: Number of classes and seed.
-
     Returns:
         float32 `[num_classes, 3 strokes, 4 points, (x, y)]` on the canvas `[-1, 1]^2`.
     """
@@ -165,7 +162,7 @@ def checksum(images: np.ndarray, labels: np.ndarray, start: int = 0) -> int:
     Returns:
         The checksum, in `[0, 2**32)`.
     """
-    crc = zlib.crc32(np.ascontiguousarray(images), start)
+    crc = zlib.crc32(images.tobytes(), start)
     return zlib.crc32(labels.astype("<i4").tobytes(), crc)
 
 
@@ -319,15 +316,9 @@ def _paint(
 def _squared_distance(strokes: np.ndarray, size: int) -> np.ndarray:
     """Squared distance of each pixel to the nearest of a set of strokes.
 
-    A running minimum over points along the curves; the points are closer than a pen's
-    width, and the squares separate into a row's and a column's share.
-
-    Args:
-        strokes: Control points `[n, strokes, 4, 2]`.
-        size: Pixels along each side of the canvas.
-
-    Returns:
-        float32 `[n, size, size]`.
+    A running minimum over points along the curves, which lie closer than a pen's width;
+    the squares separate into a row's and a column's share. Maps control points
+    `[n, strokes, 4, 2]` to `[n, size, size]`.
     """
     n = len(strokes)
     points = _curve_points(strokes, count=max(12, (5 * size) // 4)).reshape(n, -1, 2)

@@ -91,13 +91,29 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(f"{strokes.VERSION}.0.0")
     BUILDER_CONFIGS: ClassVar = list(CONFIGS.values())
 
+    @property
+    def _config(self) -> StrokesConfig:
+        config = self.builder_config
+        assert isinstance(config, StrokesConfig)
+        return config
+
+    @property
+    def _metadata(self) -> dict:
+        metadata = self.info.metadata
+        assert metadata is not None
+        return metadata
+
+    def checksum(self) -> int:
+        """CRC-32 of the images and labels as they were made; see `CHECKSUMS`."""
+        return self._metadata["checksum"]
+
     def _info(self) -> tfds.core.DatasetInfo:
         """Features and documentation of the data set.
 
         Returns:
             The metadata that `tensorflow_datasets` keeps with the prepared files.
         """
-        drawing = self.builder_config.drawing
+        drawing = self._config.drawing
         shape = (drawing.image_size, drawing.image_size, 3)
         # Raw bytes: as a PNG the same record takes 3 times as long to decode.
         pixels = tfds.features.Tensor(
@@ -124,8 +140,8 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
             One generator of examples a split.
         """
         del dl_manager
-        config = self.builder_config
-        self.info.metadata["checksum"] = 0
+        config = self._config
+        self._metadata["checksum"] = 0
         return {
             "train": self._generate_examples("train", config.num_train),
             "test": self._generate_examples("test", config.num_test),
@@ -141,10 +157,10 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
         Yields:
             Index and example.
         """
-        metadata = self.info.metadata
-        drawn = strokes.draw_blocks(self.builder_config.drawing, split, count)
+        metadata = self._metadata
+        drawn = strokes.draw_blocks(self._config.drawing, split, count)
         with tqdm.tqdm(
-            desc=f"drawing strokes/{self.builder_config.name} {split}",
+            desc=f"drawing strokes/{self._config.name} {split}",
             total=count,
             unit=" images",
             leave=False,
@@ -186,7 +202,7 @@ def prepare(name: str, data_dir: str | os.PathLike) -> Strokes:
         if not builder.is_prepared():
             _make(builder)
             builder = _open(name, data_dir)
-    made, expected = builder.info.metadata["checksum"], CHECKSUMS[name]
+    made, expected = builder.checksum(), CHECKSUMS[name]
     if made != expected:
         warnings.warn(
             f"strokes/{name} in {builder.data_path} has the checksum {made:#010x}, not "

@@ -169,7 +169,7 @@ class ResNet(nn.Module):
             return nn.relu(norm(name="norm_stem")(x))
         x = conv(self.width, (7, 7), strides=2, padding=3, name="conv_stem")(x)
         x = nn.relu(norm(name="norm_stem")(x))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
 
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
@@ -184,7 +184,20 @@ ResNet32 = functools.partial(_CifarResNet, stage_sizes=(5, 5, 5))
 ResNet44 = functools.partial(_CifarResNet, stage_sizes=(7, 7, 7))
 ResNet56 = functools.partial(_CifarResNet, stage_sizes=(9, 9, 9))
 
-MODELS: dict[str, Callable[..., ResNet]] = {
+ModelName = Literal[
+    "resnet8",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+]
+"""What a command line may ask for; `resnet8` is the demo's."""
+
+MODELS: dict[ModelName, Callable[..., ResNet]] = {
     "resnet8": ResNet8,
     "resnet20": ResNet20,
     "resnet32": ResNet32,
@@ -195,4 +208,4 @@ MODELS: dict[str, Callable[..., ResNet]] = {
     "resnet50": ResNet50,
     "resnet101": ResNet101,
 }
-"""Constructors by the name that a command line uses; `resnet8` is the demo's."""
+"""Constructors by name."""

@@ -8,7 +8,7 @@ A block is the approximation of the Fisher matrix for the parameters of one laye
    same numbers;
 2. *statistics*, the sums divided by :func:`per_row` or :func:`per_example`;
 3. *factors*, the running average of the statistics, symmetric matrices packed;
-4. *inverses*, damped, packed.
+4. *inverses*, damped, whole.
 
 Statistics and factors share a type (the same quantity at another time); sums and
 inverses have their own.
@@ -50,7 +50,8 @@ class CurvatureBlock(NamedTuple):
       pack: ``statistics -> factors``, symmetric matrices as triangles.
       init: ``leading axes -> (factors, inverses)`` before the first statistic:
         zero and the identity.
-      invert: ``(factors, damping) -> inverses``.
+      invert: ``(factors, damping) -> inverses``.  Layers whose factors have equal
+        shapes and whose blocks have the same function here are inverted together.
       precondition: ``(inverses, gradients) -> natural gradients`` of the layer's
         arrays, leading axes first.
       exact: the block with λI added to the curvature itself, where ``invert`` adds a

@@ -67,9 +67,6 @@ def diagonal_block(
         zeros = jnp.zeros((*leading, *shape), dtype)
         return DiagonalFactors(zeros), DiagonalInverses(zeros + 1)
 
-    def invert(factors: DiagonalFactors, damping: Scalar) -> DiagonalInverses:
-        return DiagonalInverses(1 / (factors.f + damping))
-
     return block.CurvatureBlock(
         kind="diagonal",
         sums=DiagonalSums(jax.ShapeDtypeStruct(shape, dtype)),
@@ -78,6 +75,10 @@ def diagonal_block(
         mean=lambda sums, terms: DiagonalFactors(block.per_example(sums.f, terms)),
         pack=lambda factors: factors,
         init=init,
-        invert=invert,
+        invert=_invert,
         precondition=lambda inverses, leaves: {name: inverses.f_inv * leaves[name]},
     )
+
+
+def _invert(factors: DiagonalFactors, damping: Scalar) -> DiagonalInverses:
+    return DiagonalInverses(1 / (factors.f + damping))

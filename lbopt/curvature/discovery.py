@@ -112,7 +112,7 @@ def used_arrays(
         identity.defvjp(lambda x: (x, None), backward)
         return identity(x)
 
-    def noted(params):
+    def noted(params, args):
         return loss(
             jax.tree_util.tree_map_with_path(
                 lambda path, x: note(keys_of(path), x) if _differentiable(x) else x,
@@ -121,7 +121,7 @@ def used_arrays(
             *args,
         )
 
-    jax.eval_shape(lambda p: jax.grad(noted, allow_int=True)(p), params)
+    _eval_shape(jax.grad(noted, allow_int=True), params, args)
     return used
 
 
@@ -244,7 +244,27 @@ def _trace(loss, params, args, markers, interceptor) -> None:
         with nn.intercept_methods(interceptor):
             return loss(capture.insert(params, markers), *args)
 
-    jax.eval_shape(marked, _shapes(params), tuple(args), markers)
+    _eval_shape(marked, params, args, markers)
+
+
+def _eval_shape(function: Callable[..., Any], *operands: Any) -> None:
+    """``jax.eval_shape`` that leaves what is not an array (flags, names) as it is."""
+    leaves, tree = jax.tree.flatten(operands)
+    traced = [hasattr(x, "shape") for x in leaves]
+
+    def call(arrays: list[Any]) -> Any:
+        found = iter(arrays)
+        return function(
+            *jax.tree.unflatten(
+                tree,
+                [
+                    next(found) if is_traced else x
+                    for x, is_traced in zip(leaves, traced, strict=True)
+                ],
+            )
+        )
+
+    jax.eval_shape(call, [x for x, t in zip(leaves, traced, strict=True) if t])
 
 
 def _refuse_raw_transform(module: Any) -> None:

@@ -101,8 +101,9 @@ def _dense_general(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
         seen.params["kernel"].shape,
         "bias" in seen.params,
         batched,
-        axis=tuple(axis % ndim - ndim for axis in _as_tuple(module.axis, 1)),
-        batch_dims=tuple(axis % ndim for axis in _as_tuple(module.batch_dims, 1)),
+        # Flax sorts the axes, whatever order they are given in.
+        axis=tuple(sorted(axis % ndim - ndim for axis in _as_tuple(module.axis, 1))),
+        batch_dims=tuple(range(len(_as_tuple(module.batch_dims, 1)))),
     )
     return kronecker.kronecker_block(linear, sharing, _dtype(seen))
 
@@ -128,7 +129,6 @@ def _query(seen: Seen) -> Array:
 
 
 def _conv(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
-    del batched  # Flax's convolutions say themselves which axis is the batch
     module = seen.module
     if not module.shared_weights:
         raise Refusal("the kernel is not shared by the locations")
@@ -161,6 +161,7 @@ def _conv(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
         shape[-2],
         shape[-1],
         "bias" in seen.params,
+        batched,
         groups=module.feature_group_count,
     )
     return kronecker.kronecker_block(linear, sharing, _dtype(seen))
@@ -182,7 +183,6 @@ def _padding(
 
 
 def _conv_transpose(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
-    del batched
     module = seen.module
     if module.mask is not None:
         raise Refusal("the kernel is masked")
@@ -207,7 +207,13 @@ def _conv_transpose(seen: Seen, batched: bool, sharing: kronecker.WeightSharing)
         pad = lambda x: _merge_batch(x, rank)  # noqa: E731
     in_features, out_features = shape[-2:] if not flip else shape[:-3:-1]
     linear = linear_maps.conv_linear(
-        window, pad, in_features, out_features, "bias" in seen.params, flip=flip
+        window,
+        pad,
+        in_features,
+        out_features,
+        "bias" in seen.params,
+        batched,
+        flip=flip,
     )
     return kronecker.kronecker_block(linear, sharing, _dtype(seen))
 

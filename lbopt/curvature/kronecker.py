@@ -61,7 +61,12 @@ class KroneckerSums(NamedTuple):
 
 
 class KroneckerInverses(NamedTuple):
-    """The damped inverses of the two factors, packed."""
+    """The damped inverses of the two factors.
+
+    Attributes:
+      a_inv: ``(A + λ_A I)⁻¹``, ``[*stack, in, in]``; a diagonal for embeddings.
+      g_inv: ``(G + λ_G I)⁻¹``, ``[*stack, out, out]``.
+    """
 
     a_inv: Any
     g_inv: Any
@@ -172,63 +177,28 @@ def two_factor_block(
         a, g = statistics
         return KroneckerFactors(a if diagonal else linalg.pack(a), linalg.pack(g))
 
-    def identity(leading: tuple[int, ...]) -> KroneckerFactors:
-        """The packed identity in the place of each factor."""
-        ones = KroneckerFactors(
-            jnp.ones(shapes.a.shape, shapes.a.dtype) if diagonal else _eye(shapes.a),
-            _eye(shapes.g),
-        )
-        packed = pack(ones)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*leading, *x.shape)), packed)
+    def zeros(leading: tuple[int, ...]) -> KroneckerFactors:
+        packed = jax.eval_shape(pack, shapes)
+        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), packed)
 
     def init(leading: tuple[int, ...]) -> tuple[KroneckerFactors, KroneckerInverses]:
-        eye = identity(leading)
-        return jax.tree.map(jnp.zeros_like, eye), KroneckerInverses(eye.a, eye.g)
-
-    def invert(factors: KroneckerFactors, damping: Scalar) -> KroneckerInverses:
-        a, g = factors
-        a_diagonal = a if diagonal else linalg.packed_diagonal(a)
-        a_damping, g_damping = linalg.pi_damping(
-            damping,
-            jnp.mean(a_diagonal, -1),
-            jnp.mean(linalg.packed_diagonal(g), -1),
-        )
-        return KroneckerInverses(
-            1 / (a + a_damping[..., None])
-            if diagonal
-            else linalg.damped_inverse(a, a_damping),
-            linalg.damped_inverse(g, g_damping),
-        )
+        a = jnp.ones(shapes.a.shape, shapes.a.dtype) if diagonal else _eye(shapes.a)
+        inverses = KroneckerInverses(a, _eye(shapes.g))
+        return zeros(leading), _copies(inverses, leading)
 
     def precondition(
         inverses: KroneckerInverses, leaves: block.Leaves
     ) -> dict[str, Array]:
         a_inv, g_inv = inverses
-        v = to_matrix(leaves)
-        v = a_inv[..., None] * v if diagonal else linalg.symmetric_matmul(a_inv, v)
-        v = linalg.symmetric_matmul(g_inv, jnp.swapaxes(v, -1, -2))
-        return from_matrix(jnp.swapaxes(v, -1, -2))
+        v = linalg.matmul(to_matrix(leaves), g_inv)
+        v = a_inv[..., None] * v if diagonal else linalg.matmul(a_inv, v)
+        return from_matrix(v)
 
     def init_exact(leading: tuple[int, ...]) -> tuple[KroneckerFactors, KroneckerEigen]:
-        factors, _ = init(leading)
         shape = (*shapes.g.shape[:-2], shapes.a.shape[-1], shapes.g.shape[-1])
-
-        def like(x: Array) -> Array:
-            return jnp.broadcast_to(x, (*leading, *x.shape))
-
-        return factors, KroneckerEigen(
-            () if diagonal else like(_eye(shapes.a)),
-            like(_eye(shapes.g)),
-            like(jnp.ones(shape, shapes.a.dtype)),
-        )
-
-    def invert_exactly(factors: KroneckerFactors, damping: Scalar) -> KroneckerEigen:
-        a_values, a_vectors = (
-            (factors.a, ()) if diagonal else linalg.eigendecompose(factors.a)
-        )
-        g_values, g_vectors = linalg.eigendecompose(factors.g)
-        product = a_values[..., :, None] * g_values[..., None, :]
-        return KroneckerEigen(a_vectors, g_vectors, 1 / (product + damping))
+        a = () if diagonal else _eye(shapes.a)
+        inverses = KroneckerEigen(a, _eye(shapes.g), jnp.ones(shape, shapes.a.dtype))
+        return zeros(leading), _copies(inverses, leading)
 
     def precondition_exactly(
         inverses: KroneckerEigen, leaves: block.Leaves
@@ -240,6 +210,13 @@ def two_factor_block(
         v = linalg.matmul(reciprocal * v, jnp.swapaxes(q_g, -1, -2))
         return from_matrix(v if diagonal else linalg.matmul(q_a, v))
 
+    # Functions of the module, not closures: layers of equal shapes whose blocks have
+    # the same one are inverted together.
+    invert, invert_exactly = (
+        (_invert_diagonal_a, _invert_diagonal_a_exactly)
+        if diagonal
+        else (_invert, _invert_exactly)
+    )
     factored = block.CurvatureBlock(
         "kronecker", sums, estimate, gradient, mean, pack, init, invert, precondition
     )
@@ -249,5 +226,48 @@ def two_factor_block(
     return factored._replace(exact=exact)
 
 
+def _invert(factors: KroneckerFactors, damping: Scalar) -> KroneckerInverses:
+    a, g = factors
+    a_damping, g_damping = linalg.pi_damping(
+        damping, _mean_eigenvalue(a), _mean_eigenvalue(g)
+    )
+    return KroneckerInverses(
+        linalg.damped_inverse(a, a_damping), linalg.damped_inverse(g, g_damping)
+    )
+
+
+def _invert_diagonal_a(factors: KroneckerFactors, damping: Scalar) -> KroneckerInverses:
+    a, g = factors
+    a_damping, g_damping = linalg.pi_damping(
+        damping, jnp.mean(a, -1), _mean_eigenvalue(g)
+    )
+    return KroneckerInverses(
+        1 / (a + a_damping[..., None]), linalg.damped_inverse(g, g_damping)
+    )
+
+
+def _invert_exactly(factors: KroneckerFactors, damping: Scalar) -> KroneckerEigen:
+    a_values, a_vectors = linalg.eigendecompose(factors.a)
+    g_values, g_vectors = linalg.eigendecompose(factors.g)
+    product = a_values[..., :, None] * g_values[..., None, :]
+    return KroneckerEigen(a_vectors, g_vectors, 1 / (product + damping))
+
+
+def _invert_diagonal_a_exactly(
+    factors: KroneckerFactors, damping: Scalar
+) -> KroneckerEigen:
+    g_values, g_vectors = linalg.eigendecompose(factors.g)
+    product = factors.a[..., :, None] * g_values[..., None, :]
+    return KroneckerEigen((), g_vectors, 1 / (product + damping))
+
+
+def _mean_eigenvalue(packed: Array) -> Array:
+    return jnp.mean(linalg.packed_diagonal(packed), -1)
+
+
 def _eye(s: jax.ShapeDtypeStruct) -> Array:
     return jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
+
+
+def _copies(tree: Any, leading: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*leading, *x.shape)), tree)

@@ -178,6 +178,7 @@ def conv_linear(
     in_features: int,
     out_features: int,
     use_bias: bool,
+    batched: bool,
     *,
     groups: int = 1,
     flip: bool = False,
@@ -191,6 +192,8 @@ def conv_linear(
       in_features: input channels of one group.
       out_features: output channels of all groups.
       use_bias: whether there is a bias.
+      batched: whether the first of the axes before the map numbers examples; else the
+        layer sees one example per call.
       groups: feature groups; each is an independent matrix.
       flip: whether the kernel is stored mirrored, with its two feature axes exchanged
         (``ConvTranspose(transpose_kernel=True)``).
@@ -204,9 +207,12 @@ def conv_linear(
     spatial = tuple(range(rank))
     features = (out_features, in_features) if flip else (in_features, out_features)
 
-    def by_group(x: Array) -> Array:
-        """``[batch, shared, taps * groups * in]`` to one matrix of rows a group."""
-        batch = x.shape[0]
+    def examples(x: Array) -> int:
+        """How many examples an input or output of the layer holds."""
+        return x.shape[0] if batched and x.ndim > rank + 1 else 1
+
+    def by_group(x: Array, batch: int) -> Array:
+        """``[..., taps * groups * in]`` to one matrix of rows a group."""
         if not stack:
             return x.reshape(batch, -1, taps * in_features)
         x = x.reshape(batch, -1, taps, groups, in_features)
@@ -217,7 +223,7 @@ def conv_linear(
         locations = math.prod(patches.output_size(window, x.shape[1:-1]))
         rows = x.shape[0] * locations
         if stack:
-            grouped = by_group(patches.extract_patches(x, window))
+            grouped = by_group(patches.extract_patches(x, window), x.shape[0])
             return moment_of(grouped, homogeneous, dtype), rows
         total = patches.patch_moment(x, window, dtype)
         if homogeneous:
@@ -227,18 +233,18 @@ def conv_linear(
         return total, rows
 
     def input_rows(x: Array) -> Array:
-        return by_group(patches.extract_patches(pad(x), window))
+        return by_group(patches.extract_patches(pad(x), window), examples(x))
 
     def mean_rows(x: Array, dtype: Any) -> Array:
-        x = pad(x).astype(dtype)
-        locations = math.prod(patches.output_size(window, x.shape[1:-1]))
-        return by_group(patches.patch_sum(x, window) / locations)[..., 0, :]
+        padded = pad(x).astype(dtype)
+        locations = math.prod(patches.output_size(window, padded.shape[1:-1]))
+        means = patches.patch_sum(padded, window) / locations
+        return jnp.mean(by_group(means, examples(x)), axis=-2)
 
     def output_rows(g: Array) -> Array:
-        batch = math.prod(g.shape[: g.ndim - rank - 1])
         if not stack:
-            return g.reshape(batch, -1, out_features)
-        g = g.reshape(batch, -1, groups, per_group)
+            return g.reshape(examples(g), -1, out_features)
+        g = g.reshape(examples(g), -1, groups, per_group)
         return jnp.moveaxis(g, 2, 0)
 
     def kernel_matrix(kernel: Array) -> Array:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbopt._typing import Array, OptState
+from lbopt._typing import Array, Count, OptState
 
 
 class Refresh(NamedTuple):
@@ -36,7 +36,7 @@ def init_refresh(statistics: int, layers: int) -> Refresh:
     )
 
 
-def is_due(count: Array, period: int) -> Array:
+def is_due(count: Array, period: Count | int) -> Array:
     """Whether something with this period is renewed at step ``count`` (from 0)."""
     return jnp.asarray(count % period == 0)
 

@@ -204,7 +204,7 @@ def trace_layers(
         _refuse_marked(layers)
     if verify:
         tapped = {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
-        verification.verify(loss, params, args, tapped, batch_size)
+        verification.verify(loss, params, args, tapped, n)
     return Layers(layers)
 
 
@@ -220,8 +220,9 @@ def without_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any
 
 def unjitted(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function that ``jax.jit`` wrapped; other decorators belong to the loss."""
-    while isinstance(loss_fn, jax.stages.Wrapped) and hasattr(loss_fn, "__wrapped__"):
-        loss_fn = loss_fn.__wrapped__
+    while isinstance(loss_fn, jax.stages.Wrapped):
+        # Not inspect.unwrap, which would go on through other decorators.
+        loss_fn = vars(loss_fn)["__wrapped__"]
     return loss_fn
 
 
@@ -248,7 +249,8 @@ def split_aux(
             f"loss_fn={name_of(loss_fn)} returns {kind}, but has_aux={has_aux}; "
             "return (loss, aux) with has_aux=True, the loss alone otherwise"
         )
-    loss, aux = result if has_aux else (result, None)
+    pair: Any = result if has_aux else (result, None)
+    loss, aux = pair
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             f"loss_fn={name_of(loss_fn)} returns "
@@ -273,6 +275,11 @@ def _tapped_row(location, sighting, axes, batched, weight_sharing, params) -> La
     """The row of a layer with a rule."""
     path = location.path
     sharing = weight_sharing(path) if callable(weight_sharing) else weight_sharing
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(
+            f"weight_sharing({path!r}) returned {sharing!r}; it must be 'expand' or "
+            "'reduce'"
+        )
     block = sighting.rule.block(sighting.seen, batched, sharing)
     if any(max(axes, default=0) > len(x.shape) for x in block.sums):
         raise flax_layers.Refusal("its lifted axis lies too far back; use axis 0")

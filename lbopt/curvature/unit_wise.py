@@ -160,8 +160,12 @@ def _invert(factors: UnitWiseFactors, damping: Scalar) -> UnitWiseInverses:
     f = factors.f
     if f.shape[-1] == 1:
         return UnitWiseInverses(1 / (f + damping))
-    a, b, d = f[..., 0] + damping, f[..., 1], f[..., 2] + damping
-    return UnitWiseInverses(jnp.stack([d, -b, a], -1) / (a * d - b * b)[..., None])
+    a, b, d = f[..., 0], f[..., 1], f[..., 2]
+    # F is positive semi-definite, but rounding can make the determinant of a nearly
+    # singular one negative, and with it the direction of the step.
+    determinant = jnp.maximum(a * d - b * b, 0) + damping * (a + d + damping)
+    adjugate = jnp.stack([d + damping, -b, a + damping], -1)
+    return UnitWiseInverses(adjugate / determinant[..., None])
 
 
 def _unpack(

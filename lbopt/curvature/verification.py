@@ -2,12 +2,13 @@
 
 Three checks on one real batch.  With every flag off, each statistic must be exactly
 zero: otherwise the loss reads the probes, for example through a norm of each array of
-the parameters.  Probes must arrive as they were put in.  And the sum of input ⊗ output gradient must be the gradient that automatic
-differentiation finds for the layer's arrays: otherwise something between the parameters
-and the layer changes them (``nn.map_variables``, ``nn.WeightNorm``), a layer is tapped
-twice, or it is used in a way that its tap does not see.  A penalty on the parameters is
-such a use, too, but a harmless one: what it adds to the gradient does not depend on the
-batch, so two batches are compared, the given one and its first half, doubled.
+the parameters.  Probes must arrive as they were put in.  And the sum of input ⊗ output
+gradient must be the gradient that automatic differentiation finds for the layer's
+arrays: otherwise something between the parameters and the layer changes them
+(``nn.map_variables``, ``nn.WeightNorm``), a layer is tapped twice, or it is used in a
+way that its tap does not see.  A penalty on the parameters is such a use, too, but a
+harmless one: what it adds to the gradient does not depend on the batch, so two batches
+are compared, the given one and its first half, doubled.
 """
 
 import collections

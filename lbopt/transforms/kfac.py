@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Bool, Int
 
@@ -121,7 +122,8 @@ def scale_by_kfac(
         **extra_args: Any,
     ) -> tuple[Updates, KfacState]:
         del params, extra_args
-        own = {path: known[path] for path in state.factors}
+        # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
+        own = {path: known[path] for path in sorted(state.factors)}
         statistics = _statistics(own, curvature, state.factors)
         state = _average(own, state, statistics, factor_decay)
         state = _invert(own, state, damping, inverse_period)
@@ -146,25 +148,18 @@ def _average(
     """Folds the statistics that are due and finite into the factors."""
     due, renewals = state.refresh.due, state.refresh.renewals
     weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
-    factors, finite, start = {}, [], 0
-    for path, layer in own.items():
-        stop = start + len(jax.tree.leaves(state.factors[path]))
-        fold = functools.partial(_fold, layer)
-        flags = due[start:stop]
-        # The whole work stands inside the condition: a step without statistics does
-        # not even read them.
-        factors[path], ok = jax.lax.cond(
-            jnp.any(flags),
-            fold,
-            lambda old, new, flags, weights: (old, jnp.ones_like(flags)),
-            state.factors[path],
-            statistics[path],
-            flags,
-            weights[start:stop],
-        )
-        finite.append(ok)
-        start = stop
-    accepted = due & jnp.concatenate(finite)
+    # The whole work stands inside one condition: a step without statistics does not
+    # even read them.
+    factors, finite = jax.lax.cond(
+        jnp.any(due),
+        functools.partial(_fold, own),
+        lambda old, new, due, weights: (old, jnp.ones_like(due)),
+        state.factors,
+        dict(statistics),
+        due,
+        weights,
+    )
+    accepted = due & finite
     return state._replace(
         factors=factors,
         rejected=state.rejected + _by_layer(due & ~accepted, state.factors),
@@ -178,11 +173,12 @@ def _average(
 
 
 def _fold(
-    layer: Layer, old: Any, statistics: Any, due: Array, weights: Array
+    own: Mapping[str, Layer], old: Any, statistics: Any, due: Array, weights: Array
 ) -> tuple[Any, Array]:
-    """One layer's factors after a statistic, and which statistics were finite."""
+    """The factors after the statistics, and which statistics were finite."""
     leaves, tree = jax.tree.flatten(old)
-    new = jax.tree.leaves(layer.block.pack(statistics))
+    packed = {path: own[path].block.pack(statistics[path]) for path in old}
+    new = jax.tree.leaves(packed)
     finite = jnp.stack([linalg.all_finite(x) for x in new])
     accepted = due & finite
     folded = [
@@ -204,16 +200,30 @@ def _invert(
     missing = known & (state.refresh.inverse_step < 0)
     turn = clocks.is_due(state.count, inverse_period) | jnp.any(missing)
 
+    groups = _alike(own, state.factors)
+    paths = list(own)
+
     def renew(factors, inverses, boost):
-        renewed, accepted = {}, []
-        for position, (path, layer) in enumerate(own.items()):
-            new = layer.block.invert(factors[path], value * boost[position])
-            old = inverses[path]
-            new = jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
-            sound = linalg.all_finite(*jax.tree.leaves(new)) & known[position]
-            renewed[path] = jax.tree.map(functools.partial(jnp.where, sound), new, old)
-            accepted.append(sound)
-        return renewed, jnp.stack(accepted)
+        renewed, sound = dict(inverses), []
+        for group in groups:
+            stacked = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(factors[paths[i]] for i in group)
+            )
+            amounts = value * boost[np.asarray(group)]
+            new = jax.vmap(own[paths[group[0]]].block.invert)(stacked, amounts)
+            finite = jax.vmap(lambda tree: linalg.all_finite(*jax.tree.leaves(tree)))
+            accepted = finite(new) & known[np.asarray(group)]
+            for k, i in enumerate(group):
+                renewed[paths[i]] = jax.tree.map(
+                    lambda n, o, k=k, ok=accepted: jnp.where(
+                        ok[k], n[k].astype(o.dtype), o
+                    ),
+                    new,
+                    inverses[paths[i]],
+                )
+            sound.append(accepted)
+        order = [i for group in groups for i in group]
+        return renewed, jnp.concatenate(sound)[np.argsort(order)]
 
     def keep(factors, inverses, boost):
         del factors
@@ -232,6 +242,17 @@ def _invert(
             inverse_step=jnp.where(accepted, state.count, state.refresh.inverse_step)
         ),
     )
+
+
+def _alike(own: Mapping[str, Layer], factors: Mapping[str, Any]) -> list[list[int]]:
+    """The numbers of the layers, those together that one batched inversion serves."""
+    groups: dict[Any, list[int]] = {}
+    for number, (path, layer) in enumerate(own.items()):
+        leaves, tree = jax.tree.flatten(factors[path])
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        key = (layer.block.invert, tree, shapes)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
 
 
 def _precondition(layer: Layer, inverses: Any, updates: Updates) -> dict[str, Array]:
@@ -271,6 +292,8 @@ def _present(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
         location = layer.tapped.location
         try:
             arrays = capture.lookup(params, location)
+            if isinstance(arrays, optax.MaskedNode):
+                continue
             leaves = [arrays[name] for name in location.names]
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -294,6 +317,11 @@ def _present(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
                     "with these parameters"
                 )
         own[path] = layer
+    if not own:
+        raise ValueError(
+            f"params holds none of the layers {sorted(layers)}, all are masked; leave "
+            "scale_by_kfac out, or mask fewer parameters"
+        )
     return own
 
 
@@ -342,12 +370,10 @@ def _by_layer(
     flags: Bool[Array, " statistics"], factors: Mapping[str, Any]
 ) -> Int[Array, " layers"]:
     """Sums flags of statistics for each layer."""
-    totals, start = [], 0
-    for tree in factors.values():
-        stop = start + len(jax.tree.leaves(tree))
-        totals.append(jnp.sum(flags[start:stop], dtype=jnp.int32))
-        start = stop
-    return jnp.stack(totals)
+    owner = [i for i, tree in enumerate(factors.values()) for _ in tree]
+    return jax.ops.segment_sum(
+        flags.astype(jnp.int32), jnp.asarray(owner), len(factors)
+    )
 
 
 def _dtype(inverses: Any) -> Any:
@@ -355,11 +381,7 @@ def _dtype(inverses: Any) -> Any:
 
 
 def _check_settings(
-    layers: Layers,
-    damping: ScalarOrSchedule,
-    factor_decay: Scalar,
-    stats_period: Count | int,
-    inverse_period: Count | int,
+    layers: Any, damping: Any, factor_decay: Any, stats_period: Any, inverse_period: Any
 ) -> None:
     if not isinstance(layers, Layers):
         raise ValueError(

@@ -1,0 +1,147 @@
+"""What the abstract trace of a loss finds, and what it refuses."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lbopt.curvature import discovery
+from tests.problems import BATCH, CLASSES, FEATURES, Mlp, classify, inputs, labels
+
+# ------------------------------------------------------------------------ the batch
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ((inputs(), labels()), BATCH),
+        (({"image": inputs(), "label": labels()},), BATCH),
+        (({"norm": {"mean": jnp.ones(5)}}, inputs()), BATCH),  # batch_stats
+        ((inputs(), jax.random.key(0)), BATCH),
+        ((inputs(), jnp.zeros(2, jnp.uint32)), BATCH),  # a raw key
+        ((inputs(), 0.1, None, jnp.ones([])), BATCH),
+        ((jax.ShapeDtypeStruct((7, 2), jnp.float32),), 7),
+        ((), None),
+        ((jnp.ones([]),), None),
+    ],
+)
+def test_batch_size_is_the_shared_leading_size(args, expected):
+    assert discovery.infer_batch_size(args) == expected
+
+
+def test_an_ambiguous_batch_is_refused():
+    message = r"argument 1: 8, argument 2: 3\); pass batch_size="
+    with pytest.raises(ValueError, match=message):
+        discovery.infer_batch_size((inputs(), jnp.ones(CLASSES)))
+    problem = classify(Mlp())
+    with pytest.raises(ValueError, match=message):
+        problem._replace(args=(inputs(), jnp.ones(CLASSES))).trace()
+
+
+# --------------------------------------------------------------------------- use
+
+
+def test_used_arrays_are_those_with_a_gradient():
+    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(2), "d": jnp.ones(2)}}
+
+    def loss(params, x):
+        stopped = jax.lax.stop_gradient(params["b"]["d"])
+        return jnp.sum(params["a"] * params["b"]["c"] * stopped * x)
+
+    assert discovery.used_arrays(loss, params, (jnp.ones(2),)) == {("a",), ("b", "c")}
+
+
+# --------------------------------------------------------------------- lifted axes
+
+
+class Square(nn.Module):
+    """Scanned layers as many as their width, so that sizes alone say nothing."""
+
+    axis: int
+    depth: int = FEATURES
+
+    @nn.compact
+    def __call__(self, x):
+        kind = nn.scan(
+            Layer,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        return kind(name="body")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(FEATURES, name="dense")(x)), None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("depth", [FEATURES, 3])
+def test_lifted_axes_are_told_from_the_layers_own(axis, depth):
+    layers = classify(Square(axis, depth)).trace()
+    assert layers["body/dense"].tapped.axes == (axis,)
+    assert layers["body/dense"].tapped.copies == (depth,)
+
+
+def test_an_axis_without_a_common_position_falls_back():
+    class Crooked(nn.Module):  # the bias of rank 1 has its axis last, at 1; kernel at 2
+        @nn.compact
+        def __call__(self, x):
+            kind = nn.scan(
+                Layer,
+                variable_axes={"params": -1},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return kind(name="body")(x, None)[0]
+
+    layers = classify(Crooked()).trace()
+    assert [x.fallback for x in layers.values()] == [True, True]
+    assert "use axis 0 in variable_axes" in layers["body/dense/kernel"].why
+    with pytest.raises(ValueError, match=r"strict=True.*'body/dense/kernel'.*axis 0"):
+        classify(Crooked()).trace(strict=True)
+
+
+# ------------------------------------------------------------------- raw transforms
+
+
+class Raw(nn.Module):
+    """A bound layer under a transform of JAX's own."""
+
+    transform: str
+
+    def setup(self):
+        self.dense = nn.Dense(CLASSES)
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.dense(x)
+        if self.transform == "vmap":
+            return jax.vmap(self.dense)(x)
+        if self.transform == "checkpoint":
+            return jax.checkpoint(lambda x: self.dense(x))(x)
+        if self.transform == "jit":
+            return jax.jit(lambda x: self.dense(x))(x)
+        return jax.lax.map(self.dense, x)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "checkpoint", "jit", "map"])
+def test_a_raw_transform_around_a_bound_module_is_refused(transform):
+    message = r"'dense' \(Dense\).*raw JAX transform.*jax.vmap.*nn.vmap.*model.apply"
+    with pytest.raises(ValueError, match=message):
+        classify(Raw(transform)).trace()
+
+
+class Unrecognised(nn.Module):
+    """A raw transform around parameters of no known layer is nobody's business."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (FEATURES, CLASSES))
+        return jax.vmap(lambda x: x @ w)(x)
+
+
+def test_a_raw_transform_around_plain_arrays_is_allowed():
+    assert list(classify(Unrecognised()).trace()) == ["w"]

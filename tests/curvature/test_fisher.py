@@ -1,0 +1,459 @@
+"""The three Fisher matrices, what is due, and what each of them costs."""
+
+import functools
+import inspect
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import lbopt
+from tests.curvature.test_capture import Lifted, lifted_pair
+from tests.problems import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    WIDTH,
+    Mlp,
+    Problem,
+    all_finite,
+    assert_close,
+    assert_equal,
+    classify,
+    cross_entropy,
+    inputs,
+    labels,
+)
+
+SAMPLES = 4096
+# A mean over SAMPLES draws is off by about std / √SAMPLES; entries of one draw scatter
+# by no more than a few times the largest entry.
+MONTE_CARLO = 6 / SAMPLES**0.5
+
+
+def loss_of(distribution):
+    def categorical(f, y):
+        return cross_entropy(f, y)
+
+    def bernoulli(f, y):
+        hot = jax.nn.one_hot(y, CLASSES)
+        return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(f, hot), -1))
+
+    def normal(f, y):
+        hot = jax.nn.one_hot(y, CLASSES)
+        return jnp.mean(jnp.sum(jnp.square(f - hot), -1)) / 2
+
+    return {"categorical": categorical, "bernoulli": bernoulli, "normal": normal}[
+        distribution
+    ]
+
+
+def problem_of(distribution, model=None):
+    model = Mlp() if model is None else model
+    problem = classify(model)
+
+    def loss_fn(params, x, y):
+        f = lbopt.likelihood(model.apply({"params": params}, x), distribution)
+        return loss_of(distribution)(f, y)
+
+    return problem._replace(loss_fn=loss_fn)
+
+
+def output_fisher(distribution, f):
+    """The Fisher matrix of each example's distribution in its outputs."""
+    p = np.asarray(jax.nn.softmax(f), np.float64)
+    q = np.asarray(jax.nn.sigmoid(f), np.float64)
+    if distribution == "categorical":
+        return [np.diag(row) - np.outer(row, row) for row in p]
+    if distribution == "bernoulli":
+        return [np.diag(row * (1 - row)) for row in q]
+    return [np.eye(f.shape[-1])] * len(f)
+
+
+DISTRIBUTIONS = ["categorical", "bernoulli", "normal"]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_exact_fisher_pulls_back_that_of_the_outputs(distribution):
+    problem = problem_of(distribution)
+    loss, grads, curvature = problem.evaluate(fisher="exact")
+    assert_equal((loss, grads), problem.untapped())
+    params, (x, _) = problem.params, problem.args
+    pre = x @ params["first"]["kernel"] + params["first"]["bias"][None]
+    f = jnp.tanh(pre) @ params["last"]["kernel"]
+    roots = output_fisher(distribution, f)
+    jacobian = jax.vmap(jax.jacobian(lambda z: jnp.tanh(z) @ params["last"]["kernel"]))(
+        pre
+    )
+    pulled = [j.T @ r @ j for j, r in zip(np.asarray(jacobian), roots, strict=True)]
+    assert_close(curvature["last"].g, np.mean(roots, 0))
+    assert_close(curvature["first"].g, np.mean(pulled, 0))
+    assert_close(curvature["last"].a, jnp.tanh(pre).T @ jnp.tanh(pre) / BATCH)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sampled_labels_converge_to_the_exact_fisher(distribution):
+    problem = problem_of(distribution)
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers, fisher="sampled")
+    exact = problem.evaluate(layers, fisher="exact")[2]
+
+    @jax.jit
+    def draw(keys):
+        return jax.vmap(lambda key: f(problem.params, *problem.args, rng=key))(keys)
+
+    loss, grads, curvature = draw(jax.random.split(jax.random.key(7), SAMPLES))
+    first = jax.tree.map(lambda x: x[0], (loss, grads))
+    assert_close(first, problem.untapped())  # the parameter gradient is the true loss's
+    assert float(jnp.ptp(grads["first"]["kernel"], axis=0).max()) == 0
+    for path in exact:
+        mean = np.mean(curvature[path].g, 0)
+        error = np.abs(mean - exact[path].g).max() / np.abs(exact[path].g).max()
+        assert error < MONTE_CARLO, (path, error)
+        assert float(jnp.ptp(curvature[path].g, axis=0).max()) > 0
+        assert_close(curvature[path].a[-1], exact[path].a)
+
+
+class Scaled(nn.Module):
+    """A dense layer and an array that only the diagonal block covers."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (1, CLASSES))
+        return nn.Dense(CLASSES, name="dense")(x) * scale
+
+
+def test_the_exact_fisher_of_a_diagonal_block():
+    # The block sees its gradient summed over the batch, so examples must not mix.
+    problem = problem_of("categorical", Scaled())
+    curvature = problem.evaluate(fisher="exact")[2]
+    x, _ = problem.args
+    params = problem.params
+    hidden = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+    fishers = np.asarray(output_fisher("categorical", hidden * params["scale"]))
+    expected = np.mean(np.einsum("ic,icc->ic", np.square(hidden), fishers), 0)
+    assert_close(curvature["scale"].f, expected[None])
+    assert_close(curvature["dense"].g, np.mean(fishers, 0))
+
+
+class Tokens(nn.Module):
+    """A prediction for every token."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES, name="dense")(x)
+
+
+def test_a_loss_that_averages_tokens_states_its_terms():
+    tokens = 3
+    x = inputs(batch=BATCH * tokens)
+    y = labels(BATCH * tokens)
+    flat = classify(Tokens(), x, y)
+    model = Tokens()
+
+    def loss_fn(params, x, y):
+        f = model.apply({"params": params}, x)
+        f = lbopt.likelihood(f, "categorical", terms=BATCH * tokens)
+        return cross_entropy(f, y)
+
+    args = (x.reshape(BATCH, tokens, -1), y.reshape(BATCH, tokens))
+    problem = Problem(loss_fn, flat.params, args)
+    for fisher in ("empirical", "exact"):
+        assert_close(
+            problem.evaluate(fisher=fisher), flat.evaluate(fisher=fisher), atol=1e-5
+        )
+    key = jax.random.key(3)
+    sampled = problem.evaluate(fisher="sampled", rng=key)[2]
+    assert all_finite(sampled)
+    # batch_size says the same where there is no likelihood in the loss.
+    silent = problem._replace(
+        loss_fn=lambda p, x, y: cross_entropy(model.apply({"params": p}, x), y)
+    )
+    stated = silent.evaluate(batch_size=BATCH * tokens)
+    assert_close(stated, flat.evaluate())
+    unstated = silent.evaluate()
+    assert_close(unstated[2]["dense"].g * tokens, stated[2]["dense"].g)
+
+
+def test_has_aux():
+    problem = problem_of("categorical")
+
+    def loss_fn(params, x, y):
+        return problem.loss_fn(params, x, y), {"x": jnp.sum(x)}
+
+    with_aux = problem._replace(loss_fn=loss_fn, has_aux=True)
+    for fisher, rng in (("empirical", None), ("sampled", jax.random.key(0))):
+        (loss, aux), grads, curvature = with_aux.evaluate(fisher=fisher, rng=rng)
+        plain = problem.evaluate(fisher=fisher, rng=rng)
+        assert_equal((loss, grads, curvature), plain)
+        assert_close(aux, {"x": jnp.sum(problem.args[0])})
+
+
+# ---------------------------------------------------------------------- what is due
+
+
+def all_due(problem, layers):
+    return lbopt.refresh(lbopt.scale_by_kfac(layers).init(problem.params))
+
+
+def test_a_statistic_that_is_not_due_is_zero_and_the_others_unchanged():
+    problem = classify(Mlp())
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    loss, grads, full = problem.evaluate(layers)
+    traced = jax.jit(lambda due: f(problem.params, *problem.args, due=due))
+    mask = all_due(problem, layers)
+    for path in layers:
+        for field in ("a", "g"):
+            off = {
+                **mask,
+                path: mask[path]._replace(**{field: jnp.asarray(False)}),
+            }
+            static = jax.tree.map(bool, off)
+            expected = {
+                **full,
+                path: full[path]._replace(
+                    **{field: jnp.zeros_like(getattr(full[path], field))}
+                ),
+            }
+            assert_close(traced(off), (loss, grads, expected))
+            assert not np.any(getattr(traced(off)[2][path], field))
+            if path == "first":
+                assert_close(
+                    f(problem.params, *problem.args, due=static),
+                    (loss, grads, expected),
+                )
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_due_is_heeded_by_the_second_pass(fisher):
+    problem = problem_of("categorical")
+    layers = problem.trace()
+    rng = jax.random.key(0)
+    full = problem.evaluate(layers, fisher=fisher, rng=rng)
+    mask = all_due(problem, layers)
+    off = {**mask, "last": mask["last"]._replace(g=jnp.asarray(False))}
+    loss, grads, curvature = problem.evaluate(layers, due=off, fisher=fisher, rng=rng)
+    assert_close((loss, grads), full[:2])
+    assert not np.any(curvature["last"].g)
+    assert_close(curvature["last"].a, full[2]["last"].a)
+    assert_close(curvature["first"], full[2]["first"])
+
+
+def test_a_layer_that_due_does_not_name_is_not_wanted():
+    problem = classify(Mlp())
+    layers = problem.trace()
+    mask = all_due(problem, layers)
+    full = problem.evaluate(layers)[2]
+    curvature = problem.evaluate(layers, due={"last": mask["last"]})[2]
+    assert_close(curvature["last"], full["last"])
+    assert not any(np.any(x) for x in curvature["first"])
+
+
+# ---------------------------------------------------------------------- what it costs
+
+
+def conditionals(compiled):
+    return len(re.findall(r" conditional\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize("lift", ["once", "remat", "scan_remat", "vmap_scan", "jit"])
+def test_the_compiled_program_keeps_the_conditionals(lift):
+    problem = lifted_pair(lift)[0] if lift != "once" else classify(Lifted("once"))
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    call = jax.jit(lambda p, args, due: f(p, *args, due=due))
+    mask = all_due(problem, layers)
+    program = call.lower(problem.params, problem.args, mask).compile()
+    assert conditionals(program) == 4  # two layers of two statistics
+
+
+def test_the_conditionals_survive_shard_map():
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=kinds)
+    problem = classify(Mlp())
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    for check_vma in (False, True):
+        call = jax.shard_map(
+            lambda p, args, due: jax.lax.pmean(f(p, *args, due=due)[2], "data"),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec()),
+            out_specs=PartitionSpec(),
+            check_vma=check_vma,
+        )
+        mask = all_due(problem, layers)
+        program = jax.jit(call).lower(problem.params, problem.args, mask).compile()
+        assert conditionals(program) == 4
+
+
+def dots(function, *args):
+    """Matrix products in the program before XLA's own optimisation."""
+    return jax.jit(function).lower(*args).as_text().count("stablehlo.dot_general")
+
+
+def test_how_many_matrix_products_each_fisher_takes():
+    # Two layers: 2 forward, 2 for the kernels and 1 to the hidden layer backward.
+    problem = problem_of("categorical")
+    layers = problem.trace()
+    make = functools.partial(lbopt.value_grad_and_curvature, problem.loss_fn, layers)
+    sgd = dots(jax.value_and_grad(problem.loss_fn), problem.params, *problem.args)
+    assert sgd == 5
+    empirical = dots(make(), problem.params, *problem.args)
+    assert empirical == sgd + 2 * len(layers)
+    # The second backward pass has no kernel gradients: 1 product more.
+    sampled = dots(
+        lambda p, args, rng: make(fisher="sampled")(p, *args, rng=rng),
+        problem.params,
+        problem.args,
+        jax.random.key(0),
+    )
+    assert sampled == empirical + 1
+
+
+def test_nothing_due_costs_nothing():
+    problem = classify(Mlp())
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    nothing = jax.tree.map(lambda _: False, all_due(problem, layers))
+
+    def flops(function):
+        program = jax.jit(function).lower(problem.params, *problem.args).compile()
+        assert conditionals(program) == 0
+        return program.cost_analysis()["flops"]
+
+    plain = flops(jax.value_and_grad(problem.loss_fn))
+    assert flops(lambda p, *args: f(p, *args, due=nothing)) <= plain
+    assert flops(lambda p, *args: f(p, *args)) > plain
+    assert (
+        dots(lambda p, *args: f(p, *args, due=nothing), problem.params, *problem.args)
+        == 5
+    )
+
+
+# --------------------------------------------------------------------------- messages
+
+
+def unchecked(function, *args, **kwargs):
+    """A call as users make it; the test run checks types before we do."""
+    return inspect.unwrap(function)(*args, **kwargs)
+
+
+def test_unknown_words():
+    problem = classify(Mlp())
+    layers = problem.trace()
+    message = r"fisher='true' must be 'empirical', 'sampled' or 'exact'"
+    with pytest.raises(ValueError, match=message):
+        unchecked(
+            lbopt.value_grad_and_curvature, problem.loss_fn, layers, fisher="true"
+        )
+    message = r"distribution='poisson' must be one of .*'categorical'"
+    with pytest.raises(ValueError, match=message):
+        unchecked(lbopt.likelihood, jnp.zeros((2, 3)), "poisson")
+    message = "layers=dict must be what lbopt.trace_layers returns"
+    with pytest.raises(ValueError, match=message):
+        unchecked(lbopt.value_grad_and_curvature, problem.loss_fn, dict(layers))
+
+
+def test_the_sampled_fisher_needs_a_key():
+    problem = problem_of("categorical")
+    f = lbopt.value_grad_and_curvature(
+        problem.loss_fn, problem.trace(), fisher="sampled"
+    )
+    with pytest.raises(ValueError, match="fisher='sampled' draws labels: pass rng="):
+        f(problem.params, *problem.args)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_likelihood_is_called_once(calls, fisher):
+    model = Mlp()
+
+    def loss_fn(params, x, y):
+        f = model.apply({"params": params}, x)
+        for _ in range(calls):
+            f = lbopt.likelihood(f, "categorical")
+        return cross_entropy(f, y)
+
+    problem = classify(model)._replace(loss_fn=loss_fn)
+    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), fisher=fisher)
+    message = rf"fisher='{fisher}'.*once.*loss_fn=loss_fn calls it {calls} times"
+    with pytest.raises(ValueError, match=message):
+        f(problem.params, *problem.args, rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap", "map", "checkpoint"])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_likelihood_is_called_outside_transforms(transform, fisher):
+    wrap = {
+        "jit": jax.jit,
+        "vmap": jax.vmap,
+        "map": lambda f: functools.partial(jax.lax.map, f),
+        "checkpoint": jax.checkpoint,
+    }[transform]
+    model = Mlp()
+
+    def loss_fn(params, x, y):
+        f = model.apply({"params": params}, x)
+        f = wrap(lambda f: lbopt.likelihood(f, "categorical", terms=BATCH))(f)
+        return cross_entropy(f, y)
+
+    problem = classify(model)._replace(loss_fn=loss_fn)
+    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), fisher=fisher)
+    message = r"lbopt.likelihood\(outputs, 'categorical'\) is called inside a jit, vmap"
+    with pytest.raises(ValueError, match=message):
+        f(problem.params, *problem.args, rng=jax.random.key(0))
+
+
+def test_the_number_of_terms_is_stated_once():
+    model = Mlp()
+
+    def loss_fn(params, x, y):
+        f = model.apply({"params": params}, x)
+        return cross_entropy(lbopt.likelihood(f, "categorical", terms=4), y)
+
+    problem = classify(model)._replace(loss_fn=loss_fn)
+    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), batch_size=BATCH)
+    with pytest.raises(ValueError, match=r"stated as \[4, 8\]; state it once"):
+        f(problem.params, *problem.args)
+
+
+def test_a_loss_without_a_batch_needs_its_size():
+    x, y = inputs(), labels()
+    problem = classify(Mlp())
+
+    def loss_fn(params):
+        return problem.loss_fn(params, x, y)
+
+    closed = Problem(loss_fn, problem.params, ())
+    with pytest.raises(ValueError, match=r"pass batch_size= to value_grad_and_curv"):
+        closed.evaluate()
+    assert_close(closed.evaluate(batch_size=BATCH), problem.evaluate())
+
+
+def test_due_from_another_model():
+    problem, other = classify(Mlp()), classify(Scaled())
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, problem.trace())
+    due = all_due(other, other.trace())
+    message = (
+        r"due has entries \['dense', 'scale'\].*\['first', 'last'\].*lbopt.refresh"
+    )
+    with pytest.raises(ValueError, match=message):
+        f(problem.params, *problem.args, due=due)
+    renamed = {"first": due["scale"]}
+    message = r"due\['first'\] is a DiagonalFactors, not a KroneckerFactors"
+    with pytest.raises(ValueError, match=message):
+        f(problem.params, *problem.args, due=renamed)
+
+
+def test_shapes_of_the_statistics():
+    curvature = classify(Mlp()).evaluate()[2]
+    shapes = jax.tree.map(lambda x: x.shape, curvature)
+    d = FEATURES + 1
+    assert tuple(shapes["first"]) == ((d, d), (WIDTH, WIDTH))
+    assert tuple(shapes["last"]) == ((WIDTH, WIDTH), (CLASSES, CLASSES))

@@ -1,0 +1,158 @@
+"""``verify=True`` finds what would be silently wrong, and nothing else."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from tests.curvature.test_capture import (
+    LIFTED,
+    Attend,
+    Recurrent,
+    Tied,
+    Twice,
+    lifted_pair,
+    normalised_problem,
+)
+from tests.problems import (
+    BATCH,
+    CLASSES,
+    WIDTH,
+    Mlp,
+    assert_close,
+    classify,
+    cross_entropy,
+    inputs,
+)
+
+
+def penalised(penalty):
+    problem = classify(Mlp())
+
+    def loss_fn(params, x, y):
+        return problem.loss_fn(params, x, y) + penalty(params, x)
+
+    return problem._replace(loss_fn=loss_fn)
+
+
+def leaf_norms(params, x):
+    return 0.1 * sum(jnp.linalg.norm(w.reshape(-1)) for w in jax.tree.leaves(params))
+
+
+def absolute(params, x):
+    return 0.1 * sum(jnp.sum(jnp.abs(w)) for w in jax.tree.leaves(params))
+
+
+def squares(params, x):
+    return 0.1 * sum(jnp.sum(jnp.square(w)) for w in jax.tree.leaves(params))
+
+
+def global_norm(params, x):
+    return 0.1 * optax.tree.norm(params)
+
+
+def unseen_use(params, x):
+    return jnp.mean(jnp.square(x @ params["first"]["kernel"]))
+
+
+@pytest.mark.parametrize("penalty", [leaf_norms, absolute])
+def test_a_loss_that_reads_the_probes_is_found(penalty):
+    problem = penalised(penalty)
+    problem.trace()  # cannot be seen from shapes
+    message = r"layer 'first'.*not zero when none is due.*weight_decay"
+    with pytest.raises(ValueError, match=message):
+        problem.trace(verify=True)
+
+
+@pytest.mark.parametrize("penalty", [squares, global_norm])
+def test_harmless_penalties_are_clean(penalty):
+    problem = penalised(penalty)
+    problem.trace(verify=True)
+    loss, grads, _ = problem.evaluate()
+    expected = problem.untapped()
+    assert_close((loss, grads), expected)
+
+
+def test_a_use_beside_the_layer_is_found():
+    message = r"layer 'first': the sum of input times.*'kernel'.*optax.partition"
+    with pytest.raises(ValueError, match=message):
+        penalised(unseen_use).trace(verify=True)
+
+
+class ByHand(nn.Module):
+    """Embeddings tied by hand: the second use is no layer."""
+
+    @nn.compact
+    def __call__(self, words):
+        embed = nn.Embed(CLASSES, WIDTH, name="embed")
+        return jnp.mean(embed(words), 1) @ embed.embedding.T
+
+
+def test_embeddings_tied_by_hand_are_found():
+    words = jnp.arange(BATCH * 2).reshape(BATCH, 2) % CLASSES
+    with pytest.raises(ValueError, match=r"'embed'.*'embedding'"):
+        classify(ByHand(), words).trace(verify=True)
+
+
+class Reparametrised(nn.Module):
+    """A dense layer whose kernel is a function of the parameters."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.how == "weight_norm":
+            return nn.WeightNorm(nn.Dense(CLASSES, name="dense"))(x)
+        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)  # noqa: E731
+        kind = nn.map_variables(nn.Dense, "params", trans_in_fn=double, init=True)
+        return kind(CLASSES, name="dense")(x)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "map_variables"])
+def test_reparametrised_layers_are_found(how):
+    message = r"layers? \W+dense'.*nn.map_variables.*optax.partition"
+    with pytest.raises(ValueError, match=message):
+        classify(Reparametrised(how)).trace(verify=True)
+
+
+@pytest.mark.parametrize(
+    "lift", ["scan_axis_1", "scan_remat", "scan_broadcast", "vmap_shared", "vmap_scan"]
+)
+def test_lifted_transforms_are_clean(lift):
+    assert lift in LIFTED
+    lifted_pair(lift)[0].trace(verify=True)
+
+
+def other_models():
+    words = jnp.arange(BATCH * 2).reshape(BATCH, 2) % CLASSES
+    sequence = inputs(batch=BATCH * 3).reshape(BATCH, 3, -1)
+    return {
+        "batch_norm": normalised_problem,
+        "twice": lambda: classify(Twice(True)),
+        "tied": lambda: classify(Tied(True), words),
+        "attention": lambda: classify(Attend(True), sequence),
+        "recurrent": lambda: classify(Recurrent(True), sequence),
+        "mixed": lambda: classify(Mlp(dtype=jnp.bfloat16)),
+        "bfloat16": lambda: classify(Mlp(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)),
+    }
+
+
+@pytest.mark.parametrize("name", other_models())
+def test_other_models_are_clean(name):
+    other_models()[name]().trace(verify=True)
+
+
+def test_mistakes_are_found_in_mixed_precision_too():
+    model = Mlp(dtype=jnp.bfloat16)
+    problem = classify(model)
+
+    def loss_fn(params, x, y):
+        logits = (
+            model.apply({"params": params}, x)
+            + x @ params["first"]["kernel"][:, :CLASSES]
+        )
+        return cross_entropy(logits, y)
+
+    with pytest.raises(ValueError, match="layer 'first'"):
+        problem._replace(loss_fn=loss_fn).trace(verify=True)

@@ -1,0 +1,239 @@
+"""The whole experiment on a tiny set and a tiny net, to the last file."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import checkpoints, imagenet_resnet50, metrics
+from experiments.data import pipeline
+from experiments.models import resnet
+
+ROOT = pathlib.Path(imagenet_resnet50.__file__).parents[1]
+
+OneBlock = functools.partial(
+    resnet.ResNet, stage_sizes=(1,), block=resnet.BasicBlock, width=4, stem_reduction=2
+)
+
+
+@pytest.fixture(autouse=True)
+def one_block(monkeypatch):
+    monkeypatch.setitem(resnet.MODELS, "resnet8", OneBlock)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def flags(data_dir):
+    values = {"dataset": "strokes/tiny", "data-dir": data_dir, "batch-size": 64}
+    values |= {"epochs": 2, "warmup-epochs": 0.25, "eval-batch-size": 64}
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def config(data_dir):
+    return imagenet_resnet50.Config(
+        dataset="strokes/tiny",
+        data_dir=data_dir,
+        batch_size=64,
+        epochs=1.5,
+        warmup_epochs=0.25,
+        eval_batch_size=64,
+        eval_epochs=0.5,
+        checkpoint_epochs=1.0,
+    )
+
+
+def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
+    imagenet_resnet50.main(["demo", *flags, "--directory", str(tmp_path)])
+    (root,) = tmp_path.iterdir()
+    for optimizer in ("sgd", "kfac"):
+        records = metrics.read_json_lines(root / optimizer / "metrics.jsonl")
+        train = [r for r in records if r["kind"] == "train"]
+        assert [r["step"] for r in train] == list(range(1, 9))
+        assert all(np.isfinite(r["loss"]) for r in train)
+        assert train[-1]["loss"] < 3
+        assert train[-1]["skipped"] == 0
+        assert [r["step"] for r in records if r["kind"] == "test"] == [4, 8]
+        assert (root / optimizer / "curves.png").stat().st_size > 10_000
+        assert any((root / optimizer / "tensorboard").iterdir())
+        assert (root / optimizer / "checkpoints" / "8").is_dir()
+    output = capsys.readouterr()
+    picture = root / "sgd_and_kfac.png"
+    assert picture.stat().st_size > 10_000
+    assert str(picture.resolve()) in output.out
+    assert output.out.count(" test accuracy ") == 2
+    assert "kfac  epoch 2/2  step 8/8" in output.err
+    assert "stage1_block1/Conv_0" in output.out, "the table of layers is shown"
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing of it is handled."""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "kfac"])
+def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, optimizer):
+    config = dataclasses.replace(config, optimizer=optimizer)
+    whole, killed = (
+        dataclasses.replace(config, directory=tmp_path / name)
+        for name in ("whole", "killed")
+    )
+    run = imagenet_resnet50.prepare(whole)
+    accuracy = imagenet_resnet50.train(run)
+
+    def prepare(config):
+        # The same program, so that the test compiles it once.
+        return imagenet_resnet50.prepare(config)._replace(program=run.program)
+
+    take = pipeline.TrainingBatches.__next__
+
+    def take_five(batches):
+        if batches.get_state() == 5:
+            raise Killed
+        return take(batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.TrainingBatches, "__next__", take_five)
+        with pytest.raises(Killed):
+            imagenet_resnet50.train(prepare(killed))
+    resumed = prepare(dataclasses.replace(killed, resume=True))
+    assert imagenet_resnet50.train(resumed) == accuracy
+
+    one, other = (
+        [
+            {key: value for key, value in record.items() if key != "seconds"}
+            for record in metrics.read_json_lines(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "killed")
+    )
+    assert one == other
+    assert one[-1]["step"] == 6
+    state = resumed.program.init()
+    restored = []
+    for name in ("whole", "killed"):
+        with checkpoints.Checkpoints(tmp_path / name / "checkpoints") as saved:
+            restored.append(saved.restore_latest(state))
+    assert restored[0][0] == restored[1][0] == 6
+    assert restored[0][2] == restored[1][2] == 6
+    for a, b in zip(*(jax.tree.leaves(r[1]) for r in restored), strict=True):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_evaluation_is_the_mean_over_the_test_images(config, tmp_path):
+    config = dataclasses.replace(config, optimizer="sgd", directory=tmp_path)
+    run = imagenet_resnet50.prepare(config)
+    state = run.program.init()
+    means = [
+        imagenet_resnet50.evaluate(
+            run.program.eval_step,
+            state,
+            dataclasses.replace(
+                run.data,
+                test=imagenet_resnet50.open_data(
+                    dataclasses.replace(config, eval_batch_size=size)
+                ).test,
+            ),
+        )
+        for size in (100, 33)  # 33 pads the last batch by 32
+    ]
+    assert means[0].keys() == {"loss", "accuracy"}
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
+    assert 100 * means[0]["accuracy"] == pytest.approx(
+        round(100 * means[0]["accuracy"])
+    )
+
+
+def test_label_smoothing_is_in_the_training_loss(config):
+    model = OneBlock(num_classes=5)
+    batch = {
+        "image": np.random.default_rng(0).normal(size=(8, 16, 16, 3)),
+        "label": np.arange(8) % 5,
+    }
+    variables = dict(model.init(jax.random.key(0), batch["image"], train=True))
+    params = variables.pop("params")
+    losses = []
+    for smoothing in (0.0, 0.5, 1.0):
+        loss_fn = imagenet_resnet50.make_loss(model, smoothing)
+        losses.append(float(loss_fn(params, variables, batch, None)[0]))
+    assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "batch_size must be positive, got 0"),
+        (["--batch-size", "300"], "batch_size must be at most 256"),
+        (["--epochs", "-1"], "epochs must be positive, got -1"),
+        (["--warmup-epochs", "8"], r"warmup_epochs must be in \[0, 2.0\), got 8"),
+        (["--label-smoothing", "1"], "label_smoothing must be in"),
+        (["--seed", "-3"], "seed must be in"),
+        (["--kfac.learning-rate", "0"], "kfac.learning_rate must be positive"),
+        (["--kfac.momentum", "1"], r"kfac.momentum must be in \[0, 1\)"),
+        (["--kfac.damping", "-0.5"], "damping.*-0.5"),
+        (["--kfac.inverse-period", "0"], "inverse_period.*0"),
+        (["--dataset", "strokes/21"], "configs.*'21'"),
+        (["--dataset", "no_such"], "dataset.*'no_such'"),
+        (["--model", "resnet9"], "resnet9"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_compiled(
+    flags, tmp_path, capsys, monkeypatch, arguments, message
+):
+    def init(*arguments):
+        raise AssertionError("the run was begun")
+
+    monkeypatch.setattr(imagenet_resnet50, "train", init)
+    directory = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        imagenet_resnet50.main([*flags, *arguments, "--directory", str(directory)])
+    output = capsys.readouterr()
+    # The box that the message may stand in breaks lines; a reader does not mind.
+    text = " ".join((str(stopped.value) + output.out + output.err).split())
+    assert re.search(message, text.replace("│ ", ""))
+    assert stopped.value.code not in (0, None)
+    assert not directory.exists(), "a refused run claims no directory"
+
+
+def test_the_demo_refuses_bad_settings_of_its_second_run_before_the_first(
+    flags, tmp_path
+):
+    with pytest.raises(SystemExit, match="damping"):
+        imagenet_resnet50.main(
+            ["demo", *flags, "--kfac.damping", "0", "--directory", str(tmp_path)]
+        )
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_finished_run_is_not_overwritten(config, tmp_path):
+    config = dataclasses.replace(config, optimizer="sgd", directory=tmp_path)
+    imagenet_resnet50.prepare(config)
+    with pytest.raises(FileExistsError, match="--resume"):
+        imagenet_resnet50.prepare(config)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["experiments/imagenet_resnet50.py"], ["-m", "experiments.imagenet_resnet50"]],
+)
+def test_runs_as_a_file_and_as_a_module(command):
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--kfac.damping" in done.stdout

@@ -1,0 +1,101 @@
+"""Small problems that several test modules share."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lbopt
+
+BATCH, FEATURES, WIDTH, CLASSES = 8, 4, 5, 3
+
+
+class Problem(NamedTuple):
+    """A loss with what it is called on."""
+
+    loss_fn: Any
+    params: Any
+    args: tuple
+    has_aux: bool = False
+
+    def trace(self, **options):
+        return lbopt.trace_layers(
+            self.loss_fn, self.params, *self.args, has_aux=self.has_aux, **options
+        )
+
+    def evaluate(self, layers=None, *, due=None, rng=None, **options):
+        """Loss, gradient and curvature, compiled in one program."""
+        f = lbopt.value_grad_and_curvature(
+            self.loss_fn, layers or self.trace(), has_aux=self.has_aux, **options
+        )
+        return jax.jit(lambda p, *args: f(p, *args, rng=rng, due=due))(
+            self.params, *self.args
+        )
+
+    def untapped(self):
+        f = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+        return jax.jit(f)(self.params, *self.args)
+
+
+class Mlp(nn.Module):
+    """Two dense layers; the second one has no bias."""
+
+    width: int = WIDTH
+    classes: int = CLASSES
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.tanh(nn.Dense(self.width, name="first", **kinds)(x))
+        return nn.Dense(self.classes, use_bias=False, name="last", **kinds)(x)
+
+
+def cross_entropy(logits, labels):
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def inputs(seed=0, batch=BATCH, features=FEATURES):
+    return jax.random.normal(jax.random.key(seed), (batch, features))
+
+
+def labels(batch=BATCH, classes=CLASSES):
+    return jnp.arange(batch) % classes
+
+
+def classify(model, x=None, y=None, seed=1, **apply_options) -> Problem:
+    """A model's cross entropy."""
+    x = inputs() if x is None else x
+    y = labels(x.shape[0]) if y is None else y
+    params = model.init(jax.random.key(seed), x)["params"]
+
+    def loss_fn(params, x, y):
+        logits = model.apply({"params": params}, x, **apply_options)
+        return cross_entropy(lbopt.likelihood(logits, "categorical"), y)
+
+    return Problem(loss_fn, params, (x, y))
+
+
+def assert_equal(actual, expected):
+    """Bit for bit, types of the containers included."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_close(actual, expected, rtol=2e-5, atol=1e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+    def compare(a, e):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=rtol, atol=atol)
+
+    jax.tree.map(compare, actual, expected)
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))

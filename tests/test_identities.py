@@ -1,0 +1,829 @@
+"""What K-FAC must satisfy exactly, in float64: Martens & Grosse 2015, Grosse & Martens
+2016, Ba et al. 2017, Eschenhagen et al. 2023.
+
+Tests are numbered as in the notes that list the identities.  The Fisher matrices that
+the factors are compared with are dense Jacobian constructions (``oracles``).
+"""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lbopt
+from lbopt import linalg
+from lbopt.curvature import kronecker, linear_maps
+from tests import oracles
+from tests.oracles import quick_jit
+
+EXACT = 1e-8  # relative; float64 sums of a few hundred terms leave about 1e-14
+# "λ = 0": each factor gets 1e-15, no more than its own rounding.
+NO_DAMPING = 1e-30
+INEXACT = 1e-2  # an approximation that is off shows at least this relative error
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+class Linear(nn.Module):
+    """Dense layers with a function between them."""
+
+    widths: tuple[int, ...]
+    between: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, param_dtype=jnp.float64, name=f"dense{i}")(x)
+            if i < len(self.widths) - 1 and self.between:
+                x = self.between[i](x)
+        return x
+
+
+def conv(features, size=(3, 3), **options):
+    return nn.Conv(features, size, param_dtype=jnp.float64, **options)
+
+
+def dense(features):
+    return nn.Dense(features, param_dtype=jnp.float64)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def likelihood_terms(f, y, distribution):
+    """−log p(y | f) of each example, up to a constant."""
+    if distribution == "normal":
+        return 0.5 * jnp.sum((f - y) ** 2, axis=tuple(range(1, f.ndim)))
+    if distribution == "bernoulli":
+        terms = optax.sigmoid_binary_cross_entropy(f, y)
+        return jnp.sum(terms, axis=tuple(range(1, f.ndim)))
+    return optax.softmax_cross_entropy_with_integer_labels(f, y)
+
+
+class Problem:
+    """A model, its parameters, a batch, and how the outputs are a distribution."""
+
+    def __init__(self, model, x, distribution="normal", seed=1):
+        self.model, self.x, self.distribution = model, x, distribution
+        rng = np.random.default_rng(seed)
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        # Biases are not zero either, so that nothing is exact by chance.
+        self.params = jax.tree.map(
+            lambda s: jnp.asarray(rng.normal(size=s.shape) / s.size**0.25),
+            variables["params"],
+        )
+        shape = jax.eval_shape(self.outputs, self.params, x).shape
+        self.y = jnp.asarray(
+            {
+                "normal": lambda: rng.normal(size=shape),
+                "bernoulli": lambda: rng.integers(0, 2, size=shape).astype(float),
+                "categorical": lambda: rng.integers(0, shape[-1], size=shape[:-1]),
+            }[distribution]()
+        )
+
+    def outputs(self, params, x):
+        return self.model.apply({"params": params}, x)
+
+    def losses(self, params, x, y):
+        return likelihood_terms(self.outputs(params, x), y, self.distribution)
+
+    def loss(self, params, x, y):
+        f = lbopt.likelihood(self.outputs(params, x), self.distribution)
+        return jnp.mean(likelihood_terms(f, y, self.distribution))
+
+    def layers(self, sharing="expand"):
+        return lbopt.trace_layers(
+            self.loss, self.params, self.x, self.y, weight_sharing=sharing, strict=True
+        )
+
+    def evaluate(self, fisher="exact", sharing="expand"):
+        return lbopt.value_grad_and_curvature(
+            self.loss, self.layers(sharing), fisher=fisher
+        )
+
+    def curvature(self, fisher="exact", sharing="expand"):
+        evaluate = quick_jit(self.evaluate(fisher, sharing))
+        return evaluate(self.params, self.x, self.y)[2]
+
+    @functools.cached_property
+    def predictions(self):
+        return np.asarray(quick_jit(self.outputs)(self.params, self.x))
+
+    @functools.cached_property
+    def jacobians(self):
+        return oracles.jacobians(self.outputs, self.params, self.x)
+
+    def jacobian(self, path):
+        return oracles.layer_jacobian(self.jacobians, self.predictions, path)
+
+    def fisher(self, path, other=None):
+        right = None if other is None else self.jacobian(other)
+        return oracles.exact_fisher(
+            self.jacobian(path), self.predictions, self.distribution, right
+        )
+
+    def empirical_fishers(self):
+        losses = jax.eval_shape(self.losses, self.params, self.x, self.y)
+        jac = oracles.jacobians(
+            lambda p, x: self.losses(p, x, self.y), self.params, self.x
+        )
+        return {
+            path: oracles.empirical_fisher(oracles.layer_jacobian(jac, losses, path))
+            for path in self.params
+        }
+
+
+def product(statistics):
+    return np.kron(statistics.a, statistics.g)
+
+
+def error(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def spd(seed, size, rank=None):
+    x = np.random.default_rng(seed).normal(size=(rank or 2 * size, size))
+    return x.T @ x / len(x)
+
+
+def dense_block(d_in, d_out):
+    linear = linear_maps.dense_linear((d_in, d_out), False, True)
+    return kronecker.kronecker_block(linear, "expand", jnp.float64)
+
+
+def packed(a, g):
+    return kronecker.KroneckerFactors(
+        linalg.pack(jnp.asarray(a)), linalg.pack(jnp.asarray(g))
+    )
+
+
+# ------------------------------------------------------------------ 1: algebra
+
+
+@pytest.mark.parametrize("damping", [NO_DAMPING, 1e-3, 10.0])
+def test_01_kronecker_inverse_is_the_dense_solve(damping):
+    a, g, v = spd(0, 5), spd(1, 4), np.asarray(normal(2, 5, 4))
+    block = dense_block(5, 4)
+    inverses = block.invert(packed(a, g), damping)
+    natural = block.precondition(inverses, {"kernel": jnp.asarray(v)})["kernel"]
+    assert error(natural, oracles.natural_gradient(a, g, damping, v)) < EXACT
+    damped_a, damped_g = oracles.damped_factors(a, g, damping)
+    by_sides = np.linalg.inv(damped_a) @ v @ np.linalg.inv(damped_g)
+    assert error(natural, by_sides) < EXACT
+
+
+def test_01_eigen_damped_form_is_the_dense_solve():
+    a, g, v, damping = spd(0, 5), spd(1, 4), np.asarray(normal(2, 5, 4)), 0.3
+    (d_a, q_a), (d_g, q_g) = (
+        linalg.eigendecompose(linalg.pack(jnp.asarray(m))) for m in (a, g)
+    )
+    natural = q_a @ ((q_a.T @ v @ q_g) / (np.outer(d_a, d_g) + damping)) @ q_g.T
+    full = np.kron(a, g) + damping * np.eye(20)
+    assert error(np.ravel(natural), np.linalg.solve(full, v.ravel())) < EXACT
+
+
+# ------------------------------------------------------------------ 2 to 6: exactness
+
+
+def test_02_deep_linear_net_is_exact_in_every_layer():
+    problem = Problem(Linear((4, 5, 3)), normal(0, 7, 6))
+    curvature = problem.curvature()
+    for path in problem.params:
+        assert error(product(curvature[path]), problem.fisher(path)) < EXACT
+        ggn = oracles.gauss_newton(
+            problem.jacobian(path),
+            problem.predictions,
+            problem.y,
+            lambda f, y: 0.5 * jnp.sum((f - y) ** 2),
+        )
+        assert error(product(curvature[path]), ggn) < EXACT
+
+
+def test_02_deep_linear_net_is_exact_between_layers():
+    # The library keeps diagonal blocks alone; the cross moments are built here from the
+    # oracle's own inputs and output gradients, one backward pass per output.
+    problem = Problem(Linear((4, 3)), normal(0, 7, 6))
+    a, g = 0.0, 0.0
+    for c in range(3):
+        calls = oracles.layer_calls(
+            lambda p, x, c=c: jnp.sum(problem.outputs(p, x)[..., c]),
+            problem.params,
+            problem.x,
+        )
+        (x0, g0), (x1, g1) = (calls[f"dense{i}"][0] for i in (0, 1))
+        a = oracles.with_ones(x0).T @ oracles.with_ones(x1) / len(x0)
+        g = g + g0.T @ g1 / len(x0)
+    assert error(np.kron(a, g), problem.fisher("dense0", "dense1")) < EXACT
+
+
+def test_02_sampled_targets_converge_like_one_over_root_samples():
+    problem = Problem(Linear((4, 3)), normal(0, 3, 6))
+    evaluate = problem.evaluate("sampled")
+    keys = jax.random.split(jax.random.key(5), 4096)
+    draw = quick_jit(
+        jax.vmap(lambda k: evaluate(problem.params, problem.x, problem.y, rng=k)[2])
+    )
+    g = np.asarray(draw(keys)["dense0"].g)
+    exact = np.asarray(problem.curvature()["dense0"].g)
+
+    def rms(samples):
+        means = g.reshape(-1, samples, *exact.shape).mean(1)
+        return np.sqrt(np.mean(np.sum((means - exact) ** 2, (1, 2))))
+
+    # 64 groups of 64 samples: their own rms is known to 1/√128 ≈ 9 %; allow 4 of these.
+    assert rms(64) == pytest.approx(rms(1) / 8, rel=0.35)
+    assert rms(4096) < 4 * rms(1) / 64
+    assert rms(1) > 0.1 * np.linalg.norm(exact)
+
+
+def test_03_last_layer_is_exact_under_squared_loss_and_lower_ones_are_not():
+    problem = Problem(Linear((4, 5, 3), (nn.tanh, nn.relu)), normal(0, 7, 6))
+    curvature = problem.curvature()
+    assert error(product(curvature["dense2"]), problem.fisher("dense2")) < EXACT
+    for path in ("dense0", "dense1"):
+        assert error(product(curvature[path]), problem.fisher(path)) > INEXACT
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+@pytest.mark.parametrize("distribution", ["categorical", "bernoulli"])
+def test_04_one_datum_is_exact_for_any_loss(copies, distribution):
+    x = jnp.tile(normal(0, 1, 6), (copies, 1))
+    problem = Problem(Linear((4, 5, 3), (nn.tanh, nn.gelu)), x, distribution)
+    curvature = problem.curvature()
+    for path in problem.params:
+        assert error(product(curvature[path]), problem.fisher(path)) < EXACT
+
+
+def test_04_one_datum_is_exact_for_the_empirical_fisher():
+    x = jnp.tile(normal(0, 1, 6), (3, 1))
+    problem = Problem(Linear((4, 5, 3), (nn.tanh, nn.gelu)), x, "categorical")
+    problem.y = jnp.array([2, 2, 2])
+    curvature = problem.curvature("empirical")
+    for path, empirical in problem.empirical_fishers().items():
+        assert error(product(curvature[path]), empirical) < EXACT
+
+
+def test_05_control_tanh_and_softmax_are_inexact_in_all_layers():
+    x = normal(0, 7, 6)
+    problem = Problem(Linear((4, 5, 3), (nn.tanh, nn.tanh)), x, "categorical")
+    curvature = problem.curvature()
+    for path in problem.params:
+        assert error(product(curvature[path]), problem.fisher(path)) > INEXACT
+
+
+def test_05_control_empirical_factors_are_not_the_empirical_fisher():
+    problem = Problem(Linear((4, 5, 3)), normal(0, 7, 6))
+    curvature = problem.curvature("empirical")
+    for path, empirical in problem.empirical_fishers().items():
+        assert error(product(curvature[path]), empirical) > INEXACT
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "bernoulli", "normal"])
+def test_06_loss_fisher_is_the_loss_hessian(distribution):
+    f = normal(0, 1, 4)
+    y = jnp.array([2]) if distribution == "categorical" else normal(1, 1, 4)
+    hessian = jax.hessian(lambda f: likelihood_terms(f, y, distribution)[0])(f)
+    expected = np.asarray(hessian).reshape(4, 4)
+    assert error(oracles.output_fisher(f, distribution)[0], expected) < EXACT
+    # The library's own, through an identity layer: G of the logits themselves.
+    problem = Problem(nn.Sequential((dense(4),)), normal(2, 5, 3), distribution)
+    mean = oracles.output_fisher(problem.predictions, distribution).mean(0)
+    assert error(problem.curvature()["layers_0"].g, mean) < EXACT
+
+
+def test_06_output_gradients_have_mean_zero_under_the_model():
+    x = normal(0, 5, 6)
+    problem = Problem(Linear((4, 3), (nn.tanh,)), x, "categorical")
+    p = jax.nn.softmax(problem.predictions)
+
+    def weighted(params):
+        """For each class the losses of that label, weighted by its probability."""
+        labels = jnp.tile(jnp.arange(3), (5, 1))
+        f = problem.outputs(params, x)[:, None].repeat(3, 1)
+        return jnp.sum(p * likelihood_terms(f, labels, "categorical"), 0)
+
+    grads = quick_jit(jax.jacrev(weighted))(problem.params)
+    for g in jax.tree.leaves(grads):
+        # E[a gᵀ] is the kernel's gradient and E[g] the bias's.
+        assert jnp.linalg.norm(g[0]) > 1e-3  # each class alone has one
+        assert jnp.linalg.norm(g.sum(0)) < EXACT * jnp.linalg.norm(g[0])
+
+
+def test_06_exact_factors_are_the_expectation_over_labels():
+    problem = Problem(Linear((4, 3), (nn.tanh,)), normal(0, 1, 6), "categorical")
+    evaluate = quick_jit(problem.evaluate("empirical"))
+    p = jax.nn.softmax(problem.predictions)[0]
+    for path, exact in problem.curvature().items():
+        g = sum(
+            p[c] * evaluate(problem.params, problem.x, jnp.array([c]))[2][path].g
+            for c in range(3)
+        )
+        assert error(exact.g, g) < EXACT
+
+
+# ------------------------------------------------------------------ 7, 8: dense steps
+
+
+def natural_step(problem, damping):
+    """Gradient, statistics and natural gradient of the first step."""
+    tx = lbopt.scale_by_kfac(problem.layers(), damping=damping)
+    evaluate = problem.evaluate()
+
+    @quick_jit
+    def step(params):
+        _, grads, curvature = evaluate(params, problem.x, problem.y)
+        natural, _ = tx.update(grads, tx.init(params), curvature=curvature)
+        return grads, curvature, natural
+
+    return step(problem.params)
+
+
+def test_07_one_step_solves_least_squares():
+    problem = Problem(nn.Sequential((dense(3),)), normal(0, 20, 6))
+    _, _, natural = natural_step(problem, NO_DAMPING)
+    after = jax.tree.map(jnp.subtract, problem.params, natural)["layers_0"]
+    inputs = oracles.with_ones(np.asarray(problem.x))
+    solution = np.linalg.lstsq(inputs, np.asarray(problem.y))[0]
+    assert error(np.vstack([after["kernel"], after["bias"]]), solution) < EXACT
+
+
+def test_08_homogeneous_coordinate_centres_the_inputs():
+    problem = Problem(nn.Sequential((dense(3),)), normal(0, 20, 6) + 2, "bernoulli")
+    grads, curvature, natural = natural_step(problem, NO_DAMPING)
+    x = np.asarray(problem.x)
+    mean, covariance = x.mean(0), np.cov(x.T, bias=True)
+    own = grads["layers_0"]
+    centred = own["kernel"] - np.outer(mean, own["bias"])
+    expected = np.linalg.solve(covariance, centred) @ np.linalg.inv(
+        curvature["layers_0"].g
+    )
+    assert error(natural["layers_0"]["kernel"], expected) < EXACT
+
+
+# ------------------------------------------------------------------ 9 to 12: KFC
+
+
+@pytest.mark.parametrize("image", [(5, 6), (3, 4)])
+def test_09_constant_image_gives_the_beta_table(image):
+    t1, t2 = image
+    problem = Problem(
+        nn.Sequential((conv(2, padding="SAME"),)), jnp.ones((2, t1, t2, 1))
+    )
+    omega = problem.curvature("empirical")["layers_0"].a * t1 * t2
+    deltas = list(itertools.product((-1, 0, 1), repeat=2))
+
+    def beta(delta, other):
+        return np.prod(
+            [
+                t - max(d, e, 0) + min(d, e, 0)
+                for t, d, e in zip(image, delta, other, strict=True)
+            ]
+        )
+
+    expected = np.zeros((10, 10))
+    for (i, d), (j, e) in itertools.product(enumerate(deltas), enumerate(deltas)):
+        expected[i, j] = beta(d, e)
+    for i, d in enumerate(deltas):
+        expected[i, 9] = expected[9, i] = (t1 - abs(d[0])) * (t2 - abs(d[1]))
+    expected[9, 9] = t1 * t2
+    assert error(omega, expected) < EXACT
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((2, 0), (1, 3))])
+def test_10_kfc_is_exact_for_squared_loss_on_the_whole_map(padding):
+    problem = Problem(nn.Sequential((conv(3, padding=padding),)), normal(0, 3, 5, 4, 2))
+    curvature = problem.curvature()
+    assert error(product(curvature["layers_0"]), problem.fisher("layers_0")) < EXACT
+
+
+def test_10_kfc_is_exact_under_linear_pointwise_convolutions():
+    parts = (conv(3), conv(4, (1, 1)), conv(2, (1, 1)))
+    problem = Problem(nn.Sequential(parts), normal(0, 3, 4, 4, 2))
+    curvature = problem.curvature()
+    for path in problem.params:
+        assert error(product(curvature[path]), problem.fisher(path)) < EXACT
+
+
+def test_10_convolution_covering_the_map_is_dense():
+    x = normal(0, 5, 3, 4, 2)
+    over_map = Problem(
+        nn.Sequential((conv(4, (3, 4), padding="VALID"), nn.tanh, conv(3, (1, 1)))),
+        x,
+        "bernoulli",
+    )
+    flat = Problem(
+        nn.Sequential((dense(4), nn.tanh, dense(3))), x.reshape(5, 24), "bernoulli"
+    )
+    flat.params = jax.tree.map(
+        lambda p, q: p.reshape(q.shape), over_map.params, flat.params
+    )
+    curvature, expected = over_map.curvature(), flat.curvature()
+    for path in flat.params:
+        assert error(curvature[path].a, expected[path].a) < EXACT
+        assert error(curvature[path].g, expected[path].g) < EXACT
+
+
+def test_10_control_kfc_is_inexact_under_a_linear_3x3_convolution():
+    problem = Problem(nn.Sequential((conv(3), conv(2))), normal(0, 3, 4, 4, 2))
+    curvature = problem.curvature()
+    assert error(product(curvature["layers_1"]), problem.fisher("layers_1")) < EXACT
+    assert error(product(curvature["layers_0"]), problem.fisher("layers_0")) > INEXACT
+
+
+@pytest.mark.parametrize("pool", [jnp.mean, jnp.sum])
+def test_11_reduce_is_exact_before_a_global_pool_and_expand_is_not(pool):
+    parts = (conv(3), lambda x: pool(x, axis=(1, 2)))
+    problem = Problem(nn.Sequential(parts), normal(0, 3, 4, 5, 2))
+    fisher = problem.fisher("layers_0")
+    reduce, expand = (
+        problem.curvature(sharing=sharing)["layers_0"]
+        for sharing in ("reduce", "expand")
+    )
+    assert error(product(reduce), fisher) < EXACT
+    assert error(product(expand), fisher) > INEXACT
+
+
+def test_11_expand_is_exact_for_shared_deep_linear_nets_and_reduce_is_not():
+    problem = Problem(Linear((4, 3)), normal(0, 5, 6, 2))  # 6 positions
+    expand, reduce = (
+        problem.curvature(sharing=sharing) for sharing in ("expand", "reduce")
+    )
+    for path in problem.params:
+        fisher = problem.fisher(path)
+        assert error(product(expand[path]), fisher) < EXACT
+        assert error(product(reduce[path]), fisher) > INEXACT
+
+
+@pytest.mark.parametrize("pool", [jnp.mean, jnp.sum])
+def test_11_reduce_is_exact_for_shared_deep_linear_nets_that_pool(pool):
+    parts = (dense(4), dense(3), lambda x: pool(x, axis=1))
+    problem = Problem(nn.Sequential(parts), normal(0, 5, 6, 2))
+    curvature = problem.curvature(sharing="reduce")
+    for path in problem.params:
+        assert error(product(curvature[path]), problem.fisher(path)) < EXACT
+
+
+def test_12_mean_and_sum_over_locations_damp_alike():
+    problem = Problem(nn.Sequential((conv(3),)), normal(0, 3, 4, 5, 2))
+    statistics = problem.curvature("empirical")["layers_0"]
+    locations, damping, v = 20, 0.05, np.asarray(normal(1, 19, 3))
+    omega = np.asarray(statistics.a) * locations
+    gamma = np.asarray(statistics.g) / locations
+    paper = oracles.natural_gradient(omega, gamma, damping, v)
+    # kfac-jax's form: |T| · damp(Ω / |T|, Γ, λ / |T|).
+    scaled = oracles.natural_gradient(omega / locations, gamma, damping / locations, v)
+    assert error(scaled / locations, paper) < EXACT
+    layer = problem.layers()["layers_0"]
+    inverses = layer.block.invert(layer.block.pack(statistics), damping)
+    leaves = {"kernel": jnp.asarray(v[:-1].reshape(3, 3, 2, 3)), "bias": v[-1]}
+    natural = layer.block.precondition(inverses, jax.tree.map(jnp.asarray, leaves))
+    rows = np.vstack([natural["kernel"].reshape(18, 3), natural["bias"]])
+    assert error(rows, paper) < EXACT
+
+
+# ------------------------------------------------------------------ 14, 15: π and KL
+
+
+def test_14_two_factors_take_the_damping_of_martens_and_grosse():
+    a, g, damping = spd(0, 5), 7 * spd(1, 4), 0.3
+    on_a, on_g = linalg.pi_damping(
+        damping, jnp.asarray(np.trace(a) / 5), jnp.asarray(np.trace(g) / 4)
+    )
+    assert error(on_a, oracles.pi(a, g) * damping**0.5) < EXACT
+    assert error(on_g, damping**0.5 / oracles.pi(a, g)) < EXACT
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_14_amounts_multiply_to_the_damping(n):
+    nu = jnp.exp(normal(3, n))
+    amounts = linalg.pi_damping(0.3, *nu)
+    assert error(np.prod(amounts), np.array(0.3)) < EXACT
+    # π_i = (ν_i^{n−1} / Π_{j≠i} ν_j)^{1/n}
+    for i, amount in enumerate(amounts):
+        others = np.prod(np.delete(nu, i))
+        expected = (nu[i] ** (n - 1) / others) ** (1 / n) * 0.3 ** (1 / n)
+        assert error(amount, expected) < EXACT
+
+
+def test_14_damped_inverse_ignores_how_a_scale_is_split_and_follows_the_loss():
+    a, g, v, damping, c = spd(0, 5), spd(1, 4), normal(2, 5, 4), 0.3, 37.0
+    block = dense_block(5, 4)
+
+    def natural(a, g, damping):
+        inverses = block.invert(packed(a, g), damping)
+        return block.precondition(inverses, {"kernel": v})["kernel"]
+
+    assert error(natural(c * a, g / c, damping), natural(a, g, damping)) < EXACT
+    # The loss times c: curvature and gradient too, so λ → cλ gives the same step.
+    assert error(c * natural(a, c * g, c * damping), natural(a, g, damping)) < EXACT
+
+
+def test_14_factored_damping_dominates_exact_damping():
+    a, g, damping = spd(0, 5, 3), spd(1, 4, 2), 0.3
+    block = dense_block(5, 4)
+    inverses = block.invert(packed(a, g), damping)
+    factored = np.kron(*(np.linalg.inv(x) for x in inverses))
+    exact = np.kron(a, g) + damping * np.eye(20)
+    least = np.linalg.eigvalsh(factored - exact)[0]
+    assert least > -EXACT * np.linalg.norm(exact)
+    assert np.linalg.eigvalsh(factored - exact)[-1] > INEXACT
+
+
+def test_14_large_damping_gives_the_gradient():
+    problem = Problem(Linear((4, 3), (nn.tanh,)), normal(0, 7, 6), "categorical")
+    damping = 1e22  # the difference falls like 1/√λ
+    grads, _, natural = natural_step(problem, damping)
+    for path, own in grads.items():
+        for name, gradient in own.items():
+            assert error(damping * natural[path][name], gradient) < EXACT
+
+
+@functools.cache
+def classifier():
+    """A small net with softmax, and its first natural step at damping 0.01."""
+    problem = Problem(Linear((4, 3), (nn.tanh,)), normal(0, 7, 6), "categorical")
+    return problem, *natural_step(problem, 1e-2)
+
+
+def damped_block(statistics, damping):
+    return np.kron(*oracles.damped_factors(statistics.a, statistics.g, damping))
+
+
+def flat(layer):
+    rows = [np.asarray(layer["kernel"]), np.asarray(layer["bias"])[None]]
+    return np.concatenate(rows).ravel()
+
+
+def squared_length(curvature, step, damping):
+    return sum(
+        flat(step[path]) @ damped_block(s, damping) @ flat(step[path])
+        for path, s in curvature.items()
+    )
+
+
+@pytest.mark.parametrize(("c", "clipped"), [(1e-4, True), (1e4, False)])
+def test_15_clipped_step_has_the_stated_length(c, clipped):
+    problem, grads, curvature, natural = classifier()
+    damping, eta = 1e-2, 0.3
+    # Δᵀ(F̂ + damping)Δ = Δᵀ∇h
+    length = squared_length(curvature, natural, damping)
+    inner = sum(flat(natural[p]) @ flat(grads[p]) for p in grads)
+    assert abs(length - inner) < EXACT * inner
+    tx = optax.chain(
+        lbopt.clip_by_kl(
+            lbopt.scale_by_kfac(problem.layers(), damping=damping), c, eta
+        ),
+        optax.scale_by_learning_rate(eta),
+    )
+    update = quick_jit(lambda g, c: tx.update(g, tx.init(problem.params), curvature=c))
+    step, _ = update(grads, curvature)
+    applied = squared_length(curvature, step, damping)
+    if clipped:
+        assert abs(applied - c) < EXACT * c
+    else:
+        assert error(flat(step["dense0"]), -eta * flat(natural["dense0"])) < EXACT
+
+
+def test_15_kl_divergence_is_half_the_squared_length_for_small_steps():
+    problem, _, _, natural = classifier()
+    eta, paths = 1e-4, list(problem.params)
+    full = np.block([[problem.fisher(p, q) for q in paths] for p in paths])
+    step = eta * np.concatenate([flat(natural[p]) for p in paths])
+    after = jax.tree.map(lambda p, d: p - eta * d, problem.params, natural)
+    log_p, log_q = (
+        jax.nn.log_softmax(f)
+        for f in (problem.predictions, problem.outputs(after, problem.x))
+    )
+    kl = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
+    # The third-order term is O(η) relative.
+    assert float(kl) == pytest.approx(0.5 * step @ full @ step, rel=20 * eta)
+
+
+# ------------------------------------------------------------------ 16: invariance
+
+
+class Affine:
+    """``x ↦ x M + c`` on the last axis, hashable for use in a module."""
+
+    def __init__(self, m, c):
+        self.m, self.c = m, c
+
+    def __call__(self, x):
+        return x @ self.m + self.c.reshape(*[1] * (x.ndim - 1), -1)
+
+    def inverse(self):
+        m = np.linalg.inv(self.m)
+        return Affine(m, -self.c @ m)
+
+
+def identity_map(size):
+    return Affine(np.eye(size), np.zeros(size))
+
+
+def random_map(seed, size, shift=True):
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    return Affine(rotation * np.linspace(0.5, 2.0, size), rng.normal(size=size) * shift)
+
+
+def chain(*functions):
+    def call(x):
+        for f in functions:
+            x = f(x)
+        return x
+
+    return call
+
+
+def reparametrised(layer, before, after):
+    """The layer L* with ``L(x) = after(L*(before⁻¹(x)))``: kernel ``[..., in, out]``.
+
+    L sees ``before(x*)`` where L* sees x*, and ``after`` is applied to L*'s output.
+    """
+    undo = after.inverse()
+    kernel, bias = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
+    taps = tuple(range(kernel.ndim - 2))
+    bias = before.c @ kernel.sum(taps) + bias - after.c
+    kernel = np.einsum("ij,...jk,kl->...il", before.m, kernel, undo.m)
+    return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias @ undo.m)}
+
+
+def trained(problem, transform, steps=3, eta=0.3):
+    """The outputs after a few steps of the exact Fisher's natural gradient."""
+    evaluate = problem.evaluate()
+
+    @quick_jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            _, grads, curvature = evaluate(params, problem.x, problem.y)
+            natural, state = transform.update(grads, state, params, curvature=curvature)
+            params = jax.tree.map(lambda p, u: p - eta * u, params, natural)
+            return (params, state), None
+
+        carry = params, transform.init(params)
+        (params, _), _ = jax.lax.scan(step, carry, length=steps)
+        return problem.outputs(params, problem.x)
+
+    return train(problem.params)
+
+
+def invariance_error(first, second, make_transform):
+    """How far two equal functions are apart after training each."""
+    start = first.predictions
+    assert error(second.predictions, start) < EXACT
+    ends = [trained(p, make_transform(p)) for p in (first, second)]
+    assert error(ends[0], start) > INEXACT  # training moved it
+    return error(ends[1], ends[0])
+
+
+def kfac_with(damping):
+    return lambda problem: lbopt.scale_by_kfac(problem.layers(), damping=damping)
+
+
+def sgd(problem):
+    del problem
+    return optax.with_extra_args_support(optax.identity())
+
+
+def mlp_pair():
+    x = normal(0, 24, 3)
+    into, pre, post = (random_map(i, size) for i, size in enumerate((3, 4, 4)))
+    first = Problem(Linear((4, 2), (nn.tanh,)), x, "bernoulli")
+    # Inputs, pre-activations and activities go through affine maps; the output's own
+    # map is the identity, because the loss reads it.
+    second = Problem(Linear((4, 2), (chain(pre, nn.tanh, post),)), into(x), "bernoulli")
+    second.params = {
+        "dense0": reparametrised(first.params["dense0"], into.inverse(), pre),
+        "dense1": reparametrised(
+            first.params["dense1"], post.inverse(), identity_map(2)
+        ),
+    }
+    second.y = first.y
+    return first, second
+
+
+def test_16_mlp_is_invariant_to_affine_maps():
+    assert invariance_error(*mlp_pair(), kfac_with(NO_DAMPING)) < EXACT
+
+
+def test_16_control_sgd_is_not_invariant():
+    assert invariance_error(*mlp_pair(), sgd) > INEXACT
+
+
+def test_16_control_damping_breaks_invariance():
+    assert invariance_error(*mlp_pair(), kfac_with(1e-2)) > 1e-3
+
+
+def test_16_sigmoid_and_tanh_nets_are_the_same():
+    # sigmoid(s) = (tanh(s / 2) + 1) / 2
+    half = Affine(np.eye(4) / 2, np.zeros(4))
+    out = Affine(np.eye(4) / 2, np.full(4, 0.5))
+    x = normal(0, 24, 3)
+    first = Problem(Linear((4, 2), (nn.sigmoid,)), x, "bernoulli")
+    second = Problem(Linear((4, 2), (nn.tanh,)), x, "bernoulli")
+    second.y = first.y
+    # tanh net: pre-activation s/2, activity 2σ − 1.
+    second.params = {
+        "dense0": reparametrised(
+            first.params["dense0"], identity_map(3), half.inverse()
+        ),
+        "dense1": reparametrised(first.params["dense1"], out, identity_map(2)),
+    }
+    assert invariance_error(first, second, kfac_with(NO_DAMPING)) < EXACT
+    assert invariance_error(first, second, sgd) > INEXACT
+
+
+def cnn_pair(padding, shift):
+    x = normal(0, 6, 5, 4, 2)
+    into, pre, post = (
+        random_map(i, size, shift) for i, size in enumerate((2, 3, 3), start=1)
+    )
+
+    def net(between):
+        return nn.Sequential(
+            (
+                conv(3, (2, 2), padding=padding),
+                between,
+                conv(2, (2, 2), padding=padding),
+            )
+        )
+
+    first = Problem(net(nn.tanh), x)
+    second = Problem(net(chain(pre, nn.tanh, post)), into(x))
+    second.params = {
+        "layers_0": reparametrised(first.params["layers_0"], into.inverse(), pre),
+        "layers_2": reparametrised(
+            first.params["layers_2"], post.inverse(), identity_map(2)
+        ),
+    }
+    second.y = first.y
+    return first, second
+
+
+@pytest.mark.parametrize(("padding", "shift"), [("VALID", True), ("SAME", False)])
+def test_16_cnn_is_invariant_to_channelwise_maps(padding, shift):
+    pair = cnn_pair(padding, shift)
+    assert invariance_error(*pair, kfac_with(NO_DAMPING)) < EXACT
+
+
+def test_16_control_zero_padding_is_not_shifted():
+    # The padding is 0, not the shift: the two nets are not the same function at all.
+    first, second = cnn_pair("SAME", True)
+    assert error(second.predictions, first.predictions) > INEXACT
+
+
+# ------------------------------------------------------------------ 19: averages
+
+
+@pytest.mark.parametrize("factor_decay", [0.0, 0.5, 0.95])
+def test_19_running_average_of_a_constant_returns_it(factor_decay):
+    problem, grads, curvature, _ = classifier()
+    layers = problem.layers()
+    tx = lbopt.scale_by_kfac(layers, factor_decay=factor_decay)
+    state, update = tx.init(problem.params), quick_jit(tx.update)
+    constant = {p: layers[p].block.pack(s) for p, s in curvature.items()}
+    for _ in range(4):
+        _, state = update(grads, state, curvature=curvature)
+        jax.tree.map(
+            lambda held, once: np.testing.assert_allclose(held, once, rtol=EXACT),
+            state.factors,
+            constant,
+        )
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("shards", [2, 4])
+def test_19_equal_shards_average_to_the_whole_batch(shards, sharing):
+    parts = (conv(3), nn.tanh, dense(2))
+    problem = Problem(nn.Sequential(parts), normal(0, 8, 4, 5, 2))
+    # Labels drawn from the model once, the same for the shards and for the whole.
+    drawn = problem.outputs(problem.params, problem.x) + normal(9, 8, 4, 5, 2)
+    evaluate = quick_jit(problem.evaluate("empirical", sharing))
+    _, grads, whole = evaluate(problem.params, problem.x, drawn)
+    parts = [
+        evaluate(problem.params, x, y)
+        for x, y in zip(
+            jnp.split(problem.x, shards), jnp.split(drawn, shards), strict=True
+        )
+    ]
+    mean = lambda *trees: sum(trees) / shards  # noqa: E731
+    averaged = jax.tree.map(mean, *[part[2] for part in parts])
+    for path, statistics in whole.items():
+        assert error(averaged[path].a, statistics.a) < EXACT
+        assert error(averaged[path].g, statistics.g) < EXACT
+    average = jax.tree.map(mean, *[part[1] for part in parts])
+    difference = optax.tree.sub(average, grads)
+    assert optax.tree.norm(difference) < EXACT * optax.tree.norm(grads)

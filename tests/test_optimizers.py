@@ -1,0 +1,97 @@
+"""The ready optimizers are the chains that their docstrings write out."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lbopt
+from tests.problems import Mlp, assert_close, classify, inputs
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """A problem, its layers, and gradients and curvature of three batches."""
+    problem = classify(Mlp())
+    layers = problem.trace()
+    f = jax.jit(lbopt.value_grad_and_curvature(problem.loss_fn, layers))
+    batches = [f(problem.params, inputs(i), problem.args[1])[1:] for i in range(3)]
+    return problem.params, layers, jax.tree.map(lambda *x: jnp.stack(x), *batches)
+
+
+def trajectory(gradients, tx):
+    """The parameters after three steps with given gradients."""
+    params, _, batches = gradients
+
+    def step(carry, given):
+        params, state = carry
+        updates, state = tx.update(given[0], state, params, curvature=given[1])
+        return (optax.apply_updates(params, updates), state), params
+
+    init = (params, tx.init(params))
+    return jax.jit(lambda init: jax.lax.scan(step, init, batches)[0][0])(init)
+
+
+def test_kfac_is_the_recursion_of_its_docstring(gradients):
+    w, layers, batches = gradients
+    rate, mu, lam, beta = 0.1, 0.9, 1e-2, 1e-3
+    tx = lbopt.kfac(
+        rate, layers, momentum=mu, damping=lam, weight_decay=beta, factor_decay=0.5
+    )
+    core = lbopt.scale_by_kfac(layers, damping=lam + beta, factor_decay=0.5)
+    update = jax.jit(lambda g, s, c: core.update(g, s, curvature=c))
+    state, v = core.init(w), jax.tree.map(jnp.zeros_like, w)
+    for i in range(3):
+        h, curvature = jax.tree.map(lambda x: x[i], batches)
+        g = jax.tree.map(lambda h, w: h + beta * w, h, w)
+        delta, state = update(g, state, curvature)
+        v = jax.tree.map(lambda v, d: mu * v + d, v, delta)
+        w = jax.tree.map(lambda w, v: w - rate * v, w, v)
+    assert_close(trajectory(gradients, tx), w, rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_kfac(gradients):
+    layers = gradients[1]
+    plain = lbopt.kfac(0.1, layers, momentum=None)
+    chain = optax.chain(lbopt.scale_by_kfac(layers), optax.scale_by_learning_rate(0.1))
+    assert_close(trajectory(gradients, plain), trajectory(gradients, chain))
+    clipped = lbopt.kfac(0.1, layers, momentum=None, kl_clip=1e-4)
+    chain = optax.chain(
+        lbopt.clip_by_kl(lbopt.scale_by_kfac(layers), 1e-4, 0.1),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_close(trajectory(gradients, clipped), trajectory(gradients, chain))
+
+
+def test_schedules_and_the_mask_of_the_decay(gradients):
+    layers = gradients[1]
+    mask = {"first": {"kernel": True, "bias": False}, "last": {"kernel": True}}
+    scheduled = lbopt.kfac(
+        optax.constant_schedule(0.1),
+        layers,
+        damping=optax.constant_schedule(1e-2),
+        weight_decay=0.1,
+        weight_decay_mask=mask,
+    )
+    chain = optax.chain(
+        optax.add_decayed_weights(0.1, mask),
+        lbopt.scale_by_kfac(layers, damping=1e-2 + 0.1),
+        optax.trace(0.9),
+        optax.scale(-0.1),
+    )
+    assert_close(trajectory(gradients, scheduled), trajectory(gradients, chain))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_decay": -1e-4}, r"weight_decay=-0.0001 must not be negative"),
+        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\), or be None"),
+        ({"momentum": -0.5}, r"momentum=-0.5 must lie in \[0, 1\)"),
+        ({"damping": -1.0, "weight_decay": 2.0}, r"damping=-1.0 must be positive"),
+        ({"kl_clip": 0.0}, r"c=0.0 must be positive; pass kl_clip=None"),
+    ],
+)
+def test_settings_out_of_range(gradients, settings, message):
+    with pytest.raises(ValueError, match=message):
+        lbopt.kfac(0.1, gradients[1], **settings)

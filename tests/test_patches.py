@@ -1,0 +1,149 @@
+"""Patches and their moments against loops over every index."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lbopt import patches
+from tests import oracles
+from tests.oracles import quick_jit
+
+# Sums of at most a few thousand products of unit numbers in float64; the displacement
+# form adds and takes away again.
+EXACT = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def window(size, strides=1, padding=(0, 0), input_dilation=1, kernel_dilation=1):
+    rank = len(size)
+
+    def each(value, kind):
+        return (value,) * rank if isinstance(value, kind) else tuple(value)
+
+    if isinstance(padding[0], int):
+        padding = (padding,) * rank
+    return patches.Window(
+        tuple(size),
+        each(strides, int),
+        tuple(padding),
+        each(input_dilation, int),
+        each(kernel_dilation, int),
+    )
+
+
+PLANE = (7, 6)
+PLANE_WINDOWS = [
+    window(size, strides, padding, input_dilation, kernel_dilation)
+    for i, (size, strides, padding, input_dilation, kernel_dilation) in enumerate(
+        itertools.product(
+            [(3, 3), (1, 1), (2, 4)],
+            [1, (2, 3)],
+            [(0, 0), (1, 1), ((2, 0), (0, 3)), ((-1, 2), (1, -1))],
+            [1, (1, 2)],
+            [1, (2, 1)],
+        )
+    )
+    # Every third of the cross product: sizes coprime to 3 mix all pairs of options.
+    if i % 3 == 0
+]
+LINE = [
+    window((k,), stride, padding, 1, dilation)
+    for k, stride, padding, dilation in [
+        (3, 1, (1, 1), 1),
+        (4, 1, (0, 5), 2),
+        (2, 3, (1, 0), 1),
+        (5, 1, (4, 0), 1),
+        (3, 1, (7, 7), 3),  # locations that touch nothing but padding
+        (9, 1, (4, 4), 1),  # a kernel longer than the input
+    ]
+]
+SOLID = [
+    window((2, 3, 2), 1, (1, 1)),
+    window((2, 2, 2), 1, ((0, 1), (1, 0), (2, 0)), 1, (1, 2, 1)),
+    window((1, 3, 2), (2, 1, 1), (0, 0), (1, 2, 1), 1),
+]
+CASES = [
+    *(((3, *PLANE, 2), w) for w in PLANE_WINDOWS),
+    *(((3, 8, 2), w) for w in LINE),
+    *(((2, 4, 3, 5, 2), w) for w in SOLID),
+]
+
+
+def error(actual, expected):
+    assert actual.shape == expected.shape
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+@pytest.mark.parametrize(("shape", "w"), CASES)
+def test_patches_moments_and_sums_are_those_of_the_loops(shape, w):
+    x = np.random.default_rng(0).normal(size=shape)
+    rows = oracles.conv_patches(
+        x, w.size, w.strides, w.padding, w.input_dilation, w.kernel_dilation
+    )
+    unit = all(s == 1 for s in (*w.strides, *w.input_dilation))
+
+    @quick_jit
+    def run(x):
+        return (
+            patches.extract_patches(x, w),
+            patches.patch_sum(x, w),
+            patches.patch_moment(x, w, jnp.float64),
+            patches._moment_by_displacement(x, w, jnp.float64) if unit else None,
+        )
+
+    extracted, total, moment, by_displacement = run(x)
+    assert extracted.shape[1:-1] == patches.output_size(w, shape[1:-1])
+    np.testing.assert_array_equal(extracted.reshape(rows.shape), rows)
+    assert error(total, rows.sum(1)) < EXACT
+    expected = np.einsum("nti,ntj->ij", rows, rows)
+    assert error(moment, expected) < EXACT
+    if unit:
+        assert error(by_displacement, expected) < EXACT
+
+
+def test_the_cheaper_form_is_chosen():
+    same = window((3, 3), 1, (1, 1))
+    assert patches._displacement_is_cheaper(same, 64, (32, 32))
+    assert not patches._displacement_is_cheaper(same, 1, (2, 2))  # a tiny map
+    strided = same._replace(strides=(2, 2))
+    assert not patches._displacement_is_cheaper(strided, 64, (32, 32))
+    pointwise = window((1, 1))
+    assert not patches._displacement_is_cheaper(pointwise, 64, (32, 32))
+
+
+def test_the_displacement_form_is_what_a_large_map_gets():
+    w, x = window((3, 3), 1, (1, 1)), jnp.zeros((64, 32, 32, 2))
+    program = str(jax.make_jaxpr(lambda x: patches.patch_moment(x, w, x.dtype))(x))
+    assert "conv_general_dilated" in program
+
+
+def test_float32_displacements_lose_no_more_than_patches_do():
+    x = np.random.default_rng(0).normal(size=(16, 12, 12, 3)) + 1.0
+    w = window((3, 3), 1, (1, 1))
+    rows = oracles.conv_patches(x, *w[:3], w.input_dilation, w.kernel_dilation)
+    expected = np.einsum("nti,ntj->ij", rows, rows)
+    single = jnp.asarray(x, jnp.float32)
+    for form in (
+        patches._moment_by_displacement,
+        lambda x, w, d: patches.outer_sum(patches.extract_patches(x, w), d),
+    ):
+        assert error(np.asarray(form(single, w, jnp.float32)), expected) < 1e-6
+
+
+def test_outer_sums_keep_the_stack_and_accumulate_in_their_type():
+    rows = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    total = patches.outer_sum(jnp.asarray(rows), jnp.float64, stack=1)
+    assert error(total, np.einsum("sabi,sabj->sij", rows, rows)) < EXACT
+    # 4,096 ones: a bfloat16 accumulator would stop at 256.
+    ones = jnp.ones((4096, 2), jnp.bfloat16)
+    total = patches.outer_sum(ones, jnp.float32)
+    assert total.dtype == jnp.float32
+    np.testing.assert_array_equal(total, np.full((2, 2), 4096.0))
