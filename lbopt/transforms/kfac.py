@@ -200,30 +200,20 @@ def _invert(
     missing = known & (state.refresh.inverse_step < 0)
     turn = clocks.is_due(state.count, inverse_period) | jnp.any(missing)
 
-    groups = _alike(own, state.factors)
-    paths = list(own)
-
     def renew(factors, inverses, boost):
-        renewed, sound = dict(inverses), []
-        for group in groups:
-            stacked = jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *(factors[paths[i]] for i in group)
-            )
-            amounts = value * boost[np.asarray(group)]
-            new = jax.vmap(own[paths[group[0]]].block.invert)(stacked, amounts)
-            finite = jax.vmap(lambda tree: linalg.all_finite(*jax.tree.leaves(tree)))
-            accepted = finite(new) & known[np.asarray(group)]
-            for k, i in enumerate(group):
-                renewed[paths[i]] = jax.tree.map(
-                    lambda n, o, k=k, ok=accepted: jnp.where(
-                        ok[k], n[k].astype(o.dtype), o
-                    ),
-                    new,
-                    inverses[paths[i]],
-                )
-            sound.append(accepted)
-        order = [i for group in groups for i in group]
-        return renewed, jnp.concatenate(sound)[np.argsort(order)]
+        new, finite = _invert_in_groups(own, factors, value * boost)
+        accepted = finite & known
+        # A conditional, not a selection alone: XLA would repeat the test of a whole
+        # matrix for each of its entries.
+        inverses = jax.lax.cond(
+            jnp.all(accepted),
+            lambda accepted, new, old: new,
+            _accepted_or_old,
+            accepted,
+            new,
+            inverses,
+        )
+        return inverses, accepted
 
     def keep(factors, inverses, boost):
         del factors
@@ -242,6 +232,35 @@ def _invert(
             inverse_step=jnp.where(accepted, state.count, state.refresh.inverse_step)
         ),
     )
+
+
+def _invert_in_groups(
+    own: Mapping[str, Layer], factors: Mapping[str, Any], amounts: Array
+) -> tuple[dict[str, Any], Array]:
+    """Every layer's inverses for its amount of damping, and which are finite."""
+    paths, inverses, finite, order = list(own), {}, [], []
+    for group in _alike(own, factors):
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(factors[paths[i]] for i in group)
+        )
+        invert = own[paths[group[0]]].block.invert
+        new = jax.vmap(invert)(stacked, amounts[np.asarray(group)])
+        for k, i in enumerate(group):
+            inverses[paths[i]] = jax.tree.map(lambda x, k=k: x[k], new)
+        all_finite = jax.vmap(lambda x: linalg.all_finite(*jax.tree.leaves(x)))
+        finite.append(all_finite(new))
+        order += group
+    return inverses, jnp.concatenate(finite)[np.argsort(order)]
+
+
+def _accepted_or_old(accepted: Array, new: Any, old: Any) -> dict[str, Any]:
+    """The new inverses of the layers whose are accepted, the old ones of the others."""
+    return {
+        path: jax.tree.map(
+            lambda n, o, i=i: jnp.where(accepted[i], n, o), new[path], old[path]
+        )
+        for i, path in enumerate(new)
+    }
 
 
 def _alike(own: Mapping[str, Layer], factors: Mapping[str, Any]) -> list[list[int]]:
