@@ -9,6 +9,10 @@ Every function takes any number of leading axes (stacked matrices) and computes 
 highest matrix-product precision, because reduced precision makes inverses useless.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
@@ -179,20 +183,43 @@ def damped_inverse(
     Raises:
       ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
     """
-    matrix = unpack(packed)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    _, inverse = _inverse_factor(matrix + damping[..., None, None] * eye)
-    return inverse
+
+    def invert(one: tuple[Array, Array]) -> Array:
+        matrix, amount = unpack(one[0]), one[1]
+        eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+        return _inverse_factor(matrix + amount * eye)[1]
+
+    return one_by_one(invert, packed, damping)
+
+
+def one_by_one(function: Callable[[Any], Any], *arrays: Array) -> Any:
+    """Applies a function of one matrix to stacked ones, in turn.
+
+    Args:
+      function: from a tuple of one entry of each array to an array or several.
+      *arrays: arrays of any number of leading axes, those of the last array.
+
+    Returns:
+      The results, leading axes first.
+    """
+    # In turn rather than batched: jaxlib's batched LAPACK kernels wait for the very
+    # threads that run them, and two at once stop a program on a CPU with few cores.
+    leading = arrays[-1].shape
+    if not leading:
+        return function(arrays)
+    flat = tuple(x.reshape(-1, *x.shape[len(leading) :]) for x in arrays)
+    results = lax.map(function, flat)
+    return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), results)
 
 
 def _inverse_factor(
-    m: Float[Array, "*stack n n"],
-) -> tuple[Float[Array, "*stack n n"], Float[Array, "*stack n n"]]:
+    m: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     """The inverse Cholesky factor ``L⁻¹`` and the inverse ``L⁻ᵀ L⁻¹``."""
     n = m.shape[-1]
     if n <= _LEAF:
-        factor = lax.linalg.cholesky(m)
-        eye = jnp.broadcast_to(jnp.eye(n, dtype=m.dtype), m.shape)
+        factor = lax.linalg.cholesky(m, symmetrize_input=False)
+        eye = jnp.eye(n, dtype=m.dtype)
         a = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
         return a, _gram(a)
     k = n // 2
@@ -223,8 +250,12 @@ def eigendecompose(
     Raises:
       ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
     """
-    vectors, values = lax.linalg.eigh(unpack(packed))
-    return jnp.maximum(values, 0), vectors
+
+    def decompose(one: tuple[Array, ...]) -> tuple[Array, Array]:
+        vectors, values = lax.linalg.eigh(unpack(one[0]))
+        return jnp.maximum(values, 0), vectors
+
+    return one_by_one(decompose, packed, jnp.zeros(packed.shape[:-1]))
 
 
 def all_finite(*arrays: Array) -> Array:

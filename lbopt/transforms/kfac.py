@@ -240,17 +240,24 @@ def _invert_in_groups(
     """Every layer's inverses for its amount of damping, and which are finite."""
     paths, inverses, finite, order = list(own), {}, [], []
     for group in _alike(own, factors):
+        invert = own[paths[group[0]]].block.invert
         stacked = jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *(factors[paths[i]] for i in group)
         )
-        invert = own[paths[group[0]]].block.invert
-        new = jax.vmap(invert)(stacked, amounts[np.asarray(group)])
+        # One after the other; see linalg.one_by_one for why they are not batched.
+        new, sound = jax.lax.map(
+            lambda one, invert=invert: _with_flag(invert(*one)),
+            (stacked, amounts[np.asarray(group)]),
+        )
         for k, i in enumerate(group):
             inverses[paths[i]] = jax.tree.map(lambda x, k=k: x[k], new)
-        all_finite = jax.vmap(lambda x: linalg.all_finite(*jax.tree.leaves(x)))
-        finite.append(all_finite(new))
+        finite.append(sound)
         order += group
     return inverses, jnp.concatenate(finite)[np.argsort(order)]
+
+
+def _with_flag(inverses: Any) -> tuple[Any, Array]:
+    return inverses, linalg.all_finite(*jax.tree.leaves(inverses))
 
 
 def _accepted_or_old(accepted: Array, new: Any, old: Any) -> dict[str, Any]:
