@@ -37,7 +37,7 @@ from lbopt.curvature import registry
 class Kfac:
     """Settings of K-FAC, in the words of `lbopt.kfac`."""
 
-    learning_rate: float = 0.1
+    learning_rate: float = 0.03
     momentum: float = 0.9
     damping: float = 1e-3
     weight_decay: float = 0.0

@@ -247,7 +247,7 @@ def _invert_in_groups(
         # One after the other; see linalg.one_by_one for why they are not batched.
         new, sound = jax.lax.map(
             lambda one, invert=invert: _with_flag(invert(*one)),
-            (stacked, amounts[np.asarray(group)]),
+            (stacked, amounts[np.asarray(group)].astype(_dtype(stacked))),
         )
         for k, i in enumerate(group):
             inverses[paths[i]] = jax.tree.map(lambda x, k=k: x[k], new)
@@ -402,8 +402,8 @@ def _by_layer(
     )
 
 
-def _dtype(inverses: Any) -> Any:
-    return jax.tree.leaves(inverses)[0].dtype
+def _dtype(tree: Any) -> Any:
+    return jax.tree.leaves(tree)[0].dtype
 
 
 def _check_settings(
