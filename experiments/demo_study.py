@@ -33,26 +33,29 @@ KFAC = [
 ]
 
 
-def configure(settings: Sgd | Kfac, seed: int) -> Config:
-    """The demo with these settings; the test accuracy is read every other step."""
+def directory_of(settings: Sgd | Kfac, seed: int) -> pathlib.Path:
+    """Where the run with these settings is kept."""
     optimizer = "sgd" if isinstance(settings, Sgd) else "kfac"
     values = "-".join(f"{v:g}" for v in dataclasses.astuple(settings) if v is not None)
-    return Config(
-        optimizer=optimizer,
-        seed=seed,
-        eval_epochs=0.4,
-        directory=RUNS / f"{optimizer}-{values}-seed{seed}",
-        **{optimizer: settings},
+    return RUNS / f"{optimizer}-{values}-seed{seed}"
+
+
+def configure(settings: Sgd | Kfac, seed: int) -> Config:
+    """The demo with these settings; the test accuracy is read every other step."""
+    demo = Config(
+        seed=seed, eval_epochs=0.4, directory=directory_of(settings, seed), resume=True
     )
+    if isinstance(settings, Sgd):
+        return dataclasses.replace(demo, optimizer="sgd", sgd=settings)
+    return dataclasses.replace(demo, optimizer="kfac", kfac=settings)
 
 
 def accuracies(settings: Sgd | Kfac, seed: int) -> figures.Curve:
     """The test accuracies of one run, which is carried out if it is not there."""
-    config = configure(settings, seed)
-    log = config.directory / "metrics.jsonl"
-    if not (config.directory / "curves.png").exists():
-        train(prepare(dataclasses.replace(config, resume=True)))
-    return figures.read_curve(log, "test", "accuracy")
+    directory = directory_of(settings, seed)
+    if not (directory / "curves.png").exists():
+        train(prepare(configure(settings, seed)))
+    return figures.read_curve(directory / "metrics.jsonl", "test", "accuracy")
 
 
 def steps_to(curve: figures.Curve, accuracy: float) -> int | None:
