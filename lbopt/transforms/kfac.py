@@ -271,7 +271,7 @@ def _accepted_or_old(accepted: Array, new: Any, old: Any) -> dict[str, Any]:
 
 
 def _alike(own: Mapping[str, Layer], factors: Mapping[str, Any]) -> list[list[int]]:
-    """The numbers of the layers, those together that one batched inversion serves."""
+    """The numbers of the layers, those together that one inversion loop serves."""
     groups: dict[Any, list[int]] = {}
     for number, (path, layer) in enumerate(own.items()):
         leaves, tree = jax.tree.flatten(factors[path])
