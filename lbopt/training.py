@@ -11,6 +11,7 @@ from lbopt._typing import Array, OptState, Params
 from lbopt.curvature.fisher import Fisher, value_grad_and_curvature
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
+from lbopt.in_place import update_if
 
 Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis numbers the examples."""
@@ -126,21 +127,17 @@ def make_train_step(
                 with_curvature(*args, rng=label_rng, due=refresh(state.opt_state))
             )
 
-        def update(params, opt_state, model_state):
+        def update(old):
+            params, opt_state, _ = old
             updates, opt_state = tx.update(
                 grads, opt_state, params, value=loss, **extra
             )
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
-        def skip(params, opt_state, model_state):
-            return params, opt_state, model_state
-
         # The norm, not each entry: a gradient whose square overflows is no use either.
         sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        # A conditional around the update rather than a selection after it: XLA would
-        # repeat the test in every array that is selected.
-        params, opt_state, model_state = jax.lax.cond(
-            sound, update, skip, state.params, state.opt_state, state.model_state
+        params, opt_state, model_state = update_if(
+            sound, update, (state.params, state.opt_state, state.model_state)
         )
         skipped = state.skipped + ~sound
         state = TrainState(

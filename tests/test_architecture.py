@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # row names several, nothing of its own row.
 ROWS = [
     ["_typing"],
-    ["linalg", "patches"],
+    ["in_place", "linalg", "patches"],
     ["curvature.block"],
     ["curvature.linear_maps"],
     ["curvature.kronecker", "curvature.unit_wise", "curvature.diagonal"],

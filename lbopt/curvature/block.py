@@ -6,7 +6,8 @@ A block is the approximation of the Fisher matrix for the parameters of one laye
 1. *sums*, what one backward pass adds up over the rows it sees; raw, so that
    per-example ``vmap``, loops over micro-batches and several calls of a layer give the
    same numbers;
-2. *statistics*, the sums divided by :func:`per_row` or :func:`per_example`;
+2. *statistics*, the sums divided by :func:`per_row` or :func:`per_example`, which
+   *means* is the name of before they are put together;
 3. *factors*, the running average of the statistics, symmetric matrices packed;
 4. *inverses*, damped, whole.
 
@@ -46,7 +47,9 @@ class CurvatureBlock(NamedTuple):
         layer's outputs.  A sum that is not due is zero and costs nothing.
       gradient: ``(residual, output_grads) -> gradients`` of the layer's arrays: the
         sum of input ⊗ output gradient, which must equal what autodiff finds.
-      mean: ``(sums, terms) -> statistics`` of a loss that averages ``terms`` terms.
+      mean: ``(sums, terms) -> means`` of a loss that averages ``terms`` terms: the sums
+        divided, of the same type, shapes and dtypes.
+      statistics: ``means -> statistics``, at no cost.
       pack: ``statistics -> factors``, symmetric matrices as triangles.
       init: ``leading axes -> (factors, inverses)`` before the first statistic:
         zero and the identity.
@@ -62,7 +65,8 @@ class CurvatureBlock(NamedTuple):
     sums: Sums
     estimate: Callable[[Any, Array, Any], Sums]
     gradient: Callable[[Any, Array], dict[str, Array]]
-    mean: Callable[[Sums, Scalar], Factors]
+    mean: Callable[[Sums, Scalar], Sums]
+    statistics: Callable[[Sums], Factors]
     pack: Callable[[Factors], Factors]
     init: Callable[[tuple[int, ...]], tuple[Factors, Inverses]]
     invert: Callable[[Factors, Scalar], Inverses]

@@ -102,11 +102,16 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         queries = inputs.astype(dtype).reshape(-1, features)
         return {"embedding": jnp.einsum("rv,rd->vd", g, queries)}
 
-    def mean(sums: EmbedSums, terms: Scalar) -> kronecker.KroneckerFactors:
-        a1 = block.per_row(sums.a, sums.rows)
-        g1 = block.per_example(sums.g, terms)
-        a2 = block.per_example(sums.attended_a, terms)
-        g2 = block.per_row(sums.attended_g, sums.attended_rows)
+    def mean(sums: EmbedSums, terms: Scalar) -> EmbedSums:
+        return sums._replace(
+            a=block.per_row(sums.a, sums.rows),
+            g=block.per_example(sums.g, terms),
+            attended_a=block.per_example(sums.attended_a, terms),
+            attended_g=block.per_row(sums.attended_g, sums.attended_rows),
+        )
+
+    def statistics(means: EmbedSums) -> kronecker.KroneckerFactors:
+        a1, g1, _, a2, g2, _ = means
         trace = lambda g: jnp.trace(g, axis1=-2, axis2=-1)  # noqa: E731
         square = (jnp.sum(a1, -1) * trace(g2)) / (jnp.sum(a2, -1) * trace(g1))
         sound = jnp.isfinite(square) & (square > 0)
@@ -120,6 +125,7 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         estimate=estimate,
         gradient=gradient,
         mean=mean,
+        statistics=statistics,
         to_matrix=lambda leaves: leaves["embedding"],
         from_matrix=lambda matrix: {"embedding": matrix},
     )._replace(sums=shapes)

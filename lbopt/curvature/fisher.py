@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array, Params
+from lbopt.curvature import block as blocks
 from lbopt.curvature import capture, discovery, registry
 from lbopt.curvature.registry import Layer, Layers
+from lbopt.in_place import update_if
 
 Fisher: TypeAlias = Literal["empirical", "sampled", "exact"]
 Distribution: TypeAlias = Literal["categorical", "normal", "bernoulli"]
@@ -193,7 +195,10 @@ def value_grad_and_curvature(
                 # Without a tap a block sees its gradient summed over the batch.
                 else _summed_exactly(one, pull, one_by_one=len(taps) < len(used))
             )
-        curvature = {path: used[path].block.mean(s, n) for path, s in sums.items()}
+        curvature = {
+            path: _mean(used[path].block, s, n, wanted[path])
+            for path, s in sums.items()
+        }
         return ((loss, aux) if has_aux else loss), grads, curvature
 
     return evaluate
@@ -247,6 +252,17 @@ def _gradient_sums(layer: Layer, grads: Params, due: Any) -> Any:
     location = layer.tapped.location
     gradient = capture.lookup(grads, location)[location.names[0]]
     return layer.block.estimate(None, gradient, due)
+
+
+def _mean(block: blocks.CurvatureBlock, sums: Any, n: int, due: Any) -> Any:
+    """The statistics of a layer; where none is due its sums are not even read."""
+    flags = jax.tree.leaves(due)
+    if all(isinstance(flag, bool) for flag in flags):
+        means = block.mean(sums, n) if any(flags) else sums
+    else:
+        some = jnp.any(jnp.asarray(flags))
+        means = update_if(some, lambda sums: block.mean(sums, n), sums)
+    return block.statistics(means)
 
 
 def _terms(

@@ -136,9 +136,12 @@ def kronecker_block(
         ),
         estimate=estimate,
         gradient=gradient,
-        mean=lambda sums, terms: KroneckerFactors(
-            block.per_row(sums.a, sums.rows), block.per_example(sums.g, terms)
+        mean=lambda sums, terms: KroneckerSums(
+            block.per_row(sums.a, sums.rows),
+            block.per_example(sums.g, terms),
+            sums.rows,
         ),
+        statistics=lambda means: KroneckerFactors(means.a, means.g),
         to_matrix=lambda leaves: linear_maps.join_bias(leaves, linear),
         from_matrix=lambda matrix: linear_maps.split_bias(matrix, linear),
     )
@@ -148,7 +151,8 @@ def two_factor_block(
     sums: KroneckerSums,
     estimate: Callable[[Any, Array, Any], Any],
     gradient: Callable[[Any, Array], dict[str, Array]],
-    mean: Callable[[Any, Scalar], KroneckerFactors],
+    mean: Callable[[Any, Scalar], Any],
+    statistics: Callable[[Any], KroneckerFactors],
     to_matrix: Callable[[block.Leaves], Array],
     from_matrix: Callable[[Array], dict[str, Array]],
 ) -> block.CurvatureBlock:
@@ -164,6 +168,7 @@ def two_factor_block(
       estimate: as in ``CurvatureBlock``.
       gradient: likewise.
       mean: likewise.
+      statistics: likewise.
       to_matrix: from the layer's arrays to ``[*stack, in, out]``.
       from_matrix: its inverse.
 
@@ -218,7 +223,16 @@ def two_factor_block(
         else (_invert, _invert_exactly)
     )
     factored = block.CurvatureBlock(
-        "kronecker", sums, estimate, gradient, mean, pack, init, invert, precondition
+        kind="kronecker",
+        sums=sums,
+        estimate=estimate,
+        gradient=gradient,
+        mean=mean,
+        statistics=statistics,
+        pack=pack,
+        init=init,
+        invert=invert,
+        precondition=precondition,
     )
     exact = factored._replace(
         init=init_exact, invert=invert_exactly, precondition=precondition_exactly

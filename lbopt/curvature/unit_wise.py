@@ -145,9 +145,8 @@ def unit_wise_block(
         sums=UnitWiseSums(jax.ShapeDtypeStruct((channels, packed), dtype)),
         estimate=estimate,
         gradient=gradient,
-        mean=lambda sums, terms: UnitWiseFactors(
-            _unpack(block.per_example(sums.f, terms))
-        ),
+        mean=lambda sums, terms: UnitWiseSums(block.per_example(sums.f, terms)),
+        statistics=lambda means: UnitWiseFactors(_unpack(means.f)),
         pack=lambda factors: UnitWiseFactors(_pack(factors.f)),
         init=init,
         invert=_invert,

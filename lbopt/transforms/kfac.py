@@ -7,7 +7,6 @@ with the factors' running averages A and G.  The transformation is a pipeline of
 curvature blocks' functions: statistics → factors → inverses → natural gradient.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Update
 from lbopt.curvature import capture
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
+from lbopt.in_place import update_if
 
 # A block whose inverse was not finite tries again with this many times the damping.
 _DAMPING_GROWTH = 10.0
@@ -150,14 +150,10 @@ def _average(
     weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
     # The whole work stands inside one condition: a step without statistics does not
     # even read them.
-    factors, finite = jax.lax.cond(
+    factors, finite = update_if(
         jnp.any(due),
-        functools.partial(_fold, own),
-        lambda old, new, due, weights: (old, jnp.ones_like(due)),
-        state.factors,
-        dict(statistics),
-        due,
-        weights,
+        lambda old: _fold(own, old[0], dict(statistics), due, weights),
+        (state.factors, jnp.ones_like(due)),
     )
     accepted = due & finite
     return state._replace(
@@ -200,8 +196,9 @@ def _invert(
     missing = known & (state.refresh.inverse_step < 0)
     turn = clocks.is_due(state.count, inverse_period) | jnp.any(missing)
 
-    def renew(factors, inverses, boost):
-        new, finite = _invert_in_groups(own, factors, value * boost)
+    def renew(old):
+        inverses, _ = old
+        new, finite = _invert_in_groups(own, state.factors, value * state.boost)
         accepted = finite & known
         # A conditional, not a selection alone: XLA would repeat the test of a whole
         # matrix for each of its entries.
@@ -215,12 +212,8 @@ def _invert(
         )
         return inverses, accepted
 
-    def keep(factors, inverses, boost):
-        del factors
-        return inverses, jnp.zeros(boost.shape, bool)
-
-    inverses, accepted = jax.lax.cond(
-        turn, renew, keep, state.factors, state.inverses, state.boost
+    inverses, accepted = update_if(
+        turn, renew, (state.inverses, jnp.zeros(state.boost.shape, bool))
     )
     failed = turn & known & ~accepted
     boost = jnp.where(accepted, 1.0, state.boost)

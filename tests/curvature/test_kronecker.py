@@ -261,7 +261,8 @@ def dense_block(d_in, d_out, dtype=jnp.float32, use_bias=True):
 def statistics(x, g, d_out):
     block = dense_block(x.shape[-1], d_out)
     due = kronecker.KroneckerFactors(True, True)
-    return block.mean(block.estimate(x, g / len(x), due), len(x))
+    sums = block.estimate(x, g / len(x), due)
+    return block.statistics(block.mean(sums, len(x)))
 
 
 property_test = hypothesis.settings(

@@ -131,7 +131,7 @@ def test_a_layer_that_is_not_batched_is_one_example():
     )
     sums = block.estimate(residual, jnp.float32(c), unit_wise.UnitWiseFactors(True))
     expected = oracles.unit_wise(x_hat[None], c[None])
-    actual = block.mean(sums, 1).f
+    actual = block.statistics(block.mean(sums, 1)).f
     np.testing.assert_allclose(actual, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
