@@ -13,6 +13,7 @@ The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded dat
 
 import dataclasses
 import datetime
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import tyro
 
 import lbopt
 from experiments import checkpoints, figures, metrics, runs
-from experiments.data import pipeline
+from experiments.data import pipeline, virtual_batch
 from experiments.models import resnet
 from lbopt import training
 from lbopt.curvature import registry
@@ -82,6 +83,10 @@ class Config:
     label_smoothing: float = 0.0
     augment: bool = True
     """Crop and mirror training images at random, as suits the data set."""
+    mixup_alpha: float = 0.0
+    """Parameter of running mixup's Beta distribution; 0 for no mixup."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of a training image is erased; 0 for never."""
     seed: int = 0
     """Seed of the initial parameters, the order of images and their augmentation."""
     eval_batch_size: int = 512
@@ -109,6 +114,10 @@ class Config:
         for name, bound in {**below, momentum: 1}.items():
             if not 0 <= values[name] < bound:
                 raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
+        if not 0 <= (p := self.random_erasing) <= 1:
+            raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
+        if not 0 <= (alpha := self.mixup_alpha) < math.inf:
+            raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
 
 
 # === Data =============================================================================
@@ -139,20 +148,46 @@ def build_model(config: Config, data: pipeline.Data) -> resnet.ResNet:
     )
 
 
-def make_loss(model: resnet.ResNet, label_smoothing: float) -> Callable:
-    """Mean cross entropy of a batch, with the new batch statistics and the accuracy."""
+VIRTUAL_BATCH = "virtual_batch"
+"""Where the model state holds what mixup carries: no collection of the network."""
+
+
+def make_loss(
+    model: resnet.ResNet,
+    label_smoothing: float,
+    *,
+    mixup_alpha: float = 0.0,
+    random_erasing: float = 0.0,
+) -> Callable:
+    """Mean cross entropy of a batch, with the new model state and the accuracy.
+
+    The loss is that of the virtual batch and its soft labels; the accuracy is of the
+    same outputs, but on the real labels.
+    """
 
     def loss_fn(params, model_state, batch, rng):
-        del rng  # nothing in these networks is random
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(
-            variables, batch["image"], train=True, mutable=list(model_state)
-        )
+        collections, carried = dict(model_state), {}
+        images = batch["image"]
         labels = jax.nn.one_hot(batch["label"], model.num_classes)
+        if mixup_alpha:
+            key, previous = jax.random.fold_in(rng, 0), collections.pop(VIRTUAL_BATCH)
+            virtual = virtual_batch.running_mixup(
+                key, previous, images, labels, alpha=mixup_alpha
+            )
+            images, labels = virtual.images, virtual.labels
+            carried = {VIRTUAL_BATCH: virtual}
+        if random_erasing:  # of what the network sees, not of what mixup carries
+            images = virtual_batch.random_erasing(
+                jax.random.fold_in(rng, 1), images, probability=random_erasing
+            )
+        variables = {"params": params, **collections}
+        logits, collections = model.apply(
+            variables, images, train=True, mutable=list(collections)
+        )
         targets = optax.smooth_labels(labels, label_smoothing)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        return loss, (model_state, {"accuracy": accuracy})
+        return loss, ({**collections, **carried}, {"accuracy": accuracy})
 
     return loss_fn
 
@@ -195,16 +230,26 @@ class Program(NamedTuple):
 def build_program(config: Config, data: pipeline.Data) -> Program:
     """Puts model, loss and optimizer together, by shapes alone."""
     model = build_model(config, data)
-    loss_fn = make_loss(model, config.label_smoothing)
+    batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
+    loss_fn = make_loss(
+        model,
+        config.label_smoothing,
+        mixup_alpha=config.mixup_alpha,
+        random_erasing=config.random_erasing,
+    )
     model_key, run_key = jax.random.split(jax.random.key(config.seed))
 
     def init_model():
         images = jnp.zeros((1, *data.image_shape))
         model_state = dict(model.init(model_key, images, train=True))
-        return model_state.pop("params"), model_state
+        params = model_state.pop("params")
+        if config.mixup_alpha:
+            model_state[VIRTUAL_BATCH] = virtual_batch.empty(
+                batch["image"].shape, data.num_classes
+            )
+        return params, model_state
 
     params, model_state = jax.eval_shape(init_model)
-    batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
     arguments = (params, model_state, batch, run_key)
     tx, layers = build_optimizer(config, data, loss_fn, arguments)
 
@@ -224,6 +269,7 @@ def make_eval(model: resnet.ResNet) -> Callable:
 
     def eval_fn(params, model_state, batch):
         variables = {"params": params, **model_state}
+        variables.pop(VIRTUAL_BATCH, None)
         logits: Any = model.apply(variables, batch["image"], train=False)
         labels, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,19 +1,24 @@
 """Large-batch training with curvature, as optax transformations."""
 
-from lbopt import training
+from lbopt import schedules, sharding, training
 from lbopt.curvature.fisher import likelihood, value_grad_and_curvature
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import trace_layers
-from lbopt.optimizers import kfac
+from lbopt.optimizers import kfac, sp_ngd
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.norm_constraint import clip_by_kl
+from lbopt.transforms.rescale import rescale_weights
 
 __all__ = [
     "clip_by_kl",
     "kfac",
     "likelihood",
     "refresh",
+    "rescale_weights",
     "scale_by_kfac",
+    "schedules",
+    "sharding",
+    "sp_ngd",
     "trace_layers",
     "training",
     "value_grad_and_curvature",

@@ -115,6 +115,63 @@ def unpack(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n n"]:
     return _join(m11, m21, m22)
 
 
+def packed_multiplicity(n: int) -> Float[Array, " packed"]:
+    """How often each packed number stands in the ``n × n`` matrix: 1 or 2.
+
+    With it the squared Frobenius norm is ``Σ multiplicity · packed²``, and where it is
+    1 stands the diagonal.
+
+    Args:
+      n: rows of the matrix.
+
+    Returns:
+      ``[n (n + 1) / 2]``.
+
+    Examples:
+      >>> from lbopt import linalg
+      >>> linalg.packed_multiplicity(2).tolist()
+      [1.0, 1.0, 2.0]
+    """
+    half, even = (n + 1) // 2, 1 - n % 2
+    rectangle = jnp.zeros((n + even, half))
+    row, column = _rows(rectangle), _columns(rectangle)
+    lower = column == row - even
+    upper = (column == row + 1 - even) & (row < n // 2)
+    return jnp.where(lower | upper, 1.0, 2.0).ravel()
+
+
+def diagonal_blocks(
+    matrix: Float[Array, "*stack n n"], parts: int
+) -> Float[Array, "*stack parts block block"]:
+    """The diagonal blocks of equal size that a matrix is cut into.
+
+    Args:
+      matrix: any square matrices.
+      parts: how many blocks; where they do not divide n, the last rows and columns are
+        padded with zeros.
+
+    Returns:
+      The blocks, ``block = ceil(n / parts)``.
+    """
+    n = matrix.shape[-1]
+    size = -(-n // parts)
+    edges = [(0, 0)] * (matrix.ndim - 2) + [(0, parts * size - n)] * 2
+    padded = jnp.pad(matrix, edges)
+    cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
+    return jnp.stack([padded[..., cut, cut] for cut in cuts], -3)
+
+
+def block_matmul(
+    blocks: Float[Array, "*stack parts block block"], x: Float[Array, "*stack n m"]
+) -> Float[Array, "*stack n m"]:
+    """The product of what ``diagonal_blocks`` cut, as one matrix, with ``x``."""
+    parts, size = blocks.shape[-3:-1]
+    *stack, n, m = x.shape
+    padded = jnp.pad(x, [*[(0, 0)] * len(stack), (0, parts * size - n), (0, 0)])
+    product = matmul(blocks, padded.reshape(*stack, parts, size, m))
+    return product.reshape(*stack, parts * size, m)[..., :n, :]
+
+
 def packed_diagonal(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n"]:
     """The diagonals of packed matrices."""
     m11, _, m22 = _blocks(packed)

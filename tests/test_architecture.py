@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # row names several, nothing of its own row.
 ROWS = [
     ["_typing"],
-    ["in_place", "linalg", "patches"],
+    ["collectives", "in_place", "linalg", "patches"],
+    ["curvature.factor"],
     ["curvature.block"],
     ["curvature.linear_maps"],
     ["curvature.kronecker", "curvature.unit_wise", "curvature.diagonal"],
@@ -19,8 +20,12 @@ ROWS = [
     ["curvature.capture"],
     ["curvature.discovery", "curvature.verification"],
     ["curvature.registry"],
-    ["curvature.fisher", "curvature.refresh"],
-    ["transforms.kfac", "transforms.norm_constraint"],
+    ["curvature.fisher", "curvature.refresh", "schedules"],
+    ["sharding"],
+    ["transforms.statistics", "transforms.inversion", "transforms.validation"],
+    ["transforms.kfac_state"],
+    ["transforms.kfac"],
+    ["transforms.norm_constraint", "transforms.rescale", "transforms.velocity"],
     ["optimizers"],
     ["training"],
     [""],  # lbopt/__init__.py re-exports all

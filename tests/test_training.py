@@ -193,8 +193,8 @@ def test_bytes_of_the_state(start, layers):
     assert training.opt_state_bytes(state) == 4 * (2 * count + 1)
     kept = lbopt.scale_by_kfac(layers).init(params)
     table = sum(x.state_bytes() for x in layers.preconditioned.values())
-    clocks = training.opt_state_bytes((kept.count, kept.refresh, kept.boost))
-    rest = clocks + training.opt_state_bytes(kept.rejected)
+    others = (kept.count, kept.traces, kept.refresh, kept.boost, kept.report)
+    rest = training.opt_state_bytes((*others, kept.rejected))
     assert training.opt_state_bytes(kept) == table + rest
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from lbopt import linalg
 from lbopt._typing import Array, Due, Scalar
 
 Sums: TypeAlias = Any
@@ -36,7 +37,7 @@ class CurvatureBlock(NamedTuple):
     """The curvature of one layer, as functions of its arrays.
 
     All functions take any number of leading axes: the copies of a scanned or vmapped
-    layer.
+    layer.  The fields of the factors' and the inverses' types correspond.
 
     Attributes:
       kind: the name of the approximation, for tables: ``kronecker``, ``unit_wise``,
@@ -50,15 +51,17 @@ class CurvatureBlock(NamedTuple):
       mean: ``(sums, terms) -> means`` of a loss that averages ``terms`` terms: the sums
         divided, of the same type, shapes and dtypes.
       statistics: ``means -> statistics``, at no cost.
+      factors: the kind of each factor, in a tuple of the statistics' type.
       pack: ``statistics -> factors``, symmetric matrices as triangles.
-      init: ``leading axes -> (factors, inverses)`` before the first statistic:
-        zero and the identity.
-      invert: ``(factors, damping) -> inverses``.  Layers whose factors have equal
-        shapes and whose blocks have the same function here are inverted together.
+      dampings: ``(mean eigenvalues, λ) -> `` what is added to the diagonal of each
+        factor, both tuples like ``factors``.
+      inverses: the type of the inverses, a tuple with a field for each factor.
       precondition: ``(inverses, gradients) -> natural gradients`` of the layer's
         arrays, leading axes first.
-      exact: the block with λI added to the curvature itself, where ``invert`` adds a
-        part of it to each factor; None where there is no difference.
+      variant: ``(exact, block_size) -> block``: with λI added to the curvature itself,
+        where ``dampings`` adds a part of it to each factor; and with factors that are
+        larger than ``block_size`` cut into diagonal blocks.  None where neither makes
+        a difference.
     """
 
     kind: str
@@ -67,11 +70,45 @@ class CurvatureBlock(NamedTuple):
     gradient: Callable[[Any, Array], dict[str, Array]]
     mean: Callable[[Sums, Scalar], Sums]
     statistics: Callable[[Sums], Factors]
+    factors: Any
     pack: Callable[[Factors], Factors]
-    init: Callable[[tuple[int, ...]], tuple[Factors, Inverses]]
-    invert: Callable[[Factors, Scalar], Inverses]
+    dampings: Callable[[Any, Scalar], Any]
+    inverses: Callable[..., Inverses]
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
-    exact: "CurvatureBlock | None" = None
+    variant: "Callable[[bool, int | None], CurvatureBlock] | None" = None
+
+    def init(self, leading: tuple[int, ...]) -> tuple[Factors, Inverses]:
+        """Factors and inverses before the first statistic: zero and the identity."""
+        packed = jax.eval_shape(lambda s: self.pack(self.statistics(s)), self.sums)
+        zeros, eyes = [], []
+        for leaf, f in zip(packed, self.factors, strict=True):
+            copies = (*leading, *leaf.shape[: leaf.ndim - len(f.shape)])
+            eye = jnp.broadcast_to(f.identity(leaf.dtype), (*copies, f.wire))
+            zeros.append(jnp.zeros((*copies, *f.shape), leaf.dtype))
+            eyes.append(f.expand(eye))
+        return type(self.factors)(*zeros), self.inverses(*eyes)
+
+    def invert(self, factors: Factors, damping: Scalar) -> Inverses:
+        """The inverses of one layer's factors, damped; its copies in turn."""
+        means, flat = [], []
+        for leaf, f in zip(factors, self.factors, strict=True):
+            copies = leaf.shape[: leaf.ndim - len(f.shape)]
+            rows = leaf.reshape(*copies, f.size)
+            trace = jnp.sum(jnp.where(f.multiplicity() == 1, rows, 0), -1)
+            parts = f.parts
+            if parts > 1:
+                trace = jnp.sum(trace, -1)
+            means.append(trace / f.order)
+            flat.append(rows)
+        amounts = self.dampings(type(self.factors)(*means), damping)
+        inverses = []
+        for rows, amount, f in zip(flat, amounts, self.factors, strict=True):
+            if f.parts > 1:
+                amount = amount[..., None]
+            amount = jnp.broadcast_to(amount, rows.shape[:-1]).astype(rows.dtype)
+            wire = linalg.one_by_one(lambda one, f=f: f.invert(*one), rows, amount)
+            inverses.append(f.expand(wire))
+        return self.inverses(*inverses)
 
 
 def per_row(

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbopt._typing import Array, Scalar
-from lbopt.curvature import block
+from lbopt._typing import Array
+from lbopt.curvature import block, factor
 
 
 class DiagonalFactors(NamedTuple):
@@ -63,10 +63,6 @@ def diagonal_block(
         del residual
         return DiagonalSums(block.when(due.f, square, output_grads))
 
-    def init(leading: tuple[int, ...]) -> tuple[DiagonalFactors, DiagonalInverses]:
-        zeros = jnp.zeros((*leading, *shape), dtype)
-        return DiagonalFactors(zeros), DiagonalInverses(zeros + 1)
-
     return block.CurvatureBlock(
         kind="diagonal",
         sums=DiagonalSums(jax.ShapeDtypeStruct(shape, dtype)),
@@ -74,12 +70,11 @@ def diagonal_block(
         gradient=lambda residual, output_grads: {name: output_grads},
         mean=lambda sums, terms: DiagonalSums(block.per_example(sums.f, terms)),
         statistics=lambda means: DiagonalFactors(means.f),
+        factors=DiagonalFactors(factor.diagonal(shape)),
         pack=lambda factors: factors,
-        init=init,
-        invert=_invert,
+        dampings=lambda means, damping: DiagonalFactors(
+            jnp.broadcast_to(damping, means.f.shape)
+        ),
+        inverses=DiagonalInverses,
         precondition=lambda inverses, leaves: {name: inverses.f_inv * leaves[name]},
     )
-
-
-def _invert(factors: DiagonalFactors, damping: Scalar) -> DiagonalInverses:
-    return DiagonalInverses(1 / (factors.f + damping))

@@ -121,11 +121,11 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         )
 
     return kronecker.two_factor_block(
-        sums=kronecker.KroneckerSums(diagonal, square, one),
+        sums=shapes,
         estimate=estimate,
         gradient=gradient,
         mean=mean,
         statistics=statistics,
         to_matrix=lambda leaves: leaves["embedding"],
         from_matrix=lambda matrix: {"embedding": matrix},
-    )._replace(sums=shapes)
+    )

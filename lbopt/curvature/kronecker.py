@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from lbopt import linalg, patches
 from lbopt._typing import Array, Scalar
-from lbopt.curvature import block, linear_maps
+from lbopt.curvature import block, factor, linear_maps
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -73,17 +73,10 @@ class KroneckerInverses(NamedTuple):
 
 
 class KroneckerEigen(NamedTuple):
-    """What the exactly damped inverse needs.
+    """What the exactly damped inverse needs, each a ``factor.Eigenbasis``."""
 
-    Attributes:
-      a_vectors: eigenvectors of ``A`` as columns; ``()`` where it is a diagonal.
-      g_vectors: eigenvectors of ``G`` as columns.
-      reciprocal: 1 / (αᵢ γⱼ + λ) of their eigenvalues, ``[*stack, in, out]``.
-    """
-
-    a_vectors: Any
-    g_vectors: Any
-    reciprocal: Any
+    a: Any
+    g: Any
 
 
 def kronecker_block(
@@ -148,7 +141,7 @@ def kronecker_block(
 
 
 def two_factor_block(
-    sums: KroneckerSums,
+    sums: Any,
     estimate: Callable[[Any, Array, Any], Any],
     gradient: Callable[[Any, Array], dict[str, Array]],
     mean: Callable[[Any, Scalar], Any],
@@ -160,12 +153,12 @@ def two_factor_block(
 
     With factored damping the inverse is
     :math:`(A + \pi \sqrt\lambda I)^{-1} \otimes (G + \tfrac1\pi \sqrt\lambda I)^{-1}`;
-    the block's ``exact`` variant inverts :math:`A \otimes G + \lambda I` itself, in the
+    the ``exact`` variant inverts :math:`A \otimes G + \lambda I` itself, in the
     eigenbases of the factors.
 
     Args:
-      sums: shapes of ``a`` and ``g``; a vector is a diagonal.
-      estimate: as in ``CurvatureBlock``.
+      sums: as in ``CurvatureBlock``.  An A that is a vector is a diagonal.
+      estimate: likewise.
       gradient: likewise.
       mean: likewise.
       statistics: likewise.
@@ -175,113 +168,96 @@ def two_factor_block(
     Returns:
       The curvature block.
     """
-    shapes = KroneckerFactors(sums.a, sums.g)
+    shapes = jax.eval_shape(statistics, sums)
     diagonal = len(shapes.a.shape) == 1
 
-    def pack(statistics: KroneckerFactors) -> KroneckerFactors:
-        a, g = statistics
-        return KroneckerFactors(a if diagonal else linalg.pack(a), linalg.pack(g))
+    def variant(exact: bool, block_size: int | None) -> block.CurvatureBlock:
+        a, g = (_kind(shape, block_size) for shape in shapes)
 
-    def zeros(leading: tuple[int, ...]) -> KroneckerFactors:
-        packed = jax.eval_shape(pack, shapes)
-        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), packed)
+        def pack(statistics: KroneckerFactors) -> KroneckerFactors:
+            packed_a = statistics.a if diagonal else _pack(statistics.a, a)
+            return KroneckerFactors(packed_a, _pack(statistics.g, g))
 
-    def init(leading: tuple[int, ...]) -> tuple[KroneckerFactors, KroneckerInverses]:
-        a = jnp.ones(shapes.a.shape, shapes.a.dtype) if diagonal else _eye(shapes.a)
-        inverses = KroneckerInverses(a, _eye(shapes.g))
-        return zeros(leading), _copies(inverses, leading)
+        def precondition(
+            inverses: KroneckerInverses, leaves: block.Leaves
+        ) -> dict[str, Array]:
+            a_inv, g_inv = inverses
+            v = _right(to_matrix(leaves), g_inv, g)
+            v = a_inv[..., None] * v if diagonal else _left(a_inv, v, a)
+            return from_matrix(v)
 
-    def precondition(
-        inverses: KroneckerInverses, leaves: block.Leaves
-    ) -> dict[str, Array]:
-        a_inv, g_inv = inverses
-        v = linalg.matmul(to_matrix(leaves), g_inv)
-        v = a_inv[..., None] * v if diagonal else linalg.matmul(a_inv, v)
-        return from_matrix(v)
+        def precondition_exactly(
+            inverses: KroneckerEigen, leaves: block.Leaves
+        ) -> dict[str, Array]:
+            (damping, a_values, q_a), (_, g_values, q_g) = inverses
+            v = _right(to_matrix(leaves), q_g, g)
+            v = v if diagonal else _left(jnp.swapaxes(q_a, -1, -2), v, a)
+            product = (
+                _all_parts(a_values, a)[..., :, None]
+                * _all_parts(g_values, g)[..., None, :]
+            )
+            damping = damping[..., 0] if a.parts > 1 else damping
+            v = v / (product + damping[..., None, None])
+            v = _right(v, jnp.swapaxes(q_g, -1, -2), g)
+            return from_matrix(v if diagonal else _left(q_a, v, a))
 
-    def init_exact(leading: tuple[int, ...]) -> tuple[KroneckerFactors, KroneckerEigen]:
-        shape = (*shapes.g.shape[:-2], shapes.a.shape[-1], shapes.g.shape[-1])
-        a = () if diagonal else _eye(shapes.a)
-        inverses = KroneckerEigen(a, _eye(shapes.g), jnp.ones(shape, shapes.a.dtype))
-        return zeros(leading), _copies(inverses, leading)
+        a_exact = factor.eigen_diagonal if diagonal else factor.eigen
+        return block.CurvatureBlock(
+            kind="kronecker",
+            sums=sums,
+            estimate=estimate,
+            gradient=gradient,
+            mean=mean,
+            statistics=statistics,
+            factors=KroneckerFactors(a_exact(a), factor.eigen(g))
+            if exact
+            else KroneckerFactors(a, g),
+            pack=pack,
+            dampings=_undivided if exact else _divided,
+            inverses=KroneckerEigen if exact else KroneckerInverses,
+            precondition=precondition_exactly if exact else precondition,
+            variant=variant,
+        )
 
-    def precondition_exactly(
-        inverses: KroneckerEigen, leaves: block.Leaves
-    ) -> dict[str, Array]:
-        q_a, q_g, reciprocal = inverses
-        v = linalg.matmul(to_matrix(leaves), q_g)
-        if not diagonal:
-            v = linalg.matmul(jnp.swapaxes(q_a, -1, -2), v)
-        v = linalg.matmul(reciprocal * v, jnp.swapaxes(q_g, -1, -2))
-        return from_matrix(v if diagonal else linalg.matmul(q_a, v))
-
-    # Functions of the module, not closures: layers of equal shapes whose blocks have
-    # the same one are inverted together.
-    invert, invert_exactly = (
-        (_invert_diagonal_a, _invert_diagonal_a_exactly)
-        if diagonal
-        else (_invert, _invert_exactly)
-    )
-    factored = block.CurvatureBlock(
-        kind="kronecker",
-        sums=sums,
-        estimate=estimate,
-        gradient=gradient,
-        mean=mean,
-        statistics=statistics,
-        pack=pack,
-        init=init,
-        invert=invert,
-        precondition=precondition,
-    )
-    exact = factored._replace(
-        init=init_exact, invert=invert_exactly, precondition=precondition_exactly
-    )
-    return factored._replace(exact=exact)
+    return variant(False, None)
 
 
-def _invert(factors: KroneckerFactors, damping: Scalar) -> KroneckerInverses:
-    a, g = factors
-    a_damping, g_damping = linalg.pi_damping(
-        damping, _mean_eigenvalue(a), _mean_eigenvalue(g)
-    )
-    return KroneckerInverses(
-        linalg.damped_inverse(a, a_damping), linalg.damped_inverse(g, g_damping)
-    )
+def _kind(shape: jax.ShapeDtypeStruct, block_size: int | None) -> factor.Factor:
+    """The factor of a statistic, cut if it is larger than ``block_size``."""
+    order = shape.shape[-1]
+    if len(shape.shape) == 1:
+        return factor.diagonal((order,))
+    return factor.symmetric(order, 1 if block_size is None else -(-order // block_size))
 
 
-def _invert_diagonal_a(factors: KroneckerFactors, damping: Scalar) -> KroneckerInverses:
-    a, g = factors
-    a_damping, g_damping = linalg.pi_damping(
-        damping, jnp.mean(a, -1), _mean_eigenvalue(g)
-    )
-    return KroneckerInverses(
-        1 / (a + a_damping[..., None]), linalg.damped_inverse(g, g_damping)
-    )
+def _pack(matrix: Array, kind: factor.Factor) -> Array:
+    cut = linalg.diagonal_blocks(matrix, kind.parts) if kind.parts > 1 else matrix
+    return linalg.pack(cut)
 
 
-def _invert_exactly(factors: KroneckerFactors, damping: Scalar) -> KroneckerEigen:
-    a_values, a_vectors = linalg.eigendecompose(factors.a)
-    g_values, g_vectors = linalg.eigendecompose(factors.g)
-    product = a_values[..., :, None] * g_values[..., None, :]
-    return KroneckerEigen(a_vectors, g_vectors, 1 / (product + damping))
+def _left(blocks: Array, v: Array, kind: factor.Factor) -> Array:
+    """A factor's matrix times ``v [*stack, in, out]``."""
+    return (linalg.block_matmul if kind.parts > 1 else linalg.matmul)(blocks, v)
 
 
-def _invert_diagonal_a_exactly(
-    factors: KroneckerFactors, damping: Scalar
-) -> KroneckerEigen:
-    g_values, g_vectors = linalg.eigendecompose(factors.g)
-    product = factors.a[..., :, None] * g_values[..., None, :]
-    return KroneckerEigen((), g_vectors, 1 / (product + damping))
+def _right(v: Array, blocks: Array, kind: factor.Factor) -> Array:
+    """``v`` times a factor's matrix."""
+    if kind.parts == 1:
+        return linalg.matmul(v, blocks)
+    turned = linalg.block_matmul(jnp.swapaxes(blocks, -1, -2), jnp.swapaxes(v, -1, -2))
+    return jnp.swapaxes(turned, -1, -2)
 
 
-def _mean_eigenvalue(packed: Array) -> Array:
-    return jnp.mean(linalg.packed_diagonal(packed), -1)
+def _all_parts(values: Array, kind: factor.Factor) -> Array:
+    """The eigenvalues of all parts in a row, without those of the padding."""
+    if kind.parts == 1:
+        return values
+    return values.reshape(*values.shape[:-2], -1)[..., : kind.order]
 
 
-def _eye(s: jax.ShapeDtypeStruct) -> Array:
-    return jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
+def _divided(means: KroneckerFactors, damping: Scalar) -> KroneckerFactors:
+    return KroneckerFactors(*linalg.pi_damping(damping, means.a, means.g))
 
 
-def _copies(tree: Any, leading: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*leading, *x.shape)), tree)
+def _undivided(means: KroneckerFactors, damping: Scalar) -> KroneckerFactors:
+    return KroneckerFactors(*(jnp.broadcast_to(damping, x.shape) for x in means))

@@ -1,9 +1,23 @@
-"""When statistics and inverses are renewed, and what the state says of it."""
+r"""When statistics are renewed, and what the state says of it.
+
+Either at a fixed period, or by the adaptive rule of SP-NGD: each statistic X has its
+own clock, whose interval grows like the Fibonacci numbers while X stays similar to its
+last two values and is halved when it does not,
+
+.. math::
+  \Delta = \begin{cases}
+    \max(1, \lfloor \Delta_{-1} / 2 \rfloor) & X \not\sim X_{-1} \\
+    \Delta_{-1}                              & X \not\sim X_{-2} \\
+    \Delta_{-1} + \Delta_{-2}                & \text{otherwise}
+  \end{cases}
+  \qquad X \sim Y \iff \frac{\lVert X - Y \rVert_F}{\lVert Y \rVert_F} < \alpha
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
 from lbopt._typing import Array, Count, OptState
 
@@ -11,34 +25,84 @@ from lbopt._typing import Array, Count, OptState
 class Refresh(NamedTuple):
     """The clocks of an optimizer's statistics and inverses.
 
-    Statistics are numbered as the leaves of the factors, inverses as the layers.
+    Statistics are numbered as the leaves of the factors; inverses as their units, a
+    number for each copy and each diagonal block of a factor.
 
     Attributes:
       due: whether a statistic is wanted at the coming step, ``[statistics]``.
       renewals: how often it was renewed, ``[statistics]``.
       statistic_step: the step at which it was last renewed, −1 before the first.
-      inverse_step: the step at which a layer's inverses were last renewed, likewise.
+      interval: steps from its last renewal to the next, where that is adaptive.
+      previous_interval: the interval before.
+      inverse_step: the step at which a unit was last inverted, ``[units]``, −1 before.
     """
 
     due: Any
     renewals: Any
     statistic_step: Any
+    interval: Any
+    previous_interval: Any
     inverse_step: Any
 
 
-def init_refresh(statistics: int, layers: int) -> Refresh:
+def init_refresh(statistics: int, units: int) -> Refresh:
     """Clocks before the first step, at which everything is due."""
     return Refresh(
         due=jnp.ones(statistics, bool),
         renewals=jnp.zeros(statistics, jnp.int32),
         statistic_step=jnp.full(statistics, -1, jnp.int32),
-        inverse_step=jnp.full(layers, -1, jnp.int32),
+        interval=jnp.ones(statistics, jnp.int32),
+        previous_interval=jnp.ones(statistics, jnp.int32),
+        inverse_step=jnp.full(units, -1, jnp.int32),
     )
 
 
-def is_due(count: Array, period: Count | int) -> Array:
-    """Whether something with this period is renewed at step ``count`` (from 0)."""
-    return jnp.asarray(count % period == 0)
+def is_due(count: Array, period: Count | int, phase: Any = 0) -> Array:
+    """Whether something with this period and phase is renewed at step ``count``.
+
+    Args:
+      count: the step, from 0.
+      period: steps from one renewal to the next.
+      phase: the first step, below the period; one or an array of them.
+
+    Returns:
+      A flag for each phase.
+    """
+    return jnp.asarray((count - jnp.asarray(phase)) % period == 0)
+
+
+def next_interval(
+    similar: Bool[Array, "*s"],
+    similar_before: Bool[Array, "*s"],
+    interval: Int[Array, "*s"],
+    previous: Int[Array, "*s"],
+) -> Int[Array, "*s"]:
+    """The steps until the next renewal, by SP-NGD's rule.
+
+    Args:
+      similar: whether the new statistic is similar to the last, X ~ X₋₁.
+      similar_before: whether it is similar to the one before, X ~ X₋₂.
+      interval: Δ₋₁, the last interval.
+      previous: Δ₋₂, the one before.
+
+    Returns:
+      Δ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lbopt.curvature.refresh import next_interval
+      >>> yes, no = jnp.asarray(True), jnp.asarray(False)
+      >>> last, before = jnp.asarray(5), jnp.asarray(3)
+      >>> kinds = [(yes, yes), (yes, no), (no, no)]
+      >>> [int(next_interval(*kind, last, before)) for kind in kinds]
+      [8, 5, 2]
+
+    Source: Osawa et al. 2022 (SP-NGD), Algorithm 2.  The paper leaves open the start
+    (we take Δ₋₁ = Δ₋₂ = 1) and what a missing X₋₁ or X₋₂ counts as (not similar); a
+    statistic that always stays similar is then renewed at steps 1, 2, 3, 5, 8, 13, ….
+    """
+    grown = jnp.where(similar_before, interval + previous, interval)
+    return jnp.where(similar, grown, jnp.maximum(1, interval // 2))
 
 
 def refresh(opt_state: OptState) -> dict[str, Any]:
@@ -73,7 +137,9 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
 
     for node in jax.tree.leaves(opt_state, is_leaf=has_refresh):
         if has_refresh(node):
-            tree = jax.tree.structure(node.factors)
+            # Without the mark that says how they lie on devices, if there is one.
+            factors = getattr(node.factors, "shards", node.factors)
+            tree = jax.tree.structure(factors)
             due = node.refresh.due
             masks.update(
                 jax.tree.unflatten(tree, [due[i] for i in range(tree.num_leaves)])

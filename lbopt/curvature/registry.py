@@ -50,6 +50,10 @@ class Layer(NamedTuple):
         """The layer's curvature block."""
         return self.tapped.block
 
+    def factor_shapes(self) -> Any:
+        """Shapes and dtypes of its packed factors."""
+        return jax.eval_shape(lambda: self.block.init(self.tapped.copies)[0])
+
     def state_bytes(self) -> int:
         """Bytes of the factors and inverses kept for it."""
         state = jax.eval_shape(lambda: self.block.init(self.tapped.copies))

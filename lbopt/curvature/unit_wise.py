@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lbopt._typing import Array, Scalar
-from lbopt.curvature import block
+from lbopt._typing import Array
+from lbopt.curvature import block, factor
 
 
 class UnitWiseFactors(NamedTuple):
@@ -119,13 +119,6 @@ def unit_wise_block(
     ) -> UnitWiseSums:
         return UnitWiseSums(block.when(due.f, sums, *residual, output_grads))
 
-    def init(leading: tuple[int, ...]) -> tuple[UnitWiseFactors, UnitWiseInverses]:
-        zeros = jnp.zeros((*leading, channels, packed), dtype)
-        eye = jnp.asarray([1.0, 0.0, 1.0] if k == 2 else [1.0], dtype)
-        return UnitWiseFactors(zeros), UnitWiseInverses(
-            jnp.broadcast_to(eye, zeros.shape)
-        )
-
     def precondition(
         inverses: UnitWiseInverses, leaves: block.Leaves
     ) -> dict[str, Array]:
@@ -147,24 +140,16 @@ def unit_wise_block(
         gradient=gradient,
         mean=lambda sums, terms: UnitWiseSums(block.per_example(sums.f, terms)),
         statistics=lambda means: UnitWiseFactors(_unpack(means.f)),
+        factors=UnitWiseFactors(
+            factor.pairs(channels) if k == 2 else factor.diagonal((channels, 1))
+        ),
         pack=lambda factors: UnitWiseFactors(_pack(factors.f)),
-        init=init,
-        invert=_invert,
+        dampings=lambda means, damping: UnitWiseFactors(
+            jnp.broadcast_to(damping, means.f.shape)
+        ),
+        inverses=UnitWiseInverses,
         precondition=precondition,
     )
-
-
-def _invert(factors: UnitWiseFactors, damping: Scalar) -> UnitWiseInverses:
-    """The closed-form inverse of ``F + λI``, packed."""
-    f = factors.f
-    if f.shape[-1] == 1:
-        return UnitWiseInverses(1 / (f + damping))
-    a, b, d = f[..., 0], f[..., 1], f[..., 2]
-    # F is positive semi-definite, but rounding can make the determinant of a nearly
-    # singular one negative, and with it the direction of the step.
-    determinant = jnp.maximum(a * d - b * b, 0) + damping * (a + d + damping)
-    adjugate = jnp.stack([d + damping, -b, a + damping], -1)
-    return UnitWiseInverses(adjugate / determinant[..., None])
 
 
 def _unpack(

@@ -120,7 +120,7 @@ def test_exact_damping_is_the_dense_solve_with_the_diagonal():
     rng = np.random.default_rng(0)
     a, x = rng.uniform(0, 1, WORDS), rng.normal(size=(9, WIDTH))
     g, v = x.T @ x / 9, rng.normal(size=(WORDS, WIDTH))
-    block = embedding.embed_block(WORDS, WIDTH, jnp.float32).exact
+    block = embedding.embed_block(WORDS, WIDTH, jnp.float32).variant(True, None)
     factors = block.pack(
         embedding.kronecker.KroneckerFactors(jnp.float32(a), jnp.float32(g))
     )

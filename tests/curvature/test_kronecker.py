@@ -319,7 +319,7 @@ def test_exact_damping_is_the_dense_solve():
     x, y, v = rng.normal(size=(9, 5)), rng.normal(size=(9, 3)), rng.normal(size=(5, 3))
     a, g = x.T @ x / 9, y.T @ y / 9
     with jax.enable_x64(True):
-        block = dense_block(5, 3, jnp.float64, use_bias=False).exact
+        block = dense_block(5, 3, jnp.float64, use_bias=False).variant(True, None)
         factors = block.pack(kronecker.KroneckerFactors(jnp.asarray(a), jnp.asarray(g)))
         for damping in (1e-3, 10.0):
             inverses = block.invert(factors, damping)
@@ -339,7 +339,7 @@ def test_first_inverses_are_the_identity(groups, exact):
         window, lambda x: x, 3, 4, True, True, groups=groups
     )
     block = kronecker.kronecker_block(linear, "expand", jnp.float32)
-    block = block.exact if exact else block
+    block = block.variant(True, None) if exact else block
     factors, inverses = block.init((5,))
     assert not any(x.any() for x in factors)
     rng = np.random.default_rng(0)

@@ -1,0 +1,337 @@
+"""Where things live: meshes, the split of the optimizer's state, and who inverts what.
+
+Factors (and their history) are cut into equal shares, one a device, whatever their
+sizes; see ``lbopt.collectives``.  Inversion is not cut: each *unit*, one copy or one
+diagonal block of a factor, belongs to one device, its owner.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lbopt.curvature.factor import Factor
+from lbopt.curvature.registry import Layer, Layers
+
+
+class Sharded(NamedTuple):
+    """Marks arrays of a state whose first axis numbers the devices."""
+
+    shards: Any
+
+
+def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") -> Mesh:
+    """A mesh of one axis over the given devices, all of the machine's by default.
+
+    Args:
+      devices: the devices in order.
+      axis_name: the axis's name.
+
+    Returns:
+      The mesh, its axis of type Auto: under the Explicit type, which ``jax.make_mesh``
+      makes by default, products over a sharded batch have to name their sharding.
+
+    Examples:
+      >>> from lbopt import sharding
+      >>> sharding.make_mesh().axis_names
+      ('data',)
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+def specs(tree: Any, axis_name: str) -> Any:
+    """How a state lies on the mesh: sharded arrays by their first axis, others whole.
+
+    Args:
+      tree: a state, or its shapes.
+      axis_name: the axis of the optimizer.
+
+    Returns:
+      ``PartitionSpec`` for each array, in the state's structure.
+    """
+
+    def spec(node: Any) -> Any:
+        split = isinstance(node, Sharded)
+        one = PartitionSpec(axis_name) if split else PartitionSpec()
+        return jax.tree.map(lambda _: one, node)
+
+    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Sharded))
+
+
+def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
+    """Puts a state onto the mesh as ``specs`` says.
+
+    Args:
+      tree: the state.
+      mesh: the devices.
+      axis_name: the axis of the optimizer.
+
+    Returns:
+      The same state, in place on the devices.
+    """
+    shardings = jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        specs(tree, axis_name),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return jax.device_put(tree, shardings)
+
+
+class Unit(NamedTuple):
+    """One matrix to invert.
+
+    Attributes:
+      path: the layer.
+      layer: the layer's number in alphabetical order.
+      statistic: the number of its statistic, as the factors' leaves are numbered.
+      kind: the statistic's name, as in ``KroneckerFactors``.
+      row: which copy and diagonal block of the factor, counted through.
+      factor: the kind of factor.
+    """
+
+    path: str
+    layer: int
+    statistic: int
+    kind: str
+    row: int
+    factor: Factor
+
+
+def units_of(layers: Mapping[str, Layer]) -> list[Unit]:
+    """The units of all layers, numbered through.
+
+    Args:
+      layers: what ``scale_by_kfac`` preconditions, by path.
+
+    Returns:
+      The units in the order of the factors' leaves.
+    """
+    units: list[Unit] = []
+    statistic = 0
+    for number, path in enumerate(sorted(layers)):
+        layer = layers[path]
+        shapes = layer.factor_shapes()
+        for kind, leaf, factor in zip(
+            shapes._fields, shapes, layer.block.factors, strict=True
+        ):
+            rows = leaf.size // factor.size
+            units += [
+                Unit(path, number, statistic, kind, row, factor) for row in range(rows)
+            ]
+            statistic += 1
+    return units
+
+
+class Owners(NamedTuple):
+    """Which device inverts which unit, and at which step of the period.
+
+    ``print`` shows the work and the units of each device.
+
+    Attributes:
+      units: the units.
+      owner: each unit's device.
+      phase: the step of the inversion period at which its turn is.
+      devices: how many devices there are.
+      period: steps from one inversion of a unit to the next.
+    """
+
+    units: tuple[Unit, ...]
+    owner: tuple[int, ...]
+    phase: tuple[int, ...]
+    devices: int
+    period: int
+
+    def work(self) -> np.ndarray:
+        """Multiplications (d³) of each device at each step of the period.
+
+        Returns:
+          ``[devices, period]``.
+        """
+        table = np.zeros((self.devices, self.period), np.int64)
+        for unit, owner, phase in zip(self.units, self.owner, self.phase, strict=True):
+            table[owner, phase] += unit.factor.work
+        return table
+
+    def balance(self) -> float:
+        """The longest device's work over max(total / devices, largest unit)."""
+        loads = self.work().sum(1)
+        largest = max(unit.factor.work for unit in self.units)
+        return float(loads.max() / max(loads.sum() / self.devices, largest))
+
+    def __repr__(self) -> str:
+        """The table: units, largest order and work of each device, and the totals."""
+        work = self.work()
+        lines = ["device  units  largest       work  share of the longest"]
+        longest = max(int(work.sum(1).max()), 1)
+        for device in range(self.devices):
+            own = [
+                u for u, o in zip(self.units, self.owner, strict=True) if o == device
+            ]
+            largest = _rows(max(own, key=lambda u: u.factor.work).factor) if own else 0
+            load = int(work[device].sum())
+            lines.append(
+                f"{device:6d}  {len(own):5d}  {largest:7d}  {load:9.3g}  "
+                f"{load / longest:6.1%}"
+            )
+        steps = work.max(0)
+        lines.append(
+            f"{len(self.units)} units, work {int(work.sum()):.4g} in all, "
+            f"{longest:.4g} on the longest device: {self.balance():.3f} × "
+            "max(total / devices, largest)"
+        )
+        if self.period > 1:
+            lines.append(
+                f"a step of the period of {self.period}: longest {steps.max():.4g}, "
+                f"median {np.median(steps):.4g}, bound max(device's work / period, "
+                f"largest) {self.step_bound():.4g}"
+            )
+        return "\n".join(lines)
+
+    def step_bound(self) -> float:
+        """max(longest device's work / period, largest unit), a step's least work."""
+        largest = max(unit.factor.work for unit in self.units)
+        return max(float(self.work().sum(1).max()) / self.period, float(largest))
+
+
+def _rows(factor: Factor) -> int:
+    return -(-factor.order // factor.parts)
+
+
+def assign(
+    work: Sequence[int], bins: int, before: Sequence[int] | None = None
+) -> list[int]:
+    """Longest first, each to the bin that has the least.
+
+    Args:
+      work: what each item costs.
+      bins: how many bins.
+      before: what the bins have from elsewhere, which decides between equals.
+
+    Returns:
+      Each item's bin.
+
+    Examples:
+      >>> from lbopt import sharding
+      >>> sharding.assign([5, 4, 3, 3], 2)
+      [0, 1, 1, 0]
+    """
+    heap = [(0, 0 if before is None else before[i], 0, i) for i in range(bins)]
+    heapq.heapify(heap)
+    chosen = [0] * len(work)
+    for item in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        load, other, count, i = heapq.heappop(heap)
+        chosen[item] = i
+        heapq.heappush(heap, (load + work[item], other, count + 1, i))
+    return chosen
+
+
+def owners_of(
+    units: Sequence[Unit],
+    devices: int,
+    *,
+    period: int = 1,
+    together: Callable[[Unit], Any] | None = None,
+) -> Owners:
+    """Splits units over the steps of a period, and over devices.
+
+    The split over steps does not depend on the number of devices, so that a run's
+    numbers do not either.
+
+    Args:
+      units: the units.
+      devices: how many devices.
+      period: steps from one inversion to the next; 1 if all take turns together.
+      together: units for which it returns the same have the same owner; None where
+        each may go anywhere.
+
+    Returns:
+      The owner table.
+    """
+    work = [unit.factor.work for unit in units]
+    phase = assign(work, period)
+    owner = [0] * len(units)
+    if together is not None:
+        groups: dict[Any, list[int]] = {}
+        for i, unit in enumerate(units):
+            groups.setdefault(together(unit), []).append(i)
+        cost = [sum(work[i] for i in ids) for ids in groups.values()]
+        for ids, device in zip(groups.values(), assign(cost, devices), strict=True):
+            for i in ids:
+                owner[i] = device
+        return Owners(tuple(units), tuple(owner), tuple(phase), devices, period)
+    loads = [0] * devices
+    for turn in range(period):
+        ids = [i for i in range(len(units)) if phase[i] == turn]
+        for i, device in zip(
+            ids, assign([work[i] for i in ids], devices, loads), strict=True
+        ):
+            owner[i] = device
+            loads[device] += work[i]
+    return Owners(tuple(units), tuple(owner), tuple(phase), devices, period)
+
+
+def owner_table(
+    layers: Layers,
+    devices: int,
+    *,
+    block_size: int | None = None,
+    inverse_period: int = 1,
+) -> Owners:
+    """The owner table of a model, to look at before a run.
+
+    Args:
+      layers: what ``trace_layers`` found.
+      devices: how many devices.
+      block_size: as for ``scale_by_kfac``.
+      inverse_period: likewise, with its inversions staggered.
+
+    Returns:
+      The table; ``print`` shows it.
+
+    Raises:
+      ValueError: for a number of devices below 1.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
+      >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+      >>> params = {"top": model.init(jax.random.key(0), x)["params"]}
+      >>> layers = lbopt.trace_layers(
+      ...     lambda p, x: model.apply({"params": p["top"]}, x).mean(), params, x)
+      >>> lbopt.sharding.owner_table(layers, 2).owner  # A has 6 rows, G has 3
+      (0, 1)
+    """
+    if devices < 1:
+        raise ValueError(f"devices={devices} must be at least 1")
+    units = units_of(configured(layers.preconditioned, block_size=block_size))
+    return owners_of(units, devices, period=inverse_period)
+
+
+def configured(
+    layers: Mapping[str, Layer],
+    *,
+    exact_damping: bool = False,
+    block_size: int | None = None,
+) -> dict[str, Layer]:
+    """Layers with the variant of their blocks that an optimizer's settings ask for.
+
+    Args:
+      layers: layers by path.
+      exact_damping: as for ``scale_by_kfac``.
+      block_size: likewise.
+
+    Returns:
+      The layers by path.
+    """
+
+    def one(layer: Layer) -> Layer:
+        make = layer.block.variant
+        if make is None:
+            return layer
+        block = make(exact_damping, block_size)
+        return layer._replace(tapped=layer.tapped._replace(block=block))
+
+    return {path: one(layer) for path, layer in layers.items()}

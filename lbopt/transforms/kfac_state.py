@@ -1,0 +1,180 @@
+"""The state of the curvature transform, and its report of what a step did."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from lbopt._typing import Array
+from lbopt.collectives import Axis
+from lbopt.curvature import refresh as clocks
+from lbopt.curvature.registry import Layer
+from lbopt.sharding import Owners, Sharded
+from lbopt.transforms import inversion
+
+KINDS = ("A", "G", "F")
+"""Kinds of statistics in reports: inputs, output gradients, and all others."""
+
+
+class Report(NamedTuple):
+    """What the last update did.
+
+    Attributes:
+      statistics: statistics that were due, by kind, ``[3]``.
+      statistic_bytes: what each device put into the collectives that ran for them, by
+        kind, padding included; 0 without an axis.
+      inversions: units inverted, on all devices together.
+      inverse_bytes: what each device put into the collectives that ran for inverses.
+    """
+
+    statistics: Any
+    statistic_bytes: Any
+    inversions: Any
+    inverse_bytes: Any
+
+
+class KfacState(NamedTuple):
+    """State of ``scale_by_kfac``; layers by path, numbered in alphabetical order.
+
+    Attributes:
+      count: steps taken.
+      factors: running averages of the statistics, packed; change with the statistics.
+        With an axis each array is cut into shares ``[axis_size, *copies, share]`` and
+        marked ``Sharded``.
+      before: the statistics before the last, likewise, where refreshing is adaptive.
+      traces: the traces of each factor's copies, in the type of the factors.
+      refresh: the clocks of statistics and inverses.
+      inverses: damped inverses, whole; change with the inverses.
+      boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
+      rejected: how often a layer's statistic or inverse was not finite and was refused.
+      report: what the last update did.
+    """
+
+    count: Any
+    factors: Any
+    before: Any
+    traces: Any
+    refresh: Any
+    inverses: Any
+    boost: Any
+    rejected: Any
+    report: Any
+
+
+def init_state(
+    own: Mapping[str, Layer], units: int, axis: Axis, adaptive: bool
+) -> KfacState:
+    """The state before the first step.
+
+    Args:
+      own: the layers by path.
+      units: how many units they have.
+      axis: the devices.
+      adaptive: whether refreshing is.
+
+    Returns:
+      The state; no two of its arrays share a buffer.
+    """
+
+    def shares(path: str) -> Any:
+        layer = own[path]
+        return jax.tree.map(
+            lambda x, f: jnp.zeros(_shape_of_shares(x, f, axis), x.dtype),
+            layer.factor_shapes(),
+            layer.block.factors,
+        )
+
+    def split() -> Any:
+        whole = {path: shares(path) for path in own}
+        return whole if axis.name is None else Sharded(whole)
+
+    factors = split()
+    traces = {
+        path: jax.tree.map(
+            lambda x, f: jnp.zeros(x.size // f.size, x.dtype),
+            layer.factor_shapes(),
+            layer.block.factors,
+        )
+        for path, layer in own.items()
+    }
+    return KfacState(
+        count=jnp.zeros([], jnp.int32),
+        factors=factors,
+        before=split() if adaptive else (),
+        traces=traces,
+        refresh=clocks.init_refresh(len(jax.tree.leaves(factors)), units),
+        inverses={p: x.block.init(x.tapped.copies)[1] for p, x in own.items()},
+        boost=jnp.ones(len(own)),
+        rejected=jnp.zeros(len(own), jnp.int32),
+        report=Report(
+            statistics=jnp.zeros(len(KINDS), jnp.int32),
+            statistic_bytes=jnp.zeros(len(KINDS), jnp.float32),
+            inversions=jnp.zeros([], jnp.int32),
+            inverse_bytes=jnp.zeros([], jnp.float32),
+        ),
+    )
+
+
+def plain(tree: Any) -> Any:
+    """A tree without the mark of how it lies on devices."""
+    return tree.shards if isinstance(tree, Sharded) else tree
+
+
+def report(
+    own: Mapping[str, Layer],
+    owners: Owners,
+    due: Bool[Array, " statistics"],
+    inverted: inversion.Inverted,
+    joint: bool,
+    axis: Axis,
+    gather_dtype: Any,
+) -> Report:
+    """What ran in an update.
+
+    Args:
+      own: the layers by path.
+      owners: who inverted what.
+      due: the statistics that were due.
+      inverted: what inverting found out.
+      joint: whether all statistics travel together.
+      axis: the devices.
+      gather_dtype: type in which inverses travel.
+
+    Returns:
+      The report.
+    """
+    kinds, sizes = [], []
+    for layer in own.values():
+        shapes = layer.factor_shapes()
+        for name, x, f in zip(shapes._fields, shapes, layer.block.factors, strict=True):
+            kinds.append(KINDS.index({"a": "A", "g": "G"}.get(name, "F")))
+            rows = x.size // f.size
+            sizes.append(rows * axis.share(f.size) * axis.size * x.dtype.itemsize)
+    per_round = []
+    for numbers in inversion.classes_of(owners):
+        unit = owners.units[numbers[0]]
+        dtype = own[unit.path].block.sums[0].dtype
+        away = jnp.dtype(dtype).itemsize * axis.share(unit.factor.size)
+        back = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(unit.factor.wire)
+        per_round.append(axis.size * (away + 2 * back))
+    remote = float(axis.name is not None)
+    sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
+    moved = remote * jnp.asarray(sizes, jnp.float32) * sent
+    rounds = inverted.rounds.astype(jnp.float32)
+    kind = np.asarray(kinds)
+    return Report(
+        statistics=jax.ops.segment_sum(due.astype(jnp.int32), kind, len(KINDS)),
+        statistic_bytes=jax.ops.segment_sum(moved, kind, len(KINDS)),
+        inversions=jnp.sum(inverted.accepted, dtype=jnp.int32),
+        inverse_bytes=remote * jnp.sum(rounds * jnp.asarray(per_round, jnp.float32)),
+    )
+
+
+def _shape_of_shares(x: Any, factor: Any, axis: Axis) -> tuple[int, ...]:
+    if axis.name is None:
+        return x.shape
+    copies = x.shape[: len(x.shape) - len(factor.shape)]
+    return (axis.size, *copies, axis.share(factor.size))

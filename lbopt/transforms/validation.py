@@ -1,0 +1,188 @@
+"""What the curvature transform is given, checked before anything is compiled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from lbopt._typing import Params
+from lbopt.curvature import capture
+from lbopt.curvature.registry import Layer, Layers
+
+
+def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
+    """The layers whose parameters are here and not masked away.
+
+    Args:
+      layers: layers by path.
+      params: the parameters, some of them perhaps ``optax.MaskedNode``.
+
+    Returns:
+      The layers by path.
+
+    Raises:
+      ValueError: if the parameters are not those of the layers.
+    """
+    own = {}
+    for path, layer in layers.items():
+        location = layer.tapped.location
+        try:
+            arrays = capture.lookup(params, location)
+            if isinstance(arrays, optax.MaskedNode):
+                continue
+            leaves = [arrays[name] for name in location.names]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"params has no {path!r}, which layers has; make layers and the "
+                "optimizer's state from the same parameters"
+            ) from error
+        present = [not isinstance(x, optax.MaskedNode) for x in leaves]
+        if any(present) and not all(present):
+            raise ValueError(
+                f"layer {path!r} is masked in part ({list(location.names)}: "
+                f"{present}); its arrays share one curvature block, so mask all of "
+                "them or none"
+            )
+        if not all(present):
+            continue
+        for name, leaf in zip(location.names, leaves, strict=True):
+            if tuple(leaf.shape) != tuple(layer.shapes[name]):
+                raise ValueError(
+                    f"params[{path!r}][{name!r}] has shape {list(leaf.shape)} where "
+                    f"layers has {list(layer.shapes[name])}; call trace_layers again "
+                    "with these parameters"
+                )
+        own[path] = layer
+    if not own:
+        raise ValueError(
+            f"params holds none of the layers {sorted(layers)}, all are masked; leave "
+            "scale_by_kfac out, or mask fewer parameters"
+        )
+    return own
+
+
+def checked_statistics(
+    own: Mapping[str, Layer], curvature: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The curvature that ``update`` was given.
+
+    Args:
+      own: the optimizer's layers by path.
+      curvature: statistics by path.
+
+    Returns:
+      The statistics of these layers.
+
+    Raises:
+      ValueError: if there are none, or they are those of another model.
+    """
+    if curvature is None:
+        raise ValueError(
+            "scale_by_kfac.update needs curvature=, the third result of "
+            "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
+            "tx.update(grads, state, params, curvature=curvature)"
+        )
+    checked = {}
+    for path, layer in own.items():
+        if path not in curvature:
+            raise ValueError(
+                f"curvature has no {path!r} (it has {sorted(curvature)}); make it with "
+                "the same layers as the optimizer"
+            )
+        statistics, factors = curvature[path], layer.factor_shapes()
+        if type(statistics) is not type(factors):
+            raise ValueError(
+                f"curvature[{path!r}] is a {type(statistics).__name__}, not a "
+                f"{type(factors).__name__}; make it with the same layers as the "
+                "optimizer"
+            )
+        packed = jax.eval_shape(layer.block.pack, statistics)
+        for name, old, new in zip(statistics._fields, factors, packed, strict=True):
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"curvature[{path!r}].{name} has shape "
+                    f"{list(getattr(statistics, name).shape)}, which does not fit the "
+                    f"state (packed {list(old.shape)}); make it with the same layers "
+                    "as the optimizer"
+                )
+        checked[path] = statistics
+    return checked
+
+
+def check_settings(
+    layers: Any,
+    damping: Any,
+    factor_decay: Any,
+    stats_period: Any,
+    inverse_period: Any,
+    stale_threshold: Any,
+) -> None:
+    """Refuses settings out of range; see ``scale_by_kfac`` for what they are.
+
+    Raises:
+      ValueError: naming the setting, its value and what it may be.
+    """
+    if not isinstance(layers, Layers):
+        raise ValueError(
+            f"layers={type(layers).__name__} must be what lbopt.trace_layers returns"
+        )
+    if not layers.preconditioned:
+        raise ValueError("layers holds no layer that the loss depends on")
+    if isinstance(damping, (int, float)) and not damping > 0:
+        raise ValueError(f"damping={damping} must be positive; 1e-3 is a usual start")
+    if isinstance(factor_decay, (int, float)) and not 0 <= factor_decay < 1:
+        raise ValueError(
+            f"factor_decay={factor_decay} must lie in [0, 1); 0 keeps the last "
+            "statistic alone"
+        )
+    for name, period in (
+        ("stats_period", stats_period),
+        ("inverse_period", inverse_period),
+    ):
+        # optax.inject_hyperparams hands numbers over as arrays.
+        if not isinstance(period, jax.Array) and (
+            not isinstance(period, int) or period < 1
+        ):
+            raise ValueError(f"{name}={period!r} must be a whole number of steps, ≥ 1")
+    if stale_threshold is None:
+        return
+    if isinstance(stale_threshold, (int, float)) and not stale_threshold >= 0:
+        raise ValueError(
+            f"stale_threshold={stale_threshold} must not be negative; SP-NGD uses 0.1, "
+            "and None renews at fixed periods"
+        )
+    for name, value, needed in (
+        ("factor_decay", factor_decay, 0),
+        ("stats_period", stats_period, 1),
+        ("inverse_period", inverse_period, 1),
+    ):
+        if not isinstance(value, (int, float)) or value != needed:
+            raise ValueError(
+                f"stale_threshold={stale_threshold} compares single statistics and "
+                f"sets the times itself: it needs {name}={needed}, not {value}; pass "
+                "stale_threshold=None to use averages and periods"
+            )
+
+
+def check_sizes(
+    block_size: Any, axis_name: Any, axis_size: Any, norm_damping: Any
+) -> None:
+    """Refuses sizes out of range; see ``scale_by_kfac`` for what they are.
+
+    Raises:
+      ValueError: naming the setting, its value and what it may be.
+    """
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(
+            f"block_size={block_size!r} must be a number of rows, ≥ 1, or None for "
+            "whole factors"
+        )
+    if not isinstance(axis_size, int) or axis_size < 1:
+        raise ValueError(f"axis_size={axis_size!r} must be a number of devices, ≥ 1")
+    if axis_name is None and axis_size != 1:
+        raise ValueError(
+            f"axis_size={axis_size} needs axis_name, the mesh axis of the devices"
+        )
+    if isinstance(norm_damping, (int, float)) and not norm_damping > 0:
+        raise ValueError(f"norm_damping={norm_damping} must be positive")
