@@ -1,16 +1,16 @@
 """Arrays cut into equal shares over the devices of one mesh axis, and what moves them.
 
 A row of numbers (a packed factor, an inverse, a gradient) is cut into as many *shares*
-as there are devices, padded with zeros to a multiple.  Four moves are all that the
+as there are devices, padded with zeros to a multiple.  Three moves are all that the
 optimizers need:
 
 * ``scatter_mean``: every device has its own rows; each receives its share of the mean;
-* ``to_owners``: each owner receives all shares of one row, which is then whole;
-* ``from_owners``: each owner hands out the shares of its row;
+* ``exchange``: each device, the owner of one row, receives all shares of it; and, the
+  other way round, hands out the shares of a row that it has whole;
 * ``gather``: each device receives the other shares of all rows.
 
 The first and the last move each number once over each link, whatever the sizes of the
-rows, and the middle two no more than one row a device; so nothing needs padding to the
+rows, and the second no more than one row a device; so nothing needs padding to the
 largest owner, and devices without a row cost nothing.
 """
 
@@ -99,20 +99,14 @@ def scatter_mean(arrays: Sequence[Array], axis: Axis) -> list[Array]:
     return [p.reshape(x.shape[1:]) for p, x in zip(parts, pieces, strict=True)]
 
 
-def to_owners(
+def exchange(
     shares: Float[Array, "devices share"], axis: Axis
-) -> Float[Array, " padded"]:
-    """The whole of this device's row, from a share of each owner's (one all-to-all)."""
-    if axis.name is not None:
-        shares = lax.all_to_all(shares, axis.name, 0, 0, tiled=True)
-    return shares.reshape(-1)
-
-
-def from_owners(
-    row: Float[Array, " size"], axis: Axis
 ) -> Float[Array, "devices share"]:
-    """A share of each owner's row, from the whole of one's own (one all-to-all)."""
-    shares = cut(row[None], axis)[0]
+    """Row i goes to device i, whose result has this device's row (one all-to-all).
+
+    With one share of each owner's row the owner gets all shares of its own; with all
+    shares of a device's own row everyone gets a share of each.
+    """
     if axis.name is None:
         return shares
     return lax.all_to_all(shares, axis.name, 0, 0, tiled=True)

@@ -6,7 +6,7 @@ diagonal block of a factor, belongs to one device, its owner.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,12 @@ def specs(tree: Any, axis_name: str) -> Any:
         return jax.tree.map(lambda _: one, node)
 
     return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Sharded))
+
+
+def is_split(tree: Any) -> bool:
+    """Whether a state holds arrays that are split over devices."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sharded))
+    return any(isinstance(node, Sharded) for node in nodes)
 
 
 def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
@@ -135,6 +141,7 @@ class Owners(NamedTuple):
       units: the units.
       owner: each unit's device.
       phase: the step of the inversion period at which its turn is.
+      gathered: whether every device gets its inverse, or its owner alone keeps it.
       devices: how many devices there are.
       period: steps from one inversion of a unit to the next.
     """
@@ -142,6 +149,7 @@ class Owners(NamedTuple):
     units: tuple[Unit, ...]
     owner: tuple[int, ...]
     phase: tuple[int, ...]
+    gathered: tuple[bool, ...]
     devices: int
     period: int
 
@@ -234,7 +242,7 @@ def owners_of(
     devices: int,
     *,
     period: int = 1,
-    together: Callable[[Unit], Any] | None = None,
+    gathered: Collection[str] | None = None,
 ) -> Owners:
     """Splits units over the steps of a period, and over devices.
 
@@ -245,33 +253,62 @@ def owners_of(
       units: the units.
       devices: how many devices.
       period: steps from one inversion to the next; 1 if all take turns together.
-      together: units for which it returns the same have the same owner; None where
-        each may go anywhere.
+      gathered: the layers whose inverses every device gets; None for all.  A layer that
+        is not among them has one owner, and a unit of any other may go anywhere.
 
     Returns:
       The owner table.
     """
     work = [unit.factor.work for unit in units]
     phase = assign(work, period)
-    owner = [0] * len(units)
-    if together is not None:
-        groups: dict[Any, list[int]] = {}
-        for i, unit in enumerate(units):
-            groups.setdefault(together(unit), []).append(i)
-        cost = [sum(work[i] for i in ids) for ids in groups.values()]
-        for ids, device in zip(groups.values(), assign(cost, devices), strict=True):
-            for i in ids:
-                owner[i] = device
-        return Owners(tuple(units), tuple(owner), tuple(phase), devices, period)
-    loads = [0] * devices
-    for turn in range(period):
-        ids = [i for i in range(len(units)) if phase[i] == turn]
-        for i, device in zip(
-            ids, assign([work[i] for i in ids], devices, loads), strict=True
-        ):
+    flags = [gathered is None or unit.path in gathered for unit in units]
+    owner, loads = [0] * len(units), [0] * devices
+
+    kept: dict[str, list[int]] = {}
+    for i, unit in enumerate(units):
+        if not flags[i]:
+            kept.setdefault(unit.path, []).append(i)
+    cost = [sum(work[i] for i in ids) for ids in kept.values()]
+    for ids, device in zip(kept.values(), assign(cost, devices), strict=True):
+        for i in ids:
             owner[i] = device
             loads[device] += work[i]
-    return Owners(tuple(units), tuple(owner), tuple(phase), devices, period)
+
+    for turn in range(period):
+        ids = [i for i in range(len(units)) if flags[i] and phase[i] == turn]
+        chosen = assign([work[i] for i in ids], devices, loads)
+        for i, device in zip(ids, chosen, strict=True):
+            owner[i] = device
+            loads[device] += work[i]
+    return Owners(
+        tuple(units), tuple(owner), tuple(phase), tuple(flags), devices, period
+    )
+
+
+def gathered_layers(layers: Mapping[str, Layer], placement: float | str) -> list[str]:
+    """The layers whose inverses every device gets.
+
+    Args:
+      layers: layers by path.
+      placement: ``"comm"`` for all, ``"memory"`` for none, or the share of the bytes of
+        all inverses that each device may hold besides its own; the smallest first,
+        because they cost the least memory for the gradients that need not travel.
+
+    Returns:
+      Their paths.
+    """
+    share = {"comm": 1.0, "memory": 0.0}.get(str(placement), placement)
+    sizes = {
+        path: sum(u.factor.wire for u in units_of({path: layer}))
+        for path, layer in layers.items()
+    }
+    left, chosen = float(share) * sum(sizes.values()), []
+    for path in sorted(sizes, key=lambda p: (sizes[p], p)):
+        left -= sizes[path]
+        if left < 0:
+            break
+        chosen.append(path)
+    return chosen
 
 
 def owner_table(
@@ -280,6 +317,7 @@ def owner_table(
     *,
     block_size: int | None = None,
     inverse_period: int = 1,
+    placement: float | str = "comm",
 ) -> Owners:
     """The owner table of a model, to look at before a run.
 
@@ -288,6 +326,7 @@ def owner_table(
       devices: how many devices.
       block_size: as for ``scale_by_kfac``.
       inverse_period: likewise, with its inversions staggered.
+      placement: likewise.
 
     Returns:
       The table; ``print`` shows it.
@@ -306,8 +345,13 @@ def owner_table(
     """
     if devices < 1:
         raise ValueError(f"devices={devices} must be at least 1")
-    units = units_of(configured(layers.preconditioned, block_size=block_size))
-    return owners_of(units, devices, period=inverse_period)
+    own = configured(layers.preconditioned, block_size=block_size)
+    return owners_of(
+        units_of(own),
+        devices,
+        period=inverse_period,
+        gathered=gathered_layers(own, placement),
+    )
 
 
 def configured(

@@ -1,13 +1,16 @@
 """The one place that compiles: training state and the steps over it."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
+from lbopt import collectives, sharding
 from lbopt._typing import Array, OptState, Params
+from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher, value_grad_and_curvature
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
@@ -17,6 +20,7 @@ Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis numbers the examples."""
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
+Parallel: TypeAlias = Literal["shard_map", "pmap"]
 
 
 class TrainState(NamedTuple):
@@ -40,7 +44,13 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    tx: optax.GradientTransformation, params: Params, model_state: Any, rng: Array
+    tx: optax.GradientTransformation,
+    params: Params,
+    model_state: Any,
+    rng: Array,
+    mesh: Mesh | None = None,
+    *,
+    axis_name: str = "data",
 ) -> TrainState:
     """The state before the first step.
 
@@ -49,6 +59,9 @@ def init_state(
       params: the parameters.
       model_state: the model's other collections; ``{}`` if there are none.
       rng: a key.
+      mesh: the devices that the state is put on, as ``sharding.specs`` says; None for
+        the default device.
+      axis_name: the mesh axis over which examples are spread.
 
     Returns:
       The state; no two of its arrays share a buffer, so that steps may donate it.
@@ -61,31 +74,54 @@ def init_state(
         rng=rng,
         skipped=jnp.zeros([], jnp.int32),
     )
-    return jax.tree.map(jnp.copy, state)
+    state = jax.tree.map(jnp.copy, state)
+    return state if mesh is None else sharding.place(state, mesh, axis_name)
 
 
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     layers: Layers | None = None,
+    mesh: Mesh | None = None,
     *,
     fisher: Fisher = "empirical",
+    axis_name: str = "data",
+    accumulate: int = 1,
+    parallel: Parallel = "shard_map",
+    per_example: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Compiles one training step.
 
     A step in which the loss or the norm of the gradient is not finite changes nothing
     but the counters ``step`` and ``skipped``.
 
+    On a mesh each device evaluates the loss on its share of the batch, with a key of
+    its own.  An optimizer made with ``axis_name`` combines gradients and statistics
+    itself; for any other the step averages them.  Normalisation layers see a device's
+    examples alone, unless they were made with ``axis_name``; their running averages are
+    averaged over devices.
+
     Args:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``;
-        the loss is a mean over the batch.
+        the loss is a mean over the batch, and so are the metrics.
       tx: the optimizer.
       layers: what ``trace_layers`` found; None for an optimizer without curvature.
+      mesh: the devices; None for one, or where ``jit`` alone places the work.
       fisher: which Fisher matrix the statistics are of.
+      axis_name: the mesh axis over which examples are spread.
+      accumulate: micro-batches that a batch is cut into, for batches beyond memory;
+        loss, gradients and statistics are the means over all of them.
+      parallel: ``"shard_map"``, or ``"pmap"`` for a mesh of one axis.
+      per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
-      ``train_step(state, batch) -> (state, metrics)``, jitted; it donates ``state``.
-      The metrics are those of the loss function, ``loss``, and ``skipped``.
+      ``train_step(state, batch) -> (state, metrics)``, jitted; it donates ``state``
+      (under ``"pmap"`` it does not).  The metrics are those of the loss function,
+      ``loss``, and ``skipped``.
+
+    Raises:
+      ValueError: for a mesh without the axis, and, at the first call, for a batch that
+        cannot be cut evenly.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -97,37 +133,49 @@ def make_train_step(
       ...     return jnp.mean(outputs**2), (model_state, {})
       >>> rng = jax.random.key(1)
       >>> layers = lbopt.trace_layers(loss_fn, params, {}, batch, rng, has_aux=True)
-      >>> tx = lbopt.kfac(0.1, layers)
-      >>> state = training.init_state(tx, params, {}, rng)
-      >>> train_step = training.make_train_step(loss_fn, tx, layers)
+      >>> mesh = lbopt.sharding.make_mesh(jax.devices()[:2])
+      >>> tx = lbopt.kfac(0.1, layers, axis_name="data", axis_size=2)
+      >>> state = training.init_state(tx, params, {}, rng, mesh)
+      >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
       (1, ['loss', 'skipped'])
     """
+    if mesh is not None and axis_name not in mesh.shape:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis of the mesh {dict(mesh.shape)}; make "
+            "it with lbopt.sharding.make_mesh(axis_name=...) or name one of its axes"
+        )
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r} must be a number of parts, ≥ 1")
+    if parallel not in ("shard_map", "pmap"):
+        raise ValueError(f"parallel={parallel!r} must be 'shard_map' or 'pmap'")
+    axis = Axis(None, 1) if mesh is None else Axis(axis_name, mesh.shape[axis_name])
     tx = optax.with_extra_args_support(tx)
     if layers is not None:
-        with_curvature = value_grad_and_curvature(
+        evaluate = value_grad_and_curvature(
             loss_fn, layers, has_aux=True, fisher=fisher
         )
     else:
-        with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        evaluate = _without_curvature(loss_fn)
 
     def train_step(
         state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
-        loss_rng, label_rng = jax.random.split(
-            jax.random.fold_in(state.rng, state.step)
+        rng = jax.random.fold_in(state.rng, state.step)
+        if mesh is not None:
+            rng = jax.random.fold_in(rng, axis.position())
+        due = None if layers is None else refresh(state.opt_state)
+        loss, (new_model_state, metrics), grads, curvature = _accumulated(
+            evaluate, accumulate, state, batch, rng, due
         )
-        args = (state.params, state.model_state, batch, loss_rng)
-        extra: dict[str, Any] = {}
-        if layers is None:
-            (loss, (new_model_state, metrics)), grads = with_gradient(*args)
-        else:
-            (loss, (new_model_state, metrics)), grads, extra["curvature"] = (
-                with_curvature(*args, rng=label_rng, due=refresh(state.opt_state))
-            )
+        loss, metrics = collectives.mean((loss, metrics), axis)
+        new_model_state = _combined(new_model_state, per_example, axis)
+        if not sharding.is_split(state.opt_state):
+            grads, curvature = collectives.mean((grads, curvature), axis)
+        extra = {} if layers is None else {"curvature": curvature}
 
-        def update(old):
+        def update(old: Any) -> Any:
             params, opt_state, _ = old
             updates, opt_state = tx.update(
                 grads, opt_state, params, value=loss, **extra
@@ -135,7 +183,8 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
         # The norm, not each entry: a gradient whose square overflows is no use either.
-        sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        square = collectives.total(optax.tree.norm(grads, squared=True), axis)
+        sound = jnp.isfinite(loss) & jnp.isfinite(square)
         params, opt_state, model_state = update_if(
             sound, update, (state.params, state.opt_state, state.model_state)
         )
@@ -145,7 +194,153 @@ def make_train_step(
         )
         return state, {**metrics, "loss": loss, "skipped": skipped}
 
-    return jax.jit(train_step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    if parallel == "pmap":
+        return _by_pmap(train_step, mesh, axis, accumulate, per_example)
+
+    def sharded_step(
+        state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        _check_batch(batch, axis.size, accumulate)
+        state_specs = _specs(state, axis_name, per_example)
+        return jax.shard_map(
+            train_step,
+            mesh=mesh,
+            in_specs=(state_specs, PartitionSpec(axis_name)),
+            out_specs=(state_specs, PartitionSpec()),
+            # Collectives are placed by hand; jax would add its own for what it takes
+            # to vary over devices.
+            check_vma=False,
+        )(state, batch)
+
+    return jax.jit(sharded_step, donate_argnums=0)
+
+
+def _without_curvature(loss_fn: LossFn) -> Callable[..., Any]:
+    """``jax.value_and_grad`` with the signature of the function with curvature."""
+    with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
+        del rng, due
+        return (*with_gradient(*args), ())
+
+    return evaluate
+
+
+def _accumulated(
+    evaluate: Callable[..., Any],
+    accumulate: int,
+    state: TrainState,
+    batch: Batch,
+    rng: Array,
+    due: Any,
+) -> tuple[Array, tuple[Any, Any], Params, Any]:
+    """Loss, auxiliary results, gradients and statistics over the micro-batches."""
+
+    def one(model_state: Any, batch: Batch, rng: Array) -> Any:
+        loss_rng, label_rng = jax.random.split(rng)
+        (loss, (model_state, metrics)), grads, curvature = evaluate(
+            state.params, model_state, batch, loss_rng, rng=label_rng, due=due
+        )
+        return model_state, (loss, metrics, grads, curvature)
+
+    if accumulate == 1:
+        model_state, means = one(state.model_state, batch, rng)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(
+            one, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
+        )[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(carry: Any, part: Any) -> Any:
+            model_state, sums = carry
+            model_state, new = one(model_state, *part)
+            return (model_state, jax.tree.map(jnp.add, sums, new)), None
+
+        rngs = jax.random.split(rng, accumulate)
+        (model_state, sums), _ = jax.lax.scan(
+            add, (state.model_state, zeros), (parts, rngs)
+        )
+        means = jax.tree.map(lambda x: x / accumulate, sums)
+    loss, metrics, grads, curvature = means
+    return loss, (model_state, metrics), grads, curvature
+
+
+def _combined(model_state: Any, per_example: Sequence[str], axis: Axis) -> Any:
+    """The model state after a step: running averages as means over devices."""
+
+    def mean(path: Any, x: Array) -> Array:
+        own = path and getattr(path[0], "key", None) in per_example
+        floating = jnp.issubdtype(x.dtype, jnp.inexact)
+        return collectives.mean(x, axis) if floating and not own else x
+
+    return jax.tree_util.tree_map_with_path(mean, model_state)
+
+
+def _specs(state: TrainState, axis_name: str, per_example: Sequence[str]) -> TrainState:
+    """How a training state lies on the mesh."""
+    along = PartitionSpec(axis_name)
+    specs = sharding.specs(state, axis_name)
+    if per_example:
+        marked = {
+            key: jax.tree.map(lambda x: along if x.ndim else PartitionSpec(), value)
+            if key in per_example
+            else specs.model_state[key]
+            for key, value in state.model_state.items()
+        }
+        specs = specs._replace(model_state=marked)
+    return specs
+
+
+def _by_pmap(
+    train_step: Callable[..., Any],
+    mesh: Mesh,
+    axis: Axis,
+    accumulate: int,
+    per_example: Sequence[str],
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The step under ``jax.pmap``, with the same states and batches outside."""
+    if len(mesh.shape) > 1 or per_example:
+        raise ValueError(
+            f"parallel='pmap' needs a mesh of one axis, not {dict(mesh.shape)}, and no "
+            "per_example collections; use parallel='shard_map'"
+        )
+    compiled: dict[Any, Any] = {}
+
+    def pmapped_step(
+        state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        _check_batch(batch, axis.size, accumulate)
+        tree = jax.tree.structure(state)
+        if tree not in compiled:
+            axes = jax.tree.map(
+                lambda spec: 0 if spec else None,
+                sharding.specs(state, str(axis.name)),
+                is_leaf=lambda x: isinstance(x, PartitionSpec),
+            )
+            compiled[tree] = jax.pmap(
+                train_step,
+                str(axis.name),
+                in_axes=(axes, 0),
+                out_axes=(axes, None),
+                devices=list(mesh.devices.ravel()),
+            )
+        shares = jax.tree.map(lambda x: x.reshape(axis.size, -1, *x.shape[1:]), batch)
+        return compiled[tree](state, shares)
+
+    return pmapped_step
+
+
+def _check_batch(batch: Batch, devices: int, accumulate: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        if not x.ndim or x.shape[0] % (devices * accumulate):
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has shape {list(x.shape)}; its "
+                f"leading size must be a multiple of {devices} devices × "
+                f"accumulate={accumulate}"
+            )
 
 
 def make_eval_step(

@@ -23,7 +23,7 @@ ROWS = [
     ["curvature.fisher", "curvature.refresh", "schedules"],
     ["sharding"],
     ["transforms.statistics", "transforms.inversion", "transforms.validation"],
-    ["transforms.kfac_state"],
+    ["transforms.kfac_state", "transforms.placement"],
     ["transforms.kfac"],
     ["transforms.norm_constraint", "transforms.rescale", "transforms.velocity"],
     ["optimizers"],

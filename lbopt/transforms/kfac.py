@@ -19,12 +19,13 @@ from jaxtyping import Bool, Float, Int
 from lbopt import collectives, sharding
 from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import capture, discovery
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import inversion, kfac_state, validation
 from lbopt.transforms.kfac_state import KfacState, plain
+from lbopt.transforms.placement import precondition_on_owners
 from lbopt.transforms.statistics import Findings, Running, fold
 
 # A block whose inverse was not finite tries again with this many times the damping.
@@ -45,6 +46,7 @@ def scale_by_kfac(
     exact_damping: bool = False,
     axis_name: str | None = None,
     axis_size: int = 1,
+    placement: float | str = "comm",
     gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of the layers' damped curvature.
@@ -61,8 +63,8 @@ def scale_by_kfac(
 
     With ``axis_name``, under ``jax.shard_map`` or ``jax.pmap`` over that axis, the
     gradients and statistics are those of each device's examples; the transformation
-    averages them.  Factors are cut into equal shares over the devices, and each unit is inverted
-    by one device (``lbopt.sharding``).
+    averages them.  Factors are cut into equal shares over the devices, and each unit is
+    inverted by one device (``lbopt.sharding``).
 
     Args:
       layers: what ``trace_layers`` found.
@@ -85,6 +87,11 @@ def scale_by_kfac(
       axis_name: the mesh axis over whose devices examples are spread; None for one
         device, or where ``jit`` alone places the work.
       axis_size: devices along it.
+      placement: where inverses live and gradients are preconditioned.  ``"comm"``: every
+        device gets all inverses, and gradients are all-reduced.  ``"memory"``: a
+        layer's inverses stay with its owner; gradients are reduce-scattered, and the
+        natural gradients gathered.  A number between: the share of the bytes of all
+        inverses that every device gets, the smallest layers first.
       gather_dtype: type in which inverses travel (for example ``jnp.bfloat16``).
 
     Returns:
@@ -112,15 +119,24 @@ def scale_by_kfac(
         layers, damping, factor_decay, stats_period, inverse_period, stale_threshold
     )
     validation.check_sizes(block_size, axis_name, axis_size, norm_damping)
+    validation.check_placement(placement)
     axis = Axis(axis_name, axis_size)
     known = sharding.configured(
         layers.preconditioned, exact_damping=exact_damping, block_size=block_size
     )
     adaptive = stale_threshold is not None
 
+    def owners_of(own: Mapping[str, Layer]) -> Owners:
+        gathered = None
+        if axis_name is not None:
+            gathered = sharding.gathered_layers(own, placement)
+        turns: Any = inverse_period if stagger else 1
+        units = sharding.units_of(own)
+        return sharding.owners_of(units, axis_size, period=turns, gathered=gathered)
+
     def init_fn(params: Params) -> KfacState:
         own = validation.present_layers(known, params)
-        return kfac_state.init_state(own, len(sharding.units_of(own)), axis, adaptive)
+        return kfac_state.init_state(own, owners_of(own), axis, adaptive)
 
     def update_fn(
         updates: Updates,
@@ -135,8 +151,7 @@ def scale_by_kfac(
         # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
         own = {path: known[path] for path in sorted(plain(state.factors))}
         statistics = validation.checked_statistics(own, curvature)
-        turns = inverse_period if stagger else 1
-        owners = sharding.owners_of(sharding.units_of(own), axis_size, period=turns)
+        owners = owners_of(own)
         due = state.refresh.due
         state, findings = _average(
             own, state, statistics, factor_decay, stale_threshold, axis
@@ -148,11 +163,7 @@ def scale_by_kfac(
         value = damping(state.count) if callable(damping) else damping
         amounts = _amounts(own, state, value, norm_damping)
         state, inverted = _invert(own, owners, state, turn, amounts, axis, gather_dtype)
-        updates = collectives.mean(updates, axis)
-        natural = {
-            path: _precondition(layer, state.inverses[path], updates)
-            for path, layer in own.items()
-        }
+        updates, natural = _precondition(own, owners, state, updates, axis)
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             refresh=_clocks(state, findings, stats_period, adaptive),
@@ -227,10 +238,16 @@ def _invert(
     known = (_by_layer(state.refresh.renewals == 0, own) == 0)[layer_of]
     due = known & (turn | (state.refresh.inverse_step < 0))
     factors = jax.tree.leaves(plain(state.factors))
-    inverses, inverted = inversion.invert(
+    nothing = [None] * len(factors)
+    inverses, kept, inverted = inversion.invert(
         owners,
         [_rows(x, f, axis) for x, f in zip(factors, _kinds(own), strict=True)],
-        [x for path in own for x in state.inverses[path]],
+        [
+            x
+            for path, layer in own.items()
+            for x in state.inverses.get(path, nothing[: len(layer.block.factors)])
+        ],
+        kfac_state.local(state.kept, owners),
         due,
         amounts,
         axis,
@@ -238,14 +255,16 @@ def _invert(
     )
     remaining = iter(inverses)
     by_path = {
-        path: type(state.inverses[path])(*(next(remaining) for _ in block.factors))
-        for path, block in ((path, layer.block) for path, layer in own.items())
+        path: layer.block.inverses(*(next(remaining) for _ in layer.block.factors))
+        for path, layer in own.items()
     }
+    by_path = {path: by_path[path] for path in state.inverses}
     failed = _any_by_layer(due & ~inverted.accepted, layer_of, own)
     renewed = _any_by_layer(inverted.accepted, layer_of, own)
     boost = jnp.where(renewed, 1.0, state.boost)
     state = state._replace(
         inverses=by_path,
+        kept=kfac_state.as_in(state.kept, kept),
         boost=jnp.where(failed, state.boost * _DAMPING_GROWTH, boost),
         rejected=state.rejected + failed,
         refresh=state.refresh._replace(
@@ -300,15 +319,58 @@ def _clocks(
     )
 
 
-def _precondition(layer: Layer, inverses: Any, updates: Updates) -> dict[str, Array]:
-    """The natural gradient of one layer's arrays, as they lie in the parameters."""
+def _precondition(
+    own: Mapping[str, Layer],
+    owners: Owners,
+    state: KfacState,
+    updates: Updates,
+    axis: Axis,
+) -> tuple[Updates, dict[str, dict[str, Array]]]:
+    """The mean gradients of what has no curvature here, and the natural gradients."""
+    kept = {path: layer for path, layer in own.items() if path not in state.inverses}
+    names = {
+        (*layer.tapped.location.keys, name)
+        for layer in kept.values()
+        for name in layer.tapped.location.names
+    }
+    gradients = {path: _gradients(layer, updates) for path, layer in kept.items()}
+    updates = jax.tree_util.tree_map_with_path(
+        lambda at, x: (
+            x if discovery.keys_of(at) in names else collectives.mean(x, axis)
+        ),
+        updates,
+    )
+    natural = {
+        path: layer.block.precondition(state.inverses[path], _gradients(layer, updates))
+        for path, layer in own.items()
+        if path in state.inverses
+    }
+    if kept:
+        natural |= precondition_on_owners(
+            own, owners, kfac_state.local(state.kept, owners), gradients, axis
+        )
+    return updates, {
+        path: _as_they_lie(layer, natural[path], updates) for path, layer in own.items()
+    }
+
+
+def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:
+    """One layer's gradients, copies first, in the type of its curvature."""
     location, axes = layer.tapped.location, layer.tapped.axes
     arrays = capture.lookup(updates, location)
-    gradients = {
-        name: capture.copies_first(arrays[name], axes) for name in location.names
+    dtype = layer.block.sums[0].dtype
+    return {
+        name: capture.copies_first(arrays[name], axes).astype(dtype)
+        for name in location.names
     }
-    wide = {name: g.astype(_dtype(inverses)) for name, g in gradients.items()}
-    natural = layer.block.precondition(inverses, wide)
+
+
+def _as_they_lie(
+    layer: Layer, natural: Mapping[str, Array], updates: Updates
+) -> dict[str, Array]:
+    """One layer's arrays as they lie in the parameters."""
+    location, axes = layer.tapped.location, layer.tapped.axes
+    arrays = capture.lookup(updates, location)
     return {
         name: capture.copies_back(natural[name], axes).astype(arrays[name].dtype)
         for name in location.names

@@ -47,7 +47,9 @@ class KfacState(NamedTuple):
       before: the statistics before the last, likewise, where refreshing is adaptive.
       traces: the traces of each factor's copies, in the type of the factors.
       refresh: the clocks of statistics and inverses.
-      inverses: damped inverses, whole; change with the inverses.
+      inverses: damped inverses, whole, of the layers whose every device has them.
+      kept: the other layers' inverses, on their owners: for each class of units
+        ``[axis_size, slots, ...]``, marked ``Sharded``; ``()`` if there are none.
       boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
       rejected: how often a layer's statistic or inverse was not finite and was refused.
       report: what the last update did.
@@ -59,19 +61,20 @@ class KfacState(NamedTuple):
     traces: Any
     refresh: Any
     inverses: Any
+    kept: Any
     boost: Any
     rejected: Any
     report: Any
 
 
 def init_state(
-    own: Mapping[str, Layer], units: int, axis: Axis, adaptive: bool
+    own: Mapping[str, Layer], owners: Owners, axis: Axis, adaptive: bool
 ) -> KfacState:
     """The state before the first step.
 
     Args:
       own: the layers by path.
-      units: how many units they have.
+      owners: who inverts what.
       axis: the devices.
       adaptive: whether refreshing is.
 
@@ -92,6 +95,9 @@ def init_state(
         return whole if axis.name is None else Sharded(whole)
 
     factors = split()
+    gathered = {u.path for u, g in zip(owners.units, owners.gathered, strict=True) if g}
+    dtype = next(iter(own.values())).block.sums[0].dtype
+    kept = inversion.kept_inverses(owners, dtype)
     traces = {
         path: jax.tree.map(
             lambda x, f: jnp.zeros(x.size // f.size, x.dtype),
@@ -105,8 +111,13 @@ def init_state(
         factors=factors,
         before=split() if adaptive else (),
         traces=traces,
-        refresh=clocks.init_refresh(len(jax.tree.leaves(factors)), units),
-        inverses={p: x.block.init(x.tapped.copies)[1] for p, x in own.items()},
+        refresh=clocks.init_refresh(len(jax.tree.leaves(factors)), len(owners.units)),
+        inverses={
+            path: layer.block.init(layer.tapped.copies)[1]
+            for path, layer in own.items()
+            if path in gathered
+        },
+        kept=Sharded(kept) if kept else (),
         boost=jnp.ones(len(own)),
         rejected=jnp.zeros(len(own), jnp.int32),
         report=Report(
@@ -121,6 +132,29 @@ def init_state(
 def plain(tree: Any) -> Any:
     """A tree without the mark of how it lies on devices."""
     return tree.shards if isinstance(tree, Sharded) else tree
+
+
+def local(kept: Any, owners: Owners) -> list[Any]:
+    """This device's inverses ``[slots, ...]`` under ``shard_map`` or ``pmap``."""
+    if not isinstance(kept, Sharded):
+        return []
+    slots = [c.queues.shape[1] for c in inversion.classes_of(owners) if not c.gathered]
+
+    def own(x: Any, count: int) -> Any:
+        # The axis of devices, of size 1 under shard_map, is gone under pmap.
+        return x[0] if x.shape[:2] == (1, count) else x
+
+    return [
+        jax.tree.map(lambda x, n=n: own(x, n), tree)
+        for tree, n in zip(kept.shards, slots, strict=True)
+    ]
+
+
+def as_in(kept: Any, new: list[Any]) -> Any:
+    """A device's new inverses in the shape of the old ones in its state."""
+    if not isinstance(kept, Sharded):
+        return kept
+    return Sharded(jax.tree.map(lambda old, x: x.reshape(old.shape), kept.shards, new))
 
 
 def report(
@@ -154,12 +188,12 @@ def report(
             rows = x.size // f.size
             sizes.append(rows * axis.share(f.size) * axis.size * x.dtype.itemsize)
     per_round = []
-    for numbers in inversion.classes_of(owners):
-        unit = owners.units[numbers[0]]
-        dtype = own[unit.path].block.sums[0].dtype
-        away = jnp.dtype(dtype).itemsize * axis.share(unit.factor.size)
-        back = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(unit.factor.wire)
-        per_round.append(axis.size * (away + 2 * back))
+    for units in inversion.classes_of(owners):
+        f, path = units.factor, owners.units[units.numbers[0]].path
+        dtype = own[path].block.sums[0].dtype
+        away = jnp.dtype(dtype).itemsize * axis.share(f.size)
+        back = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(f.wire)
+        per_round.append(axis.size * (away + (2 * back if units.gathered else 0)))
     remote = float(axis.name is not None)
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
     moved = remote * jnp.asarray(sizes, jnp.float32) * sent

@@ -165,6 +165,24 @@ def check_settings(
             )
 
 
+def check_placement(placement: Any) -> None:
+    """Refuses a placement that is none.
+
+    Raises:
+      ValueError: naming it and what it may be.
+    """
+    known = (
+        placement in ("comm", "memory")
+        if isinstance(placement, str)
+        else (isinstance(placement, (int, float)) and 0 <= placement <= 1)
+    )
+    if not known:
+        raise ValueError(
+            f"placement={placement!r} must be 'comm', 'memory', or a share in [0, 1] of "
+            "the inverses' bytes that every device gets"
+        )
+
+
 def check_sizes(
     block_size: Any, axis_name: Any, axis_size: Any, norm_damping: Any
 ) -> None:

@@ -1,0 +1,144 @@
+"""Preconditioning on the owners: the pipeline of SP-NGD.
+
+Gradients are reduce-scattered, each layer's travels to the layer's owner, which alone
+has its inverses, and its natural gradient returns the same way to every device.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lbopt import collectives
+from lbopt._typing import Array
+from lbopt.collectives import Axis
+from lbopt.curvature.registry import Layer
+from lbopt.sharding import Owners
+from lbopt.transforms.inversion import classes_of
+
+Leaves = dict[str, Array]
+
+
+def precondition_on_owners(
+    layers: Mapping[str, Layer],
+    owners: Owners,
+    kept: Sequence[Any],
+    gradients: Mapping[str, Leaves],
+    axis: Axis,
+) -> dict[str, Leaves]:
+    """The natural gradients of layers whose inverses stay with their owners.
+
+    Args:
+      layers: all layers that the owner table is of, by path.
+      owners: who keeps what.
+      kept: this device's inverses, ``[slots, ...]`` for each class that is not gathered.
+      gradients: this device's gradients of those layers' arrays, copies first.
+      axis: the devices.
+
+    Returns:
+      The natural gradients of the mean gradients, on every device.
+    """
+    paths = list(gradients)
+    rows = {p: _row(gradients[p]) for p in paths}
+    shares = dict(
+        zip(paths, collectives.scatter_mean(list(rows.values()), axis), strict=True)
+    )
+    inverses = {p: _inverses(layers[p], p, owners, kept) for p in paths}
+    owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
+    # The longest first, so that what travels together is of about one size.
+    order = sorted(paths, key=lambda p: (-rows[p].size, p))
+    queues = [[p for p in order if owner[p] == d] for d in range(owners.devices)]
+    results: dict[str, Array] = {}
+    for turn in range(max(map(len, queues))):
+        at = [queue[turn] if turn < len(queue) else None for queue in queues]
+        width = max(shares[p].shape[1] for p in at if p is not None)
+        sent = jnp.stack(
+            [_padded(shares[p][0] if p else None, width, rows) for p in at]
+        )
+        received = collectives.exchange(sent, axis)
+
+        def work(path: str | None, received: Array, inverse: Any) -> Array:
+            if path is None:
+                return jnp.zeros_like(received)
+            share = axis.share(rows[path].size)
+            flat = received[:, :share].reshape(-1)[: rows[path].size]
+            leaves = _leaves(flat, gradients[path])
+            natural = layers[path].block.precondition(inverse, leaves)
+            ordered = {name: natural[name] for name in leaves}
+            cut = collectives.cut(_row(ordered), axis)[0]
+            return jnp.pad(cut, ((0, 0), (0, received.shape[1] - share)))
+
+        branches = [
+            lambda received, p=p: work(p, received, inverses[p] if p else None)
+            for p in at
+        ]
+        back = collectives.exchange(
+            jax.lax.switch(axis.position(), branches, received), axis
+        )
+        for device, path in enumerate(at):
+            if path is not None:
+                results[path] = back[device, : axis.share(rows[path].size)]
+    joined = jnp.concatenate([results[p] for p in paths])
+    whole = collectives.gather(joined[None], axis)
+    return _apart(whole, paths, rows, gradients, axis)
+
+
+def _inverses(layer: Layer, path: str, owners: Owners, kept: Sequence[Any]) -> Any:
+    """A layer's inverses, as its owner finds them in its slots."""
+    slots: dict[int, list[tuple[int, int]]] = {}
+    place = 0
+    for units in classes_of(owners):
+        if units.gathered:
+            continue
+        for queue in units.queues:
+            for slot, position in enumerate(queue):
+                if position < len(units.numbers):
+                    unit = owners.units[units.numbers[position]]
+                    if unit.path == path:
+                        slots.setdefault(unit.statistic, []).append((place, slot))
+        place += 1
+    shapes = jax.eval_shape(lambda: layer.block.init(layer.tapped.copies)[1])
+    found = []
+    for statistic, shape in zip(sorted(slots), shapes, strict=True):
+        own = [jax.tree.map(lambda x, s=s: x[s], kept[k]) for k, s in slots[statistic]]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *own)
+        found.append(jax.tree.map(lambda x, s: x.reshape(s.shape), stacked, shape))
+    return type(shapes)(*found)
+
+
+def _row(leaves: Leaves) -> Array:
+    return jnp.concatenate([x.ravel() for x in leaves.values()])[None]
+
+
+def _padded(share: Array | None, width: int, rows: Mapping[str, Array]) -> Array:
+    if share is None:
+        return jnp.zeros_like(next(iter(rows.values())), shape=width)
+    return jnp.pad(share, (0, width - share.size))
+
+
+def _leaves(flat: Array, like: Leaves) -> Leaves:
+    """The arrays of one layer out of a row of all their numbers."""
+    leaves, first = {}, 0
+    for name, x in like.items():
+        leaves[name] = flat[first : first + x.size].reshape(x.shape)
+        first += x.size
+    return leaves
+
+
+def _apart(
+    whole: Array,
+    paths: Sequence[str],
+    rows: Mapping[str, Array],
+    gradients: Mapping[str, Leaves],
+    axis: Axis,
+) -> dict[str, Leaves]:
+    """The layers' arrays out of the gathered shares of all."""
+    by_device = whole.reshape(axis.size, -1)
+    natural, first = {}, 0
+    for path in paths:
+        share = axis.share(rows[path].size)
+        flat = by_device[:, first : first + share].reshape(-1)[: rows[path].size]
+        natural[path] = _leaves(flat, gradients[path])
+        first += share
+    return natural

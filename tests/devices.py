@@ -1,0 +1,27 @@
+"""Functions that run once on each of several devices."""
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lbopt import sharding
+from tests.oracles import quick_jit
+
+AXIS = "data"
+
+
+def on_devices(devices, function, *args, parallel="shard_map"):
+    """``function`` on each device; arguments and results lie along a first axis."""
+    mesh = sharding.make_mesh(jax.devices()[:devices], axis_name=AXIS)
+    if parallel == "pmap":
+        return jax.pmap(function, AXIS, devices=list(mesh.devices))(*args)
+
+    def own(*args):
+        results = function(*jax.tree.map(lambda x: x[0], args))
+        return jax.tree.map(lambda x: x[None], results)
+
+    along = PartitionSpec(AXIS)
+    return quick_jit(
+        jax.shard_map(
+            own, mesh=mesh, in_specs=along, out_specs=along, check_vma=False
+        )
+    )(*args)
