@@ -104,8 +104,12 @@ def exchange(
 ) -> Float[Array, "devices share"]:
     """Row i goes to device i, whose result has this device's row (one all-to-all).
 
-    With one share of each owner's row the owner gets all shares of its own; with all
-    shares of a device's own row everyone gets a share of each.
+    Args:
+      shares: this device's share of each owner's row; or all shares of its own row.
+      axis: the devices.
+
+    Returns:
+      All shares of this device's own row; or its share of each owner's.
     """
     if axis.name is None:
         return shares

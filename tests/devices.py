@@ -21,7 +21,5 @@ def on_devices(devices, function, *args, parallel="shard_map"):
 
     along = PartitionSpec(AXIS)
     return quick_jit(
-        jax.shard_map(
-            own, mesh=mesh, in_specs=along, out_specs=along, check_vma=False
-        )
+        jax.shard_map(own, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
     )(*args)

@@ -246,3 +246,47 @@ def test_all_finite_sees_every_array():
     assert bool(linalg.all_finite(one, one))
     assert not bool(linalg.all_finite(one, one.at[2].set(jnp.nan)))
     assert not bool(linalg.all_finite(one.at[0].set(-jnp.inf), one))
+
+
+# ------------------------------------------------------------------ blocks
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_multiplicity_tells_the_diagonal_from_the_rest(n):
+    # Packed numbers that say where they stand: 1 on the diagonal, 2 below it.
+    marks = np.where(np.eye(n, dtype=bool), 1, 2).astype(np.float32)
+    packed = linalg.pack(jnp.asarray(marks))
+    np.testing.assert_array_equal(linalg.packed_multiplicity(n), packed)
+    matrix = symmetric(n, n)
+    packed = np.asarray(linalg.pack(jnp.asarray(matrix, jnp.float32)), np.float64)
+    squares = linalg.packed_multiplicity(n) * packed**2
+    assert squares.sum() == pytest.approx((matrix**2).sum(), rel=1e-6)
+
+
+def block_diagonal(matrix, parts):
+    """The entries of a matrix that stand in its diagonal blocks, the others zero."""
+    n = matrix.shape[-1]
+    number = np.arange(n) // int(np.ceil(n / parts))
+    return np.where(number[:, None] == number[None, :], matrix, 0)
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+    ("n", "parts"), [(6, 1), (6, 2), (6, 6), (7, 2), (7, 3), (10, 4), (1, 1)]
+)
+def test_blocks_of_a_matrix_act_like_their_block_diagonal(n, parts, stack):
+    rng = np.random.default_rng([n, parts])
+    # Not symmetric, so that a transposed block shows.
+    matrix = rng.normal(size=(*stack, n, n)).astype(np.float32)
+    x = rng.normal(size=(*stack, n, 2)).astype(np.float32)
+    blocks = linalg.diagonal_blocks(jnp.asarray(matrix), parts)
+    size = int(np.ceil(n / parts))
+    assert blocks.shape == (*stack, parts, size, size)
+    padding = [(0, 0)] * len(stack) + [(0, parts * size - n)] * 2
+    padded = np.pad(matrix, padding)
+    for i in range(parts):
+        rows = slice(i * size, (i + 1) * size)
+        np.testing.assert_array_equal(blocks[..., i, :, :], padded[..., rows, rows])
+    product = linalg.block_matmul(blocks, jnp.asarray(x))
+    expected = block_diagonal(matrix, parts) @ x
+    np.testing.assert_allclose(product, expected, rtol=ROUNDING, atol=ROUNDING)

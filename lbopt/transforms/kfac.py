@@ -87,11 +87,11 @@ def scale_by_kfac(
       axis_name: the mesh axis over whose devices examples are spread; None for one
         device, or where ``jit`` alone places the work.
       axis_size: devices along it.
-      placement: where inverses live and gradients are preconditioned.  ``"comm"``: every
-        device gets all inverses, and gradients are all-reduced.  ``"memory"``: a
-        layer's inverses stay with its owner; gradients are reduce-scattered, and the
-        natural gradients gathered.  A number between: the share of the bytes of all
-        inverses that every device gets, the smallest layers first.
+      placement: where inverses live and gradients are preconditioned.  ``"comm"``:
+        every device gets all inverses, and gradients are all-reduced.  ``"memory"``:
+        a layer's inverses stay with its owner; gradients are reduce-scattered, and
+        the natural gradients gathered.  A number between: the share of the bytes of
+        all inverses that every device gets, the smallest layers first.
       gather_dtype: type in which inverses travel (for example ``jnp.bfloat16``).
 
     Returns:
@@ -151,6 +151,7 @@ def scale_by_kfac(
         # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
         own = {path: known[path] for path in sorted(plain(state.factors))}
         statistics = validation.checked_statistics(own, curvature)
+        validation.check_shares(own, plain(state.factors), axis)
         owners = owners_of(own)
         due = state.refresh.due
         state, findings = _average(

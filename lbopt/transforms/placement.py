@@ -32,7 +32,7 @@ def precondition_on_owners(
     Args:
       layers: all layers that the owner table is of, by path.
       owners: who keeps what.
-      kept: this device's inverses, ``[slots, ...]`` for each class that is not gathered.
+      kept: this device's inverses, ``[slots, ...]`` for each class not gathered.
       gradients: this device's gradients of those layers' arrays, copies first.
       axis: the devices.
 

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from lbopt._typing import Params
+from lbopt.collectives import Axis
 from lbopt.curvature import capture
 from lbopt.curvature.registry import Layer, Layers
 
@@ -165,6 +166,25 @@ def check_settings(
             )
 
 
+def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
+    """Refuses a state that was made for another number of devices.
+
+    Raises:
+      ValueError: naming both numbers of a factor's share.
+    """
+    for path, layer in own.items():
+        shapes = layer.factor_shapes()
+        for x, whole, f in zip(factors[path], shapes, layer.block.factors, strict=True):
+            expected = whole.size // f.size * axis.share(f.size)
+            if x.size != expected:
+                raise ValueError(
+                    f"the optimizer's state was made for another number of devices "
+                    f"than axis_size={axis.size}: a device has {x.size} numbers of a "
+                    f"factor of {path!r}, not {expected}; make a new state, or restore "
+                    "one that was saved on so many devices"
+                )
+
+
 def check_placement(placement: Any) -> None:
     """Refuses a placement that is none.
 
@@ -178,8 +198,8 @@ def check_placement(placement: Any) -> None:
     )
     if not known:
         raise ValueError(
-            f"placement={placement!r} must be 'comm', 'memory', or a share in [0, 1] of "
-            "the inverses' bytes that every device gets"
+            f"placement={placement!r} must be 'comm', 'memory', or a share in [0, 1] "
+            "of the inverses' bytes that every device gets"
         )
 
 

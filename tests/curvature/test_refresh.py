@@ -102,7 +102,10 @@ def masked(curvature, due):
     """Statistics that are not due are NaN, so that reading them shows."""
     leaves, tree = jax.tree.flatten(curvature)
     return tree.unflatten(
-        [x if d else jnp.full_like(x, jnp.nan) for x, d in zip(leaves, due, strict=True)]
+        [
+            x if d else jnp.full_like(x, jnp.nan)
+            for x, d in zip(leaves, due, strict=True)
+        ]
     )
 
 

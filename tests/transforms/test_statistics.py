@@ -88,7 +88,10 @@ def folded(devices, running, packed, due=EVERY, weights=1.0, alpha=None):
         for r in running
     ]
     after, findings = on_devices(
-        devices, lambda r, p: fold(KINDS, r, p, due, weights, alpha, axis), split, packed
+        devices,
+        lambda r, p: fold(KINDS, r, p, due, weights, alpha, axis),
+        split,
+        packed,
     )
 
     def whole(x, size):

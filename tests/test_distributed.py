@@ -1,0 +1,292 @@
+"""Several devices do what one does, under every way to spread the work."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lbopt
+from lbopt import sharding, training
+from lbopt.curvature import factor
+from tests.problems import cross_entropy
+
+BATCH, STEPS = 16, 10
+# Sums over examples are taken in another order on other numbers of devices; ten steps
+# of a curvature with condition numbers near 1e3 amplify float32's 6e-8 to about this.
+ROUNDING = 2e-5
+
+
+class Net(nn.Module):
+    """A convolution in groups, a norm layer and a dense layer: five statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), strides=2, feature_group_count=2, name="conv")(x)
+        x = nn.relu(nn.GroupNorm(2, name="norm")(x))
+        return nn.Dense(3, name="dense")(x.reshape(len(x), -1))
+
+
+def batch_of(seed):
+    image = jax.random.normal(jax.random.key(seed), (BATCH, 4, 4, 2))
+    return {"x": image, "y": jnp.arange(BATCH) % 3}
+
+
+PARAMS = Net().init(jax.random.key(0), batch_of(0)["x"])["params"]
+
+
+def loss_fn(params, model_state, batch, rng):
+    del rng
+    logits = lbopt.likelihood(
+        Net().apply({"params": params}, batch["x"]), "categorical"
+    )
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["y"])
+    return cross_entropy(logits, batch["y"]), (model_state, {"accuracy": accuracy})
+
+
+@functools.cache
+def layers():
+    args = (PARAMS, {}, batch_of(0), jax.random.key(0))
+    return lbopt.trace_layers(loss_fn, *args, has_aux=True)
+
+
+def adaptive(**options):
+    return lbopt.sp_ngd(
+        0.02, layers(), damping=1e-2, momentum=0.5, stale_threshold=0.6, **options
+    )
+
+
+def periodic(**options):
+    return lbopt.kfac(
+        0.05,
+        layers(),
+        damping=1e-2,
+        stats_period=2,
+        inverse_period=3,
+        stagger=True,
+        block_size=7,
+        **options,
+    )
+
+
+class Course(NamedTuple):
+    """What a run left behind."""
+
+    params: dict
+    due: np.ndarray
+    losses: np.ndarray
+    state: training.TrainState
+
+
+def run(
+    make, devices=None, parallel="shard_map", steps=STEPS, batch=batch_of, **options
+):
+    """A run of the training step on so many devices, None for no mesh."""
+    accumulate = options.pop("accumulate", 1)
+    mesh = None
+    if devices is not None:
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        options |= {"axis_name": "data", "axis_size": devices}
+    tx = make(**options)
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    step = training.make_train_step(
+        loss_fn, tx, layers(), mesh, parallel=parallel, accumulate=accumulate
+    )
+    due, losses = [], []
+    for i in range(steps):
+        state, metrics = step(state, batch(i))
+        mask = jax.tree.leaves(lbopt.refresh(state.opt_state))
+        due.append([bool(x) for x in mask])
+        losses.append([float(metrics["loss"]), float(metrics["accuracy"])])
+    params = jax.tree.map(np.asarray, state.params)
+    return Course(params, np.asarray(due), np.asarray(losses), state)
+
+
+@functools.cache
+def on_one_device(make):
+    return run(make)
+
+
+def assert_same(course, reference):
+    np.testing.assert_array_equal(course.due, reference.due)
+    np.testing.assert_allclose(course.losses, reference.losses, rtol=ROUNDING)
+    for a, b in zip(
+        jax.tree.leaves(course.params), jax.tree.leaves(reference.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("devices", "parallel", "placement"),
+    [
+        *[(n, "shard_map", p) for n in (1, 2, 4, 8) for p in ("comm", "memory")],
+        *[(2, "pmap", "memory"), (4, "pmap", "comm"), (8, "pmap", "memory")],
+        (4, "shard_map", 0.5),
+    ],
+)
+def test_adaptive_refresh_on_several_devices(devices, parallel, placement):
+    reference = on_one_device(adaptive)
+    # The clocks differ, so that something is at stake.
+    assert 0 < reference.due[2:].mean() < 1
+    course = run(adaptive, devices, parallel, placement=placement)
+    assert_same(course, reference)
+
+
+@pytest.mark.parametrize(
+    ("devices", "placement"), [(2, "memory"), (4, "comm"), (8, 0.5)]
+)
+def test_staggered_periods_on_several_devices(devices, placement):
+    reference = on_one_device(periodic)
+    course = run(periodic, devices, placement=placement)
+    assert_same(course, reference)
+    # Every inverse is renewed once in a period of 3.
+    steps = np.asarray(course.state.opt_state[1].refresh.inverse_step)
+    assert set(steps) == {STEPS - 3, STEPS - 2, STEPS - 1}
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    assert_same(run(adaptive, accumulate=2), on_one_device(adaptive))
+    assert_same(
+        run(adaptive, 2, accumulate=4, placement="memory"), on_one_device(adaptive)
+    )
+
+
+def test_jit_alone_places_the_work():
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    course = run(adaptive, batch=lambda i: jax.device_put(batch_of(i), split))
+    assert_same(course, on_one_device(adaptive))
+
+
+def test_half_precision_on_the_way_rounds_inverses():
+    rounded = run(adaptive, 2, steps=1, gather_dtype=jnp.bfloat16)
+    exact = run(adaptive, 2, steps=1)
+    for a, b in zip(
+        *(jax.tree.leaves(x.state.opt_state[0].inverses) for x in (rounded, exact)),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2**-8)  # bfloat16 keeps 8 bits
+        assert (a != b).any()
+
+
+# ------------------------------------------------------------------ the program
+
+
+def program(placement):
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    tx = adaptive(axis_name="data", axis_size=4, placement=placement)
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    step = training.make_train_step(loss_fn, tx, layers(), mesh)
+    return step.lower(state, batch_of(0)).compile().as_text()
+
+
+def elements(text, collective):
+    """How many numbers each collective of a kind has, largest operand first."""
+    sizes = []
+    for line in text.splitlines():
+        found = re.search(rf"= (.*?) {collective}(-start)?\(", line)
+        for dims in re.findall(r"\w+\[([\d,]*)\]", found.group(1)) if found else ():
+            sizes.append(int(np.prod([int(d) for d in dims.split(",") if d] or [1])))
+    return sorted(sizes, reverse=True)
+
+
+def test_memory_reduces_nothing_on_all_devices():
+    text = program("memory")
+    assert elements(text, "reduce-scatter")
+    assert elements(text, "all-gather")
+    assert elements(text, "all-to-all")
+    # Flags, traces and the loss; a factor or gradient would have more numbers.
+    assert elements(text, "all-reduce")[0] <= 4
+    assert min(x.size for x in jax.tree.leaves(PARAMS) if x.ndim > 1) > 4
+
+
+def test_comm_reduces_gradients_and_no_factors():
+    text = program("comm")
+    assert elements(text, "reduce-scatter")
+    largest_gradient = max(x.size for x in jax.tree.leaves(PARAMS))
+    largest_factor = max(f.size for x in layers().values() for f in x.block.factors)
+    assert elements(text, "all-reduce")[0] <= largest_gradient < largest_factor
+
+
+@pytest.mark.parametrize("placement", ["comm", "memory"])
+def test_each_inverse_is_computed_once(placement, monkeypatch):
+    counted = []
+    plain = factor._invert_symmetric
+
+    def counting(packed, damping):
+        jax.debug.callback(lambda: counted.append(1))
+        return plain(packed, damping)
+
+    monkeypatch.setattr(factor, "_invert_symmetric", counting)
+    tx = lbopt.scale_by_kfac(
+        layers(), axis_name="data", axis_size=4, placement=placement
+    )
+    matrices = 2 * 2 + 2  # A and G of the convolution's two groups and of the dense
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    step = training.make_train_step(loss_fn, tx, layers(), mesh)
+    state, _ = step(state, batch_of(0))
+    jax.effects_barrier()
+    assert len(counted) == matrices
+    assert int(state.opt_state.report.inversions) == matrices + 1  # and the norm layer
+
+
+# ------------------------------------------------------------------------ errors
+
+
+def test_a_mesh_of_another_size():
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    tx = adaptive(axis_name="data", axis_size=4)
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1))
+    step = training.make_train_step(loss_fn, tx, layers(), mesh)
+    message = r"axis_size=4, but the axis 'data' has 2 devices; pass axis_size=mesh"
+    with pytest.raises(ValueError, match=message):
+        step(state, batch_of(0))
+
+
+def test_an_axis_that_is_not_there():
+    tx = lbopt.scale_by_kfac(layers(), axis_name="model", axis_size=2)
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1))
+    step = training.make_train_step(loss_fn, tx, layers(), mesh)
+    with pytest.raises(ValueError, match=r"axis_name='model' is no mapped axis here"):
+        step(state, batch_of(0))
+    with pytest.raises(ValueError, match=r"axis_name='model' is no axis of the mesh"):
+        training.make_train_step(loss_fn, tx, layers(), mesh, axis_name="model")
+
+
+def test_a_state_of_another_number_of_devices():
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    two, four = (adaptive(axis_name="data", axis_size=n) for n in (2, 4))
+    state = training.init_state(four, PARAMS, {}, jax.random.key(1))
+    step = training.make_train_step(loss_fn, two, layers(), mesh)
+    message = r"state was made for another number of devices than axis_size=2"
+    with pytest.raises(ValueError, match=message):
+        step(state, batch_of(0))
+
+
+def test_a_batch_that_cannot_be_cut():
+    mesh = sharding.make_mesh(jax.devices()[:3])
+    tx = optax.sgd(0.1)
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    step = training.make_train_step(loss_fn, tx, None, mesh, accumulate=2)
+    message = r"batch\['x'\] has shape \[16, 4, 4, 2\].*multiple of 3 devices × accum"
+    with pytest.raises(ValueError, match=message):
+        step(state, batch_of(0))
+
+
+def test_an_optimizer_without_an_axis_gets_means():
+    make = functools.partial(lbopt.kfac, 0.05, layers(), damping=1e-2)
+
+    def without(**options):
+        del options  # neither axis_name nor axis_size
+        return make()
+
+    assert_same(run(without, 4, steps=3), run(make, steps=3))

@@ -1,0 +1,256 @@
+"""Inverses of the units that are due, on one device and on four, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lbopt import linalg
+from lbopt.collectives import Axis
+from lbopt.curvature import factor
+from lbopt.sharding import Unit, owners_of
+from lbopt.transforms import inversion
+from tests.devices import AXIS, on_devices
+from tests.oracles import quick_jit
+
+# The damped matrices below have conditions of at most a hundred.
+ROUNDING = 1e-4
+
+# Kind and rows of each statistic; a row is a copy or a diagonal block.
+STATISTICS = [
+    (factor.symmetric(4), 3),
+    (factor.diagonal((3,)), 1),
+    (factor.symmetric(7, 2), 2),  # two blocks of 4, of the class of the first
+    (factor.pairs(2), 1),
+    (factor.symmetric(2), 2),
+    (factor.diagonal((3,)), 2),
+]
+UNITS = [
+    Unit(f"layer{i}", i, i, "a", row, kind)
+    for i, (kind, rows) in enumerate(STATISTICS)
+    for row in range(rows)
+]
+CLASSES = [[0, 1, 2, 4, 5], [3, 9, 10], [6], [7, 8]]
+DAMPING = np.linspace(0.5, 1.5, len(UNITS))
+EVERY = np.ones(len(UNITS), bool)
+SOME = np.array([1, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1], bool)
+
+
+def is_diagonal(kind):
+    """The packed triangle of ``symmetric(2)`` has the shape of a diagonal of 3."""
+    return kind.shape == (3,) and kind.order == 3
+
+
+def matrices(seed=0):
+    """Each unit as a dense matrix, and packed."""
+    rng = np.random.default_rng(seed)
+    dense, packed = [], []
+    for unit in UNITS:
+        kind = unit.factor
+        if is_diagonal(kind):
+            values = rng.uniform(0.1, 3, 3)
+            dense.append(np.diag(values))
+            packed.append(values)
+        elif kind.shape == (2, 3):
+            m = np.zeros((4, 4))
+            for c in range(2):
+                x = rng.normal(size=(2, 3))
+                m[2 * c : 2 * c + 2, 2 * c : 2 * c + 2] = x @ x.T
+            dense.append(m)
+            packed.append(
+                [e for c in (0, 2) for e in (m[c, c], m[c, c + 1], m[c + 1, c + 1])]
+            )
+        else:
+            n = 2 if kind.order == 2 else 4
+            x = rng.normal(size=(n, n))
+            dense.append(x @ x.T)
+            packed.append(linalg.pack(jnp.asarray(x @ x.T, jnp.float32)))
+    return dense, [np.asarray(p, np.float32) for p in packed]
+
+
+def by_statistic(rows):
+    """Rows of the units as arrays ``[rows, ...]`` of the statistics."""
+    found = [[] for _ in STATISTICS]
+    for unit, row in zip(UNITS, rows, strict=True):
+        found[unit.statistic].append(row)
+    return [np.stack(x) for x in found]
+
+
+def identities():
+    return [
+        kind.expand(jnp.broadcast_to(kind.identity(jnp.float32), (rows, kind.wire)))
+        for kind, rows in STATISTICS
+    ]
+
+
+def dense_of(kind, inverse):
+    """One unit's inverse as a dense matrix."""
+    one = np.asarray(inverse, np.float64)
+    if is_diagonal(kind):
+        return np.diag(one)
+    if kind.shape == (2, 3):
+        m = np.zeros((4, 4))
+        for c, (a, b, d) in enumerate(one):
+            m[2 * c : 2 * c + 2, 2 * c : 2 * c + 2] = [[a, b], [b, d]]
+        return m
+    return one
+
+
+def dense_inverses(inverses):
+    """Each unit's inverse as a dense matrix."""
+    return [
+        dense_of(kind, one)
+        for (kind, _), inverse in zip(STATISTICS, inverses, strict=True)
+        for one in inverse
+    ]
+
+
+def expected_inverse(i, dense, renewed):
+    eye = np.eye(len(dense[i]))
+    return np.linalg.inv(dense[i] + DAMPING[i] * eye) if renewed else eye
+
+
+def shares_of(packed, devices):
+    """Each statistic's rows cut over devices, ``[devices, rows, share]``."""
+    split = []
+    for x in by_statistic(packed):
+        share = -(-x.shape[1] // devices)
+        x = np.pad(x, ((0, 0), (0, devices * share - x.shape[1])))
+        split.append(jnp.moveaxis(jnp.asarray(x).reshape(len(x), devices, share), 1, 0))
+    return split
+
+
+def inverted(devices, packed, due, gather_dtype=None):
+    """The inverses of all units from the identity, and what was found out."""
+    owners = owners_of(UNITS, devices or 1)
+    due, damping = jnp.asarray(due), jnp.asarray(DAMPING, jnp.float32)
+
+    def run(factors, axis):
+        inverses, kept, found = inversion.invert(
+            owners, factors, identities(), [], due, damping, axis, gather_dtype
+        )
+        assert not kept
+        return inverses, found
+
+    if devices is None:
+        rows = [jnp.asarray(x) for x in by_statistic(packed)]
+        return quick_jit(lambda x: run(x, Axis(None, 1)))(rows)
+    axis = Axis(AXIS, devices)
+    results = on_devices(devices, lambda x: run(x, axis), shares_of(packed, devices))
+
+    def same(x):
+        x = np.asarray(x)
+        assert (x == x[:1]).all()  # every device has every inverse
+        return x[0]
+
+    return jax.tree.map(same, results)
+
+
+def most_due(due, devices):
+    """The largest number of due units that one device owns, by class."""
+    owner = owners_of(UNITS, devices or 1).owner
+    return [
+        max(sum(due[i] for i in ids if owner[i] == d) for d in range(devices or 1))
+        for ids in CLASSES
+    ]
+
+
+def test_units_of_one_kind_and_size_are_a_class():
+    classes = inversion.classes_of(owners_of(UNITS, 3))
+    assert [c.numbers.tolist() for c in classes] == CLASSES
+    assert [c.statistics for c in classes] == [[0, 2], [1, 5], [3], [4]]
+    owner = owners_of(UNITS, 3).owner
+    for ids, units in zip(CLASSES, classes, strict=True):
+        assert units.gathered
+        for device, queue in enumerate(units.queues.tolist()):
+            own = [ids[k] for k in queue if k < len(ids)]
+            assert own == [i for i in ids if owner[i] == device]
+
+
+def test_gathered_units_and_others_are_classes_apart():
+    owners = owners_of(UNITS, 3, gathered=["layer0", "layer1", "layer3"])
+    classes = inversion.classes_of(owners)
+    found = [(c.numbers.tolist(), c.gathered) for c in classes]
+    assert found == [
+        ([0, 1, 2], True),
+        ([3], True),
+        ([4, 5], False),
+        ([6], True),
+        ([7, 8], False),
+        ([9, 10], False),
+    ]
+
+
+@pytest.mark.parametrize("devices", [None, 1, 4])
+@pytest.mark.parametrize("due", [EVERY, SOME, ~SOME, ~EVERY])
+def test_what_is_due_is_inverted_and_nothing_else(devices, due):
+    dense, packed = matrices()
+    packed = [x if d else x * np.nan for x, d in zip(packed, due, strict=True)]
+    inverses, found = inverted(devices, packed, due)
+    assert found.accepted.tolist() == due.tolist()
+    assert found.rounds.tolist() == most_due(due, devices)
+    for i, inverse in enumerate(dense_inverses(inverses)):
+        expected = expected_inverse(i, dense, due[i])
+        # What was not due is untouched.
+        rounding = ROUNDING * due[i]
+        np.testing.assert_allclose(inverse, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("devices", [None, 4])
+def test_an_inverse_that_is_not_finite_is_refused(devices):
+    dense, packed = matrices()
+    packed[1] = packed[1] - 100  # not positive definite
+    packed[5] = packed[5] * np.nan
+    packed[9] = packed[9] * np.nan
+    inverses, found = inverted(devices, packed, EVERY)
+    refused = [1, 5, 9]
+    assert np.flatnonzero(~np.asarray(found.accepted)).tolist() == refused
+    for i, inverse in enumerate(dense_inverses(inverses)):
+        expected = expected_inverse(i, dense, i not in refused)
+        np.testing.assert_allclose(inverse, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("devices", [None, 4])
+def test_inverses_that_travel_in_half_precision(devices):
+    _, packed = matrices()
+    exact, _ = inverted(devices, packed, EVERY)
+    rounded, _ = inverted(devices, packed, EVERY, jnp.bfloat16)
+    for whole, half in zip(exact, rounded, strict=True):
+        assert half.dtype == jnp.float32
+        np.testing.assert_array_equal(half, np.asarray(half, jnp.bfloat16))
+        # Eight significant bits, rounded to nearest.
+        np.testing.assert_allclose(half, whole, rtol=2.0**-8)
+        assert (np.asarray(half) != np.asarray(whole)).any()
+
+
+@pytest.mark.parametrize("due", [EVERY, SOME])
+def test_inverses_that_stay_with_their_owners(due):
+    devices = 4
+    dense, packed = matrices()
+    owners = owners_of(UNITS, devices, gathered=())
+    axis = Axis(AXIS, devices)
+    damping = jnp.asarray(DAMPING, jnp.float32)
+
+    def run(factors, kept):
+        nothing = [None] * len(STATISTICS)
+        flags = jnp.asarray(due)
+        return inversion.invert(owners, factors, nothing, kept, flags, damping, axis)[
+            1:
+        ]
+
+    start = inversion.kept_inverses(owners, jnp.float32)
+    kept, found = on_devices(devices, run, shares_of(packed, devices), start)
+    assert (np.asarray(found.accepted) == due).all()  # told to every device
+    for units, each in zip(inversion.classes_of(owners), kept, strict=True):
+        for device, queue in enumerate(units.queues.tolist()):
+            for slot, position in enumerate(queue):
+                if position == len(units.numbers):
+                    continue
+                i = units.numbers[position]
+                assert owners.owner[i] == device
+                np.testing.assert_allclose(
+                    dense_of(units.factor, each[device, slot]),
+                    expected_inverse(i, dense, due[i]),
+                    rtol=ROUNDING,
+                    atol=ROUNDING,
+                )
