@@ -1,6 +1,6 @@
 """Large-batch training with curvature, as optax transformations."""
 
-from lbopt import schedules, sharding, training
+from lbopt import presets, schedules, sharding, training
 from lbopt.curvature.fisher import likelihood, value_grad_and_curvature
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import trace_layers
@@ -13,6 +13,7 @@ __all__ = [
     "clip_by_kl",
     "kfac",
     "likelihood",
+    "presets",
     "refresh",
     "rescale_weights",
     "scale_by_kfac",

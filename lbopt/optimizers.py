@@ -25,7 +25,12 @@ def kfac(
     factor_decay: Scalar = 0.95,
     stats_period: Count | int = 1,
     inverse_period: Count | int = 1,
-    **distribution: Any,
+    stagger: bool = False,
+    block_size: int | None = None,
+    axis_name: str | None = None,
+    axis_size: Count | int = 1,
+    placement: float | str = "comm",
+    gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent with Kronecker-factored curvature.
 
@@ -50,9 +55,13 @@ def kfac(
       factor_decay: decay of the factors' running average.
       stats_period: steps from one statistic to the next.
       inverse_period: steps from one inversion to the next.
-      **distribution: how the work lies on devices and in time: ``axis_name``,
-        ``axis_size``, ``placement``, ``block_size``, ``stagger`` and ``gather_dtype``
-        of ``scale_by_kfac``.
+      stagger: spread the inversions over the steps of their period.
+      block_size: the largest factor that is not cut into diagonal blocks.
+      axis_name: the mesh axis of the devices; this and the rest as for
+        ``scale_by_kfac``.
+      axis_size: devices along it.
+      placement: where inverses live.
+      gather_dtype: type in which they travel.
 
     Returns:
       A transformation whose ``update`` takes ``params`` and ``curvature=``.
@@ -90,7 +99,12 @@ def kfac(
         factor_decay=factor_decay,
         stats_period=stats_period,
         inverse_period=inverse_period,
-        **distribution,
+        stagger=stagger,
+        block_size=block_size,
+        axis_name=axis_name,
+        axis_size=axis_size,
+        placement=placement,
+        gather_dtype=gather_dtype,
     )
     if kl_clip is not None:
         precondition = clip_by_kl(precondition, kl_clip, learning_rate)
@@ -113,7 +127,11 @@ def sp_ngd(
     factor_decay: Scalar = 0.0,
     rescale: Literal["always", "shrink_only"] | None = "always",
     velocity: Literal["paper", "code"] = "paper",
-    **distribution: Any,
+    block_size: int | None = None,
+    axis_name: str | None = None,
+    axis_size: Count | int = 1,
+    placement: float | str = "comm",
+    gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scalable and practical natural gradient descent.
 
@@ -139,8 +157,12 @@ def sp_ngd(
       rescale: kernels get the norm of their initialisation after each step
         (``"always"``), only where they are longer (``"shrink_only"``), or not (None).
       velocity: the momentum's form, see ``scale_by_velocity``.
-      **distribution: ``axis_name``, ``axis_size``, ``placement``, ``block_size`` and
-        ``gather_dtype`` of ``scale_by_kfac``.
+      block_size: the largest factor that is not cut into diagonal blocks.
+      axis_name: the mesh axis of the devices; this and the rest as for
+        ``scale_by_kfac``.
+      axis_size: devices along it.
+      placement: where inverses live.
+      gather_dtype: type in which they travel.
 
     Returns:
       A transformation whose ``update`` takes ``params`` and ``curvature=``.
@@ -179,7 +201,11 @@ def sp_ngd(
             norm_damping=norm_damping,
             factor_decay=factor_decay,
             stale_threshold=stale_threshold,
-            **distribution,
+            block_size=block_size,
+            axis_name=axis_name,
+            axis_size=axis_size,
+            placement=placement,
+            gather_dtype=gather_dtype,
         ),
         scale_by_velocity(learning_rate, momentum, variant=velocity),
         optax.identity()

@@ -2,9 +2,11 @@
 
 import argparse
 import faulthandler
+import functools
 import os
 import signal
 import time
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -52,10 +54,15 @@ def batch_of(step):
     return {"x": x.astype(np.float32), "y": y.astype(np.int32)}
 
 
-def copies(x):
-    """What each device of this process holds of an array that all hold whole."""
-    assert x.is_fully_replicated
-    return np.stack([shard.data for shard in x.addressable_shards])
+@functools.cache
+def start():
+    """Parameters, a key, and the layers that are preconditioned."""
+    batch, rng = batch_of(0), jax.random.key(1)
+    params = jax.jit(MODEL.init)(jax.random.key(0), batch["x"])["params"]
+    layers = lbopt.trace_layers(
+        loss_fn, params, {}, batch, rng, has_aux=True, strict=True
+    )
+    return params, rng, layers
 
 
 def placed(state, mesh):
@@ -68,40 +75,45 @@ def placed(state, mesh):
     return jax.tree.map(put, state, sharding.specs(state, AXIS))
 
 
-def train(name, mesh, steps=STEPS, before_step=lambda step: None):
-    """Parameters, losses and refresh decisions of a run, by name."""
+def copies(x):
+    """What each device of this process holds of an array that all hold whole."""
+    assert x.is_fully_replicated
+    return np.stack([shard.data for shard in x.addressable_shards])
+
+
+def train(name, mesh, before_step):
+    """Parameters, metrics and refresh decisions of a run, by name."""
     optimizer, options = RUNS[name]
-    params = jax.jit(MODEL.init)(jax.random.key(0), batch_of(0)["x"])["params"]
-    rng = jax.random.key(1)
-    layers = lbopt.trace_layers(
-        loss_fn, params, {}, batch_of(0), rng, has_aux=True, strict=True
-    )
+    params, rng, layers = start()
     tx = optimizer(
         0.02, layers, damping=1e-2, axis_name=AXIS, axis_size=mesh.size, **options
     )
     state = placed(training.init_state(tx, params, {}, rng), mesh)
     train_step = training.make_train_step(loss_fn, tx, layers, mesh)
-    lie = NamedSharding(mesh, PartitionSpec(AXIS))
+    lies = NamedSharding(mesh, PartitionSpec(AXIS))
     # The devices of a process, and so its examples, are neighbours in the mesh.
     own = np.split(np.arange(BATCH), jax.process_count())[jax.process_index()]
-    found = {"due": [], "loss": [], "noise": []}
-    for step in range(steps):
+    due, seen = [jax.tree.leaves(lbopt.refresh(state.opt_state))], []
+    for step in range(STEPS):
         before_step(step)
-        found["due"].append(jax.tree.leaves(lbopt.refresh(state.opt_state)))
         batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(lie, x[own]),
+            lambda x: jax.make_array_from_process_local_data(lies, x[own]),
             batch_of(step),
         )
         state, metrics = train_step(state, batch)
-        for key in ("loss", "noise"):
-            found[key].append(metrics[key])
-    found["due"].append(jax.tree.leaves(lbopt.refresh(state.opt_state)))
-    assert int(state.step) == steps
+        seen.append((metrics["loss"], metrics["noise"]))
+        due.append(jax.tree.leaves(lbopt.refresh(state.opt_state)))
+    assert int(state.step) == STEPS
     assert int(state.skipped) == 0
-    found = {key: np.asarray(jax.device_get(value)) for key, value in found.items()}
+    found = {"due": np.asarray(due), "metrics": np.asarray(seen)}
     for at, x in jax.tree_util.tree_leaves_with_path(state.params):
         found[jax.tree_util.keystr(at, simple=True, separator="/")] = copies(x)
     return found
+
+
+def file_of(name, processes, process):
+    """Where a process leaves what it found."""
+    return f"{name}, process {process} of {processes}.npz"
 
 
 def main():
@@ -112,7 +124,7 @@ def main():
     parser.add_argument("--seconds", type=float, required=True, help="at most so long")
     parser.add_argument("--runs", nargs="+", default=list(RUNS))
     parser.add_argument("--die-at", type=int, help="step before which the last dies")
-    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     args = parser.parse_args()
     # Should the test be killed, nobody else ends a process that waits for another.
     faulthandler.dump_traceback_later(args.seconds, exit=True)
@@ -138,10 +150,10 @@ def main():
         if step == args.die_at and args.process == args.processes - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    for number, name in enumerate(args.runs):
+    for name in args.runs:
         print(name, flush=True)
         found = train(name, sharding.make_mesh(), before_step=before_step)
-        np.savez(f"{args.out}/run{number}-process{args.process}.npz", **found)
+        np.savez(args.out / file_of(name, args.processes, args.process), **found)
     jax.distributed.shutdown()
 
 

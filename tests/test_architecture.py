@@ -27,7 +27,7 @@ ROWS = [
     ["transforms.kfac"],
     ["transforms.norm_constraint", "transforms.rescale", "transforms.velocity"],
     ["optimizers"],
-    ["training"],
+    ["presets", "training"],
     [""],  # lbopt/__init__.py re-exports all
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

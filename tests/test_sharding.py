@@ -258,6 +258,26 @@ def test_the_table_of_a_model():
     assert sorted(owners.work().ravel().tolist()) == [27, 54, 54, 54]
 
 
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ("comm", {"first", "last"}),
+        ("memory", set()),
+        (1.0, {"first", "last"}),
+        (0.0, set()),
+        # Inverses of 15 + 6 numbers in last and 15 + 15 in first.
+        (0.5, {"last"}),
+        (0.4, set()),
+    ],
+)
+def test_layers_whose_inverses_every_device_gets(placement, expected):
+    layers = classify(Mlp()).trace()
+    assert set(sharding.gathered_layers(layers, placement)) == expected
+    owners = sharding.owner_table(layers, 2, placement=placement)
+    paths = {u.path for u, g in zip(owners.units, owners.gathered, strict=True) if g}
+    assert paths == expected
+
+
 @pytest.mark.parametrize("devices", [0, -1])
 def test_devices_out_of_range(devices):
     layers = classify(Mlp()).trace()

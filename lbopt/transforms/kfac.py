@@ -45,7 +45,7 @@ def scale_by_kfac(
     block_size: int | None = None,
     exact_damping: bool = False,
     axis_name: str | None = None,
-    axis_size: int = 1,
+    axis_size: Count | int = 1,
     placement: float | str = "comm",
     gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -120,7 +120,7 @@ def scale_by_kfac(
     )
     validation.check_sizes(block_size, axis_name, axis_size, norm_damping)
     validation.check_placement(placement)
-    axis = Axis(axis_name, axis_size)
+    axis = Axis(axis_name, 1 if axis_name is None else int(axis_size))
     known = sharding.configured(
         layers.preconditioned, exact_damping=exact_damping, block_size=block_size
     )
@@ -132,7 +132,7 @@ def scale_by_kfac(
             gathered = sharding.gathered_layers(own, placement)
         turns: Any = inverse_period if stagger else 1
         units = sharding.units_of(own)
-        return sharding.owners_of(units, axis_size, period=turns, gathered=gathered)
+        return sharding.owners_of(units, axis.size, period=turns, gathered=gathered)
 
     def init_fn(params: Params) -> KfacState:
         own = validation.present_layers(known, params)

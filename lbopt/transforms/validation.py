@@ -158,7 +158,8 @@ def check_settings(
         ("stats_period", stats_period, 1),
         ("inverse_period", inverse_period, 1),
     ):
-        if not isinstance(value, (int, float)) or value != needed:
+        # optax.inject_hyperparams hands numbers over as arrays.
+        if not isinstance(value, jax.Array) and value != needed:
             raise ValueError(
                 f"stale_threshold={stale_threshold} compares single statistics and "
                 f"sets the times itself: it needs {name}={needed}, not {value}; pass "
@@ -216,9 +217,14 @@ def check_sizes(
             f"block_size={block_size!r} must be a number of rows, ≥ 1, or None for "
             "whole factors"
         )
-    if not isinstance(axis_size, int) or axis_size < 1:
-        raise ValueError(f"axis_size={axis_size!r} must be a number of devices, ≥ 1")
-    if axis_name is None and axis_size != 1:
+    # optax.inject_hyperparams makes an array of the number that is not needed.
+    unused = axis_name is None and isinstance(axis_size, jax.Array)
+    if not unused and (not isinstance(axis_size, int) or axis_size < 1):
+        raise ValueError(
+            f"axis_size={axis_size!r} must be a number of devices, ≥ 1; name it in "
+            "static_args= of optax.inject_hyperparams"
+        )
+    if not unused and axis_name is None and axis_size != 1:
         raise ValueError(
             f"axis_size={axis_size} needs axis_name, the mesh axis of the devices"
         )

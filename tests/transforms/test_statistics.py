@@ -138,12 +138,12 @@ def test_the_running_average_of_the_devices_mean(devices, alpha):
     running = start(old_packed, None if alpha is None else old_packed)
     after, findings = folded(devices, running, new_packed, weights=0.3, alpha=alpha)
     assert findings.accepted.tolist() == [True] * len(CASES)
-    for one, mine, new, packed in zip(
+    for one, mine, own, packed in zip(
         after, packed_of([[x] for x in expected]), new, old_packed, strict=True
     ):
         assert_close(one.factor, np.asarray(mine[0]), rtol=ROUNDING)
         # Traces started at zero.
-        trace = 0.3 * np.trace(np.mean(new, 0), axis1=-2, axis2=-1).sum(-1)
+        trace = 0.3 * np.trace(np.mean(own, 0), axis1=-2, axis2=-1).sum(-1)
         assert_close(one.traces, trace, rtol=ROUNDING)
         if alpha is not None:  # X₋₂ is now what was X₋₁
             np.testing.assert_array_equal(one.before, packed[0])
