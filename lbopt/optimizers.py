@@ -29,7 +29,7 @@ def kfac(
     block_size: int | None = None,
     axis_name: str | None = None,
     axis_size: Count | int = 1,
-    placement: float | str = "comm",
+    placement: float | int | str = "comm",
     gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent with Kronecker-factored curvature.
@@ -130,7 +130,7 @@ def sp_ngd(
     block_size: int | None = None,
     axis_name: str | None = None,
     axis_size: Count | int = 1,
-    placement: float | str = "comm",
+    placement: float | int | str = "comm",
     gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scalable and practical natural gradient descent.

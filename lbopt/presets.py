@@ -37,7 +37,6 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from lbopt import schedules
-from lbopt._typing import Scalar
 from lbopt.curvature.registry import Layers
 from lbopt.optimizers import sp_ngd
 
@@ -78,7 +77,7 @@ class SpNgdPreset(NamedTuple):
     velocity: Literal["paper", "code"] = "paper"
     random_erasing: float = 0.5
 
-    def schedule(self, steps_per_epoch: Scalar) -> optax.Schedule:
+    def schedule(self, steps_per_epoch: float | int) -> optax.Schedule:
         """The learning rate of the step."""
         return schedules.polynomial(
             self.learning_rate,
@@ -89,7 +88,7 @@ class SpNgdPreset(NamedTuple):
         )
 
     def optimizer(
-        self, layers: Layers, steps_per_epoch: Scalar, **distribution: Any
+        self, layers: Layers, steps_per_epoch: float | int, **distribution: Any
     ) -> optax.GradientTransformationExtraArgs:
         """SP-NGD with these settings.
 

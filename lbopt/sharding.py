@@ -285,7 +285,9 @@ def owners_of(
     )
 
 
-def gathered_layers(layers: Mapping[str, Layer], placement: float | str) -> list[str]:
+def gathered_layers(
+    layers: Mapping[str, Layer], placement: float | int | str
+) -> list[str]:
     """The layers whose inverses every device gets.
 
     Args:
@@ -317,7 +319,7 @@ def owner_table(
     *,
     block_size: int | None = None,
     inverse_period: int = 1,
-    placement: float | str = "comm",
+    placement: float | int | str = "comm",
 ) -> Owners:
     """The owner table of a model, to look at before a run.
 

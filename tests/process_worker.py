@@ -10,7 +10,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -41,7 +40,9 @@ MODEL = Net()
 
 
 def loss_fn(params, model_state, batch, rng):
-    logits = lbopt.likelihood(MODEL.apply({"params": params}, batch["x"]), "categorical")
+    logits = lbopt.likelihood(
+        MODEL.apply({"params": params}, batch["x"]), "categorical"
+    )
     noise = jax.random.normal(rng)
     return cross_entropy(logits, batch["y"]), (model_state, {"noise": noise})
 
@@ -116,21 +117,10 @@ def file_of(name, processes, process):
     return f"{name}, process {process} of {processes}.npz"
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--process", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="at most so long")
-    parser.add_argument("--runs", nargs="+", default=list(RUNS))
-    parser.add_argument("--die-at", type=int, help="step before which the last dies")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    args = parser.parse_args()
-    # Should the test be killed, nobody else ends a process that waits for another.
-    faulthandler.dump_traceback_later(args.seconds, exit=True)
-    jax.config.update("jax_num_cpu_devices", DEVICES // args.processes)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+def join(args):
+    """Waits for the other processes."""
     address = f"127.0.0.1:{args.port}"
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         address,
         args.processes,
@@ -139,9 +129,29 @@ def main():
         cluster_detection_method="deactivate",
         coordinator_bind_address=address,
         initialization_timeout=int(args.seconds),
-        heartbeat_timeout_seconds=10,
-        shutdown_timeout_seconds=10,
+        heartbeat_timeout_seconds=args.heartbeat,
+        shutdown_timeout_seconds=args.heartbeat,
     )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--process", type=int, required=True)
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="at most so long")
+    parser.add_argument("--heartbeat", type=int, default=60, help="seconds")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS))
+    parser.add_argument("--die-at", type=int, help="step before which the last dies")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the results"
+    )
+    args = parser.parse_args()
+    # Should the test be killed, nobody else ends a process that waits for another.
+    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    jax.config.update("jax_num_cpu_devices", DEVICES // args.processes)
+    if args.processes > 1:
+        join(args)
     assert jax.process_count() == args.processes
     assert jax.device_count() == DEVICES
 
@@ -154,7 +164,8 @@ def main():
         print(name, flush=True)
         found = train(name, sharding.make_mesh(), before_step=before_step)
         np.savez(args.out / file_of(name, args.processes, args.process), **found)
-    jax.distributed.shutdown()
+    if args.processes > 1:
+        jax.distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def scale_by_kfac(
     exact_damping: bool = False,
     axis_name: str | None = None,
     axis_size: Count | int = 1,
-    placement: float | str = "comm",
+    placement: float | int | str = "comm",
     gather_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of the layers' damped curvature.

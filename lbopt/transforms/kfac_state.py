@@ -138,16 +138,12 @@ def local(kept: Any, owners: Owners) -> list[Any]:
     """This device's inverses ``[slots, ...]`` under ``shard_map`` or ``pmap``."""
     if not isinstance(kept, Sharded):
         return []
-    slots = [c.queues.shape[1] for c in inversion.classes_of(owners) if not c.gathered]
-
-    def own(x: Any, count: int) -> Any:
-        # The axis of devices, of size 1 under shard_map, is gone under pmap.
-        return x[0] if x.shape[:2] == (1, count) else x
-
-    return [
-        jax.tree.map(lambda x, n=n: own(x, n), tree)
-        for tree, n in zip(kept.shards, slots, strict=True)
-    ]
+    dtype = jax.tree.leaves(kept)[0].dtype
+    whole = jax.eval_shape(lambda: inversion.kept_inverses(owners, dtype))
+    # The axis of devices, of size 1 under shard_map, is gone under pmap.
+    return jax.tree.map(
+        lambda x, s: x[0] if x.ndim == s.ndim else x, list(kept.shards), whole
+    )
 
 
 def as_in(kept: Any, new: list[Any]) -> Any:

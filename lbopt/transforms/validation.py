@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import optax
 
 from lbopt._typing import Params
@@ -158,8 +159,8 @@ def check_settings(
         ("stats_period", stats_period, 1),
         ("inverse_period", inverse_period, 1),
     ):
-        # optax.inject_hyperparams hands numbers over as arrays.
-        if not isinstance(value, jax.Array) and value != needed:
+        # optax.inject_hyperparams hands numbers over as arrays, in a jit unknown ones.
+        if not isinstance(value, jax.core.Tracer) and value != needed:
             raise ValueError(
                 f"stale_threshold={stale_threshold} compares single statistics and "
                 f"sets the times itself: it needs {name}={needed}, not {value}; pass "
@@ -195,7 +196,7 @@ def check_placement(placement: Any) -> None:
     known = (
         placement in ("comm", "memory")
         if isinstance(placement, str)
-        else (isinstance(placement, (int, float)) and 0 <= placement <= 1)
+        else type(placement) in (int, float) and 0 <= placement <= 1
     )
     if not known:
         raise ValueError(

@@ -1,0 +1,120 @@
+"""Preconditioning on the owners against every layer's own block, in one place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lbopt import sharding
+from lbopt.collectives import Axis
+from lbopt.curvature import capture, diagonal, kronecker, linear_maps, unit_wise
+from lbopt.curvature.registry import Layer
+from lbopt.transforms import inversion, kfac_state
+from lbopt.transforms.placement import precondition_on_owners
+
+
+def layer(path, block, shapes):
+    location = capture.Location((path,), tuple(shapes))
+    return Layer(
+        path=path,
+        module="test",
+        tapped=capture.Tapped(location, block),
+        has_tap=False,
+        shapes=shapes,
+        why="",
+        fallback=False,
+        used=True,
+    )
+
+
+def dense(path, d_in, d_out):
+    linear = linear_maps.dense_linear((d_in, d_out), True, True)
+    block = kronecker.kronecker_block(linear, "expand", jnp.float32)
+    return layer(path, block, {"kernel": (d_in, d_out), "bias": (d_out,)})
+
+
+LAYERS = {
+    x.path: x
+    for x in (
+        dense("a", 4, 3),
+        dense("b", 3, 5),
+        dense("c", 4, 3),
+        # One channel and one number: axes of size 1 that are not the devices'.
+        layer(
+            "norm",
+            unit_wise.unit_wise_block(1, ("scale", "bias"), True, jnp.float32),
+            {"scale": (1,), "bias": (1,)},
+        ),
+        layer("gate", diagonal.diagonal_block("w", (1,), jnp.float32), {"w": (1,)}),
+    )
+}
+RNG = np.random.default_rng(0)
+
+
+def random_inverses():
+    """Made-up inverses of every layer, by the block's own shapes."""
+    shapes = jax.eval_shape(lambda: {p: x.block.init(())[1] for p, x in LAYERS.items()})
+    return jax.tree.map(lambda s: jnp.float32(RNG.normal(size=s.shape)), shapes)
+
+
+def on_their_owners(owners, inverses):
+    """The same in each owner's slots, put there by hand."""
+    kept = [
+        jax.tree.map(np.array, tree)
+        for tree in inversion.kept_inverses(owners, jnp.float32)
+    ]
+    for tree, units in zip(kept, inversion.classes_of(owners), strict=True):
+        for device, queue in enumerate(units.queues):
+            for slot, position in enumerate(queue):
+                if position == len(units.numbers):
+                    continue
+                unit = owners.units[units.numbers[position]]
+                names = type(LAYERS[unit.path].block.factors)._fields
+                tree[device, slot] = inverses[unit.path][names.index(unit.kind)]
+    return sharding.Sharded([jnp.asarray(x) for x in kept])
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_natural_gradients_of_the_mean(devices, how):
+    units = sharding.units_of(LAYERS)
+    owners = sharding.owners_of(units, devices, gathered=())
+    inverses = random_inverses()
+    kept = on_their_owners(owners, inverses)
+    gradients = {
+        path: {
+            name: jnp.float32(RNG.normal(size=(devices, *shape)))
+            for name, shape in x.shapes.items()
+        }
+        for path, x in LAYERS.items()
+    }
+    axis = Axis("data", devices)
+
+    def work(kept, gradients):
+        own = kfac_state.local(kept, owners)
+        again = kfac_state.as_in(kept, own)
+        assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, kept)
+        return precondition_on_owners(LAYERS, owners, own, gradients, axis)
+
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    if how == "pmap":
+        mapped = jax.pmap(work, "data", devices=list(mesh.devices))
+        actual = jax.tree.map(lambda x: x[-1], mapped(kept, gradients))
+    else:
+        along = PartitionSpec("data")
+        mapped = jax.shard_map(
+            lambda kept, g: work(kept, jax.tree.map(lambda x: x[0], g)),
+            mesh=mesh,
+            in_specs=along,
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        actual = jax.jit(mapped)(kept, gradients)
+    for path, x in LAYERS.items():
+        mean = {name: jnp.mean(g, 0) for name, g in gradients[path].items()}
+        expected = x.block.precondition(inverses[path], mean)
+        for name, natural in expected.items():
+            np.testing.assert_allclose(
+                actual[path][name], natural, rtol=2e-5, atol=1e-6, err_msg=path
+            )
