@@ -1,8 +1,9 @@
-"""Trains a residual network with K-FAC or momentum SGD: one run, from top to bottom.
+"""Trains a residual network with K-FAC, SP-NGD or SGD: one run, from top to bottom.
 
     python experiments/imagenet_resnet50.py                      a run of K-FAC
+    python experiments/imagenet_resnet50.py --optimizer sp_ngd --devices 4
     python experiments/imagenet_resnet50.py --optimizer sgd      a run of SGD
-    python experiments/imagenet_resnet50.py demo                 both, in one picture
+    python experiments/imagenet_resnet50.py demo                 K-FAC and SGD, a picture
     python experiments/imagenet_resnet50.py --help               every setting
 
 The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
@@ -11,6 +12,7 @@ The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded dat
     ... --model resnet50 --dataset imagenet2012 --data-dir ~/tensorflow_datasets
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -49,6 +51,23 @@ class Kfac:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpNgd:
+    """Settings of SP-NGD, in the words of `lbopt.sp_ngd` and its schedule."""
+
+    learning_rate: float = 0.03
+    momentum: float = 0.9
+    damping: float = 1e-3
+    norm_damping: float = 1.0
+    stale_threshold: float | None = 0.1
+    power: float = 3.5
+    """Exponent of the learning rate's decay, which takes the warm-up's place."""
+    decay_start: float = 0.0
+    """Epoch from which the learning rate decays."""
+    decay_end: float = 1.1
+    """Epoch at which it would be zero, as a multiple of the epochs of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Sgd:
     """Settings of SGD with Nesterov momentum, in the words of `optax.sgd`."""
 
@@ -61,8 +80,9 @@ class Sgd:
 class Config:
     """Settings of a run."""
 
-    optimizer: Literal["kfac", "sgd"] = "kfac"
+    optimizer: Literal["kfac", "sp_ngd", "sgd"] = "kfac"
     kfac: Kfac = Kfac()
+    sp_ngd: SpNgd = SpNgd()
     sgd: Sgd = Sgd()
     dataset: str = "strokes/20"
     """Name in tensorflow_datasets; strokes/... is made where it is missing."""
@@ -77,6 +97,12 @@ class Config:
     """Decay of BatchNorm's running statistics; 0.9 suits runs of thousands of steps."""
     batch_size: int = 2048
     """Images in a step."""
+    devices: int = 1
+    """Devices that share each step; on a CPU virtual ones are made."""
+    accumulate: int = 1
+    """Parts that a device evaluates one after the other."""
+    placement: Literal["comm", "memory"] = "comm"
+    """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0
     warmup_epochs: float = 0.8
     """Epochs in which the learning rate rises; then it falls as a cosine."""
@@ -107,7 +133,7 @@ class Config:
         values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
         positive = "batch_size epochs eval_batch_size eval_epochs checkpoint_epochs"
         rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
-        for name in (*positive.split(), "log_period", rate):
+        for name in (*positive.split(), "log_period", "devices", "accumulate", rate):
             if not values[name] > 0:
                 raise ValueError(f"{name} must be positive, got {values[name]}")
         below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
@@ -118,6 +144,16 @@ class Config:
             raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
         if not 0 <= (alpha := self.mixup_alpha) < math.inf:
             raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
+        if alpha and self.accumulate > 1:
+            raise ValueError(
+                f"mixup_alpha={alpha} mixes whole batches; it needs accumulate=1, got "
+                f"{self.accumulate}"
+            )
+        if self.batch_size % (parts := self.devices * self.accumulate):
+            raise ValueError(
+                f"batch_size must be a multiple of devices × accumulate = {parts}, got "
+                f"{self.batch_size}"
+            )
 
 
 # === Data =============================================================================
@@ -198,8 +234,23 @@ def make_loss(
 def build_optimizer(
     config: Config, data: pipeline.Data, loss_fn: Callable, arguments: tuple
 ) -> tuple[optax.GradientTransformation, registry.Layers | None]:
-    """SGD, or K-FAC and the layers it found; `arguments` are the loss's, or shapes."""
+    """The optimizer, and the layers it found; `arguments` are the loss's, or shapes."""
     settings = dataclasses.asdict(getattr(config, config.optimizer))
+    spread = {}
+    if config.devices > 1:
+        spread = {"axis_name": "data", "axis_size": config.devices}
+        spread["placement"] = config.placement
+    if config.optimizer == "sp_ngd":
+        learning_rate = lbopt.schedules.polynomial(
+            settings.pop("learning_rate"),
+            settings.pop("power"),
+            settings.pop("decay_start"),
+            settings.pop("decay_end") * config.epochs,
+            steps_per_epoch=data.steps_per_epoch,
+        )
+        layers = lbopt.trace_layers(loss_fn, *arguments, has_aux=True)
+        print(layers)
+        return lbopt.sp_ngd(learning_rate, layers, **settings, **spread), layers
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.pop("learning_rate"),
@@ -211,7 +262,7 @@ def build_optimizer(
         sgd = optax.sgd(learning_rate, nesterov=True, **settings)
         return optax.chain(decay, sgd), None
     layers = lbopt.trace_layers(loss_fn, *arguments, has_aux=True)
-    kfac = lbopt.kfac(learning_rate, layers, **settings)
+    kfac = lbopt.kfac(learning_rate, layers, **settings, **spread)
     print(layers)
     return kfac, layers
 
@@ -229,6 +280,14 @@ class Program(NamedTuple):
 
 def build_program(config: Config, data: pipeline.Data) -> Program:
     """Puts model, loss and optimizer together, by shapes alone."""
+    mesh = None
+    if config.devices > 1:
+        if config.devices > len(jax.devices()):
+            raise ValueError(
+                f"devices={config.devices}, but there are {len(jax.devices())}; start "
+                "anew with that many, or ask for fewer"
+            )
+        mesh = lbopt.sharding.make_mesh(jax.devices()[: config.devices])
     model = build_model(config, data)
     batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
     loss_fn = make_loss(
@@ -255,9 +314,16 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
 
     def init() -> training.TrainState:
         params, model_state = jax.jit(init_model)()
-        return training.init_state(tx, params, model_state, run_key)
+        return training.init_state(tx, params, model_state, run_key, mesh)
 
-    train_step = training.make_train_step(loss_fn, tx, layers)
+    train_step = training.make_train_step(
+        loss_fn,
+        tx,
+        layers,
+        mesh,
+        accumulate=config.accumulate,
+        per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
+    )
     return Program(init, train_step, training.make_eval_step(make_eval(model)))
 
 
@@ -379,6 +445,8 @@ def main(arguments: Sequence[str]) -> None:
     demo = arguments[:1] == ["demo"]
     try:
         config = tyro.cli(Config, args=arguments[demo:], description=__doc__)
+        with contextlib.suppress(RuntimeError):  # too late: jax has its devices already
+            jax.config.update("jax_num_cpu_devices", config.devices)
         prepared = [prepare(c) for c in (demo_configs(config) if demo else [config])]
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -72,7 +72,7 @@ def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
     """Puts a state onto the mesh as ``specs`` says.
 
     Args:
-      tree: the state.
+      tree: the state; where the mesh spans several processes, the same on each.
       mesh: the devices.
       axis_name: the axis of the optimizer.
 
@@ -84,6 +84,13 @@ def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
         specs(tree, axis_name),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+    if mesh.is_multi_process:
+        # Each process fills its own devices.
+        return jax.tree.map(
+            lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: x[at]),
+            tree,
+            shardings,
+        )
     return jax.device_put(tree, shardings)
 
 

@@ -66,16 +66,6 @@ def start():
     return params, rng, layers
 
 
-def placed(state, mesh):
-    """``sharding.place`` for several processes, where ``device_put`` refuses keys."""
-
-    def put(x, spec):
-        lies = NamedSharding(mesh, spec)
-        return jax.make_array_from_callback(x.shape, lies, lambda index: x[index])
-
-    return jax.tree.map(put, state, sharding.specs(state, AXIS))
-
-
 def copies(x):
     """What each device of this process holds of an array that all hold whole."""
     assert x.is_fully_replicated
@@ -89,7 +79,7 @@ def train(name, mesh, before_step):
     tx = optimizer(
         0.02, layers, damping=1e-2, axis_name=AXIS, axis_size=mesh.size, **options
     )
-    state = placed(training.init_state(tx, params, {}, rng), mesh)
+    state = training.init_state(tx, params, {}, rng, mesh)
     train_step = training.make_train_step(loss_fn, tx, layers, mesh)
     lies = NamedSharding(mesh, PartitionSpec(AXIS))
     # The devices of a process, and so its examples, are neighbours in the mesh.

@@ -81,9 +81,17 @@ class Killed(BaseException):
     """Ends a run as a signal would: nothing of it is handled."""
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "kfac"])
-def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, optimizer):
-    config = dataclasses.replace(config, optimizer=optimizer)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": "kfac"},
+        {"optimizer": "sp_ngd", "devices": 4, "placement": "memory"},
+    ],
+    ids=["sgd", "kfac", "sp_ngd on 4 devices"],
+)
+def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, settings):
+    config = dataclasses.replace(config, **settings)
     whole, killed = (
         dataclasses.replace(config, directory=tmp_path / name)
         for name in ("whole", "killed")
@@ -175,6 +183,11 @@ def test_label_smoothing_is_in_the_training_loss(config):
     [
         (["--batch-size", "0"], "batch_size must be positive, got 0"),
         (["--batch-size", "300"], "batch_size must be at most 256"),
+        (["--devices", "0"], "devices must be positive, got 0"),
+        (["--devices", "3"], r"multiple of devices × accumulate = 3, got 64"),
+        (["--devices", "16"], r"devices=16, but there are 8"),
+        (["--accumulate", "2", "--mixup-alpha", "1"], "it needs accumulate=1, got 2"),
+        (["--optimizer", "sp_ngd", "--sp-ngd.damping", "0"], "damping=0.0 must be"),
         (["--epochs", "-1"], "epochs must be positive, got -1"),
         (["--warmup-epochs", "8"], r"warmup_epochs must be in \[0, 2.0\), got 8"),
         (["--label-smoothing", "1"], "label_smoothing must be in"),
