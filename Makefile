@@ -1,5 +1,5 @@
 # Two commands on a machine that has only Python 3.11+, pip and make:
-#   make demo    trains a small network with K-FAC and with SGD, and draws both
+#   make demo    trains a small network with SP-NGD and with SGD, and draws both
 #   make test    runs everything that is checked
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ $(VENV)/.bench: pyproject.toml
 
 COMMA := ,
 
-demo: $(VENV)/.demo  ## train a small network with K-FAC and with SGD
+demo: $(VENV)/.demo  ## train a small network with SP-NGD and with SGD
 	$(RUN) experiments/imagenet_resnet50.py demo
 
 test: $(VENV)/.test  ## all checks that fit in minutes

@@ -1,9 +1,9 @@
 """Trains a residual network with K-FAC, SP-NGD or SGD: one run, from top to bottom.
 
     python experiments/imagenet_resnet50.py                      a run of K-FAC
-    python experiments/imagenet_resnet50.py --optimizer sp_ngd --devices 4
     python experiments/imagenet_resnet50.py --optimizer sgd      a run of SGD
-    python experiments/imagenet_resnet50.py demo                 K-FAC and SGD, a picture
+    python experiments/imagenet_resnet50.py --devices 4          on several devices
+    python experiments/imagenet_resnet50.py demo                 SP-NGD beside SGD
     python experiments/imagenet_resnet50.py --help               every setting
 
 The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
@@ -54,12 +54,12 @@ class Kfac:
 class SpNgd:
     """Settings of SP-NGD, in the words of `lbopt.sp_ngd` and its schedule."""
 
-    learning_rate: float = 0.03
+    learning_rate: float = 0.06
     momentum: float = 0.9
     damping: float = 1e-3
     norm_damping: float = 1.0
     stale_threshold: float | None = 0.1
-    power: float = 3.5
+    power: float = 2.0
     """Exponent of the learning rate's decay, which takes the warm-up's place."""
     decay_start: float = 0.0
     """Epoch from which the learning rate decays."""
@@ -430,13 +430,19 @@ def draw(drawn: Sequence[Run], path: pathlib.Path) -> None:
     figures.draw_runs(logs, path, title=title)
 
 
+DEMO_DEVICES = 4
+
+
 def demo_configs(config: Config) -> list[Config]:
-    """The same run with SGD and with K-FAC, in a new directory for both."""
+    """The same run with SGD and with SP-NGD, in a new directory for both."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     root = (config.directory or pathlib.Path("runs")) / f"demo-{now}"
+    devices = min(DEMO_DEVICES, len(jax.devices()))
     return [
-        dataclasses.replace(config, optimizer=name, directory=root / name)
-        for name in ("sgd", "kfac")
+        dataclasses.replace(
+            config, optimizer=name, directory=root / name, devices=devices
+        )
+        for name in ("sgd", "sp_ngd")
     ]
 
 
@@ -446,17 +452,18 @@ def main(arguments: Sequence[str]) -> None:
     try:
         config = tyro.cli(Config, args=arguments[demo:], description=__doc__)
         with contextlib.suppress(RuntimeError):  # too late: jax has its devices already
-            jax.config.update("jax_num_cpu_devices", config.devices)
+            count = DEMO_DEVICES if demo else config.devices
+            jax.config.update("jax_num_cpu_devices", count)
         prepared = [prepare(c) for c in (demo_configs(config) if demo else [config])]
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     accuracies = {run.config.optimizer: train(run) for run in prepared}
     picture = prepared[0].directory / "curves.png"
     if demo:
-        picture = prepared[0].directory.parent / "sgd_and_kfac.png"
+        picture = prepared[0].directory.parent / "sgd_and_sp_ngd.png"
         draw(prepared, picture)
     for optimizer, accuracy in accuracies.items():
-        print(f"{optimizer:5} test accuracy {accuracy:.1%}")
+        print(f"{optimizer:6} test accuracy {accuracy:.1%}")
     print(f"picture: {picture.resolve()}")
 
 

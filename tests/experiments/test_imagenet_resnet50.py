@@ -57,7 +57,7 @@ def config(data_dir):
 def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
     imagenet_resnet50.main(["demo", *flags, "--directory", str(tmp_path)])
     (root,) = tmp_path.iterdir()
-    for optimizer in ("sgd", "kfac"):
+    for optimizer in ("sgd", "sp_ngd"):
         records = metrics.read_json_lines(root / optimizer / "metrics.jsonl")
         train = [r for r in records if r["kind"] == "train"]
         assert [r["step"] for r in train] == list(range(1, 9))
@@ -69,7 +69,7 @@ def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
         assert any((root / optimizer / "tensorboard").iterdir())
         assert (root / optimizer / "checkpoints" / "8").is_dir()
     output = capsys.readouterr()
-    picture = root / "sgd_and_kfac.png"
+    picture = root / "sgd_and_sp_ngd.png"
     assert picture.stat().st_size > 10_000
     assert str(picture.resolve()) in output.out
     assert output.out.count(" test accuracy ") == 2
@@ -224,7 +224,7 @@ def test_the_demo_refuses_bad_settings_of_its_second_run_before_the_first(
 ):
     with pytest.raises(SystemExit, match="damping"):
         imagenet_resnet50.main(
-            ["demo", *flags, "--kfac.damping", "0", "--directory", str(tmp_path)]
+            ["demo", *flags, "--sp-ngd.damping", "0", "--directory", str(tmp_path)]
         )
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
