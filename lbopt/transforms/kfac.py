@@ -7,7 +7,7 @@ with the factors' running averages A and G.  The transformation is a pipeline of
 curvature blocks' functions: statistics → factors → inverses → natural gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -201,9 +201,18 @@ def _average(
             strict=True,
         )
     ]
-    packed = [x for path in own for x in own[path].block.pack(statistics[path])]
-    flat = [x.reshape(-1, f.size) for x, f in zip(packed, kinds, strict=True)]
-    running, findings = fold(kinds, running, flat, due, weights, stale_threshold, axis)
+
+    def packer(path: str, number: int) -> Callable[[], Array]:
+        block = own[path].block
+        size = block.factors[number].size
+        return lambda: block.pack(statistics[path])[number].reshape(-1, size)
+
+    packed = [
+        packer(path, i) for path in own for i in range(len(own[path].block.factors))
+    ]
+    running, findings = fold(
+        kinds, running, packed, due, weights, stale_threshold, axis
+    )
 
     def rebuilt(rows: list[Array]) -> Any:
         shaped = [r.reshape(x.shape) for r, x in zip(rows, factors, strict=True)]

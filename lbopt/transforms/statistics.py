@@ -6,7 +6,7 @@ after k statistics (debiased: the first is taken whole).  Everything happens on 
 device's share of the numbers; what is not due is neither read nor sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class Findings(NamedTuple):
 def fold(
     kinds: Sequence[Factor],
     running: Sequence[Running],
-    packed: Sequence[Float[Array, "_ _"]],
+    packed: Sequence[Callable[[], Float[Array, "_ _"]]],
     due: Bool[Array, " statistics"],
     weights: Float[Array, " statistics"],
     stale_threshold: Scalar | None,
@@ -62,7 +62,8 @@ def fold(
     Args:
       kinds: the kind of each factor.
       running: what each statistic left behind.
-      packed: this device's statistics, ``[copies, size]`` each.
+      packed: make this device's statistics, ``[copies, size]`` each; called where they
+        are due, so that packing costs nothing where they are not.
       due: which are due, the same on all devices.
       weights: the weight of each new statistic in its average.
       stale_threshold: α of the similarity, None where refreshing is periodic; then
@@ -81,7 +82,7 @@ def fold(
         nothing = jnp.zeros(len(group), bool)
 
         def renew(old: Any, group: list[int] = group) -> Any:
-            rows = [packed[i] for i in group]
+            rows = [packed[i]() for i in group]
             shares = collectives.scatter_mean(rows, axis)
             sums = _sums([kinds[i] for i in group], old[0], shares, joint, axis)
             ids = jnp.asarray(group)

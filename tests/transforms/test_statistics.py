@@ -70,12 +70,17 @@ def shares(x, devices):
     return jnp.asarray(np.moveaxis(padded.reshape(len(x), devices, share), 1, 0))
 
 
+def made(packed):
+    """Statistics as functions that make them."""
+    return [lambda x=x: x for x in packed]
+
+
 def folded(devices, running, packed, due=EVERY, weights=1.0, alpha=None):
     """``fold`` of statistics ``[devices, copies, size]``; whole arrays in and out."""
     weights = jnp.full(len(CASES), weights)
     if devices is None:
         run = quick_jit(
-            lambda r, p: fold(KINDS, r, p, due, weights, alpha, Axis(None, 1))
+            lambda r, p: fold(KINDS, r, made(p), due, weights, alpha, Axis(None, 1))
         )
         return run(running, [x[0] for x in packed])
     axis = Axis(AXIS, devices)
@@ -89,7 +94,7 @@ def folded(devices, running, packed, due=EVERY, weights=1.0, alpha=None):
     ]
     after, findings = on_devices(
         devices,
-        lambda r, p: fold(KINDS, r, p, due, weights, alpha, axis),
+        lambda r, p: fold(KINDS, r, made(p), due, weights, alpha, axis),
         split,
         packed,
     )
