@@ -119,9 +119,9 @@ def operand_bytes(shapes: str, kind: str, devices: int) -> int:
       Bytes.
     """
     total = 0
-    for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-        width = 1 if dtype == "pred" else int(dtype.lstrip("abcdefsu")) // 8
-        total += width * math.prod(int(d) for d in dims.split(",") if d)
+    for bits, dims in re.findall(r"\b(?:[a-z]+(\d+)\w*|pred)\[([\d,]*)\]", shapes):
+        size = math.prod(int(d) for d in dims.split(",") if d)
+        total += size * int(bits or 8) // 8
     if kind == "reduce-scatter":
         return total * devices
     return total // devices if kind == "all-gather" else total
@@ -328,18 +328,21 @@ def path_work(owners: sharding.Owners) -> int:
     return sum(units.queues.shape[1] * units.factor.work for units in classes)
 
 
-def state_bytes(problem: Problem, devices: int, placement: str) -> int:
+def state_bytes(
+    problem: Problem, devices: int, stale_threshold: float | None, placement: str
+) -> int:
     """Bytes of the optimizer's state on each device.
 
     Args:
       problem: the model.
       devices: how many devices.
-      placement: as for ``lbopt.sp_ngd``.
+      stale_threshold: as for ``lbopt.sp_ngd``.
+      placement: likewise.
 
     Returns:
       Bytes, arrays of ``Sharded`` counted by their share.
     """
-    tx = optimizer(problem.layers, devices, 0.1, placement)
+    tx = optimizer(problem.layers, devices, stale_threshold, placement)
     nodes = jax.tree.leaves(
         jax.eval_shape(tx.init, problem.params),
         is_leaf=lambda x: isinstance(x, sharding.Sharded),
@@ -558,7 +561,7 @@ def sizes_table(problem: Problem) -> str:
 
 
 def balance_table(problem: Problem) -> str:
-    """Share of all devices' time that goes to inverting, if nothing waits or all do."""
+    """Mean over longest work: of the devices alone, and where rounds wait."""
     rows = [
         "| devices | split of layers | longest first, layers | units | blocks of 1024 "
         "| 256 | units, with rounds |",
@@ -588,7 +591,7 @@ def state_table(problem: Problem) -> str:
     """Bytes of the optimizer's state on each device."""
     rows = ["| devices | comm, MB | memory, MB |", "|---|---|---|"]
     for n in DEVICES:
-        cells = [state_bytes(problem, n, p) / 1e6 for p in ("comm", "memory")]
+        cells = [state_bytes(problem, n, 0.1, p) / 1e6 for p in ("comm", "memory")]
         rows.append(f"| {n} | " + " | ".join(f"{x:.1f}" for x in cells) + " |")
     return "\n".join(rows)
 
@@ -631,7 +634,8 @@ def _ring(kinds: Mapping[str, Sequence[int]], devices: int) -> float:
 def model_table(problem: Problem, machine: Machine) -> str:
     """The model's milliseconds, and its ratio to one device."""
     rows = [
-        "| devices | " + " | ".join(f"{p}, {s:.1%}: ms (× 1 device)" for p, s in _CASES),
+        "| devices | "
+        + " | ".join(f"{p}, {s:.1%}: ms (× 1 device)" for p, s in _CASES),
         "|" + "---|" * (len(_CASES) + 1),
     ]
     rows[0] += " |"
@@ -667,7 +671,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", options.compile)
         jax.config.update("jax_enable_compilation_cache", False)
         problem = make_problem(make(num_classes=1000), 64)
-        for threshold, placement in VARIANTS[: options.variants]:
+        for threshold, placement in (VARIANTS[i] for i in options.variants):
             record = measure(problem, options.compile, threshold, placement)
             record["date"] = datetime.datetime.now(datetime.UTC).isoformat()
             kind = "adaptive" if threshold is not None else "periodic"
@@ -703,8 +707,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         type=int,
-        default=len(VARIANTS),
-        help=f"how many of {VARIANTS} (threshold, placement) to compile",
+        nargs="+",
+        default=range(len(VARIANTS)),
+        choices=range(len(VARIANTS)),
+        help=f"which of {VARIANTS} (threshold, placement) to compile; all by default",
     )
     parser.add_argument(
         "--results", type=pathlib.Path, default=RESULTS, help="folder of the records"

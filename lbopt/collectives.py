@@ -9,9 +9,9 @@ optimizers need:
   other way round, hands out the shares of a row that it has whole;
 * ``gather``: each device receives the other shares of all rows.
 
-The first and the last move each number once over each link, whatever the sizes of the
-rows, and the second no more than one row a device; so nothing needs padding to the
-largest owner, and devices without a row cost nothing.
+The first moves each number once over each link, whatever the sizes of the rows, and the
+second no more than one row a device.  The last moves one row for each device, with or
+without an owner's row in it.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,210 @@
+"""The scaling benchmark: its reading of programs, and its plan against what runs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling import Collective
+from experiments.models import resnet
+from lbopt import sharding, training
+
+DEVICES = 4
+PROGRAM = """
+%region_1 (x: f32[]) -> f32[] {
+  %a = f32[1,5]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, \
+dimensions={0}, to_apply=%add, metadata={op_name="jit(f)/while/body/while/body/rs"}
+  %b = (f32[1,5]{1,0}, f32[1,5]{1,0}, /*index=2*/f32[1,5]{1,0}, f32[1,5]{1,0}) \
+all-to-all(%q, %q, %q, %q), metadata={op_name="jit(f)/while/body/while/body/while/body"}
+  %c = bf16[4,20]{0,1} all-gather(%r), dimensions={1}, metadata={op_name="jit(f)/ag"}
+  %d = (f32[], pred[3]{0}, s32[2,2]{1,0}) all-reduce(%s, %t, %u), to_apply=%add, \
+metadata={op_name="jit(f)/while/body/ar"}
+  %e = f32[7]{0} add(%all-reduce.1, %all-gather.2), metadata={op_name="all-to-all"}
+"""
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model = resnet.ResNet(
+        num_classes=3,
+        stage_sizes=(1,),
+        block=resnet.BasicBlock,
+        width=4,
+        stem_reduction=1,
+    )
+    return scaling.make_problem(model, 8)
+
+
+def owners(problem, placement, devices=DEVICES):
+    return sharding.owner_table(problem.layers, devices, placement=placement)
+
+
+# ------------------------------------------------------------------------ the parser
+
+
+def test_collectives_are_read_from_text():
+    assert scaling.collectives_of(PROGRAM, 4) == {
+        Collective("reduce-scatter", 4 * 5 * 4, 2): 1,
+        Collective("all-to-all", 4 * 5 * 4, 3): 1,
+        Collective("all-gather", 4 * 20 * 2 // 4, 0): 1,
+        Collective("all-reduce", 4 + 3 + 4 * 4, 1): 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '%a = (f32[5], f32[20]) all-gather-start(%x), metadata={op_name="f"}',
+        "%a = f32[5]{0} all-reduce(%x), to_apply=%add",
+    ],
+)
+def test_what_cannot_be_counted_is_refused(line):
+    with pytest.raises(ValueError, match="cannot read the collective %a = "):
+        scaling.collectives_of(line, 4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [("f32[]", 4), ("f64[2,3]{1,0}", 48), ("(f8e4m3fn[8], u32[2])", 16), ("s4[0]", 0)],
+)
+def test_bytes_of_types(shapes, size):
+    assert scaling.operand_bytes(shapes, "all-reduce", 4) == size
+
+
+def test_loops_run_as_often_as_what_is_due():
+    counts = {
+        Collective("all-reduce", 7, 1): 2,
+        Collective("reduce-scatter", 10, 2): 3,
+        Collective("all-to-all", 20, 3): 4,  # two in each of two classes
+    }
+    everything = scaling.step_bytes(counts, {20: [1, 5]}, due=True)
+    assert everything["reduce-scatter"] == (3, 30)
+    assert everything["all-to-all"] == (2 * 6, 2 * 6 * 20)
+    nothing = scaling.step_bytes(counts, {20: [1, 5]}, due=False)
+    assert nothing == dict.fromkeys(scaling.KINDS, (0, 0)) | {"all-reduce": (2, 14)}
+    with pytest.raises(ValueError, match="for rounds"):
+        scaling.step_bytes(counts, {30: [1]}, due=True)
+
+
+def test_a_ring_sends_a_reduction_once_around_and_back():
+    for kind, bytes_sent in (
+        ("reduce-scatter", 75),
+        ("all-to-all", 75),
+        ("all-gather", 300),
+        ("all-reduce", 150),
+    ):
+        assert scaling.sent(kind, 100, 4) == bytes_sent
+
+
+# ---------------------------------------------------------- the plan and the program
+
+
+@pytest.mark.parametrize(("threshold", "placement"), scaling.VARIANTS)
+def test_a_step_sends_what_was_planned_and_what_it_reports(
+    problem, threshold, placement
+):
+    compiled, seconds = scaling.compile_step(problem, DEVICES, threshold, placement)
+    counts = scaling.collectives_of(compiled.as_text(), DEVICES)
+    table = owners(problem, placement)
+    plan = scaling.planned(problem, table, adaptive=threshold is not None)
+    assert scaling._without_reduce(counts) == scaling._without_reduce(plan)
+    reduced = [c.bytes for c in counts if c.kind == "all-reduce" and c.loops == 1]
+    gradients = [c.bytes for c in plan if c.kind == "all-reduce"]
+    # Every parameter of this network belongs to a layer with curvature.
+    assert reduced == gradients
+    assert bool(gradients) == (placement == "comm")
+    assert seconds > 0
+
+    mesh = sharding.make_mesh(jax.devices()[:DEVICES])
+    tx = scaling.optimizer(problem.layers, DEVICES, threshold, placement)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), problem.params)
+    model_state = _zeros(problem.model_state)
+    rng = jax.random.key(0)
+    state = training.init_state(tx, params, model_state, rng, mesh)
+    batch = jax.tree.map(
+        lambda x: jnp.ones(x.shape, x.dtype), problem.batch(2 * DEVICES)
+    )
+    along = sharding.PartitionSpec("data")
+    batch = jax.device_put(batch, sharding.NamedSharding(mesh, along))
+    state, _ = compiled(state, batch)
+    report = state.opt_state[0].report  # everything is due at the first step
+    statistics = sum(
+        n * c.bytes
+        for c, n in counts.items()
+        if c.kind == "reduce-scatter" and c.loops == 2
+    )
+    assert statistics == np.sum(report.statistic_bytes)
+    whole, nothing = (
+        scaling.step_bytes(counts, scaling.rounds_of(table), due=due)
+        for due in (True, False)
+    )
+    inverses = sum(
+        whole[kind][1] - nothing[kind][1] for kind in ("all-to-all", "all-gather")
+    )
+    assert inverses == report.inverse_bytes
+    placed = sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state)
+    )
+    assert placed == scaling.state_bytes(problem, DEVICES, threshold, placement)
+
+
+def _zeros(tree):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+# -------------------------------------------------------------- work, model and tables
+
+
+def test_longest_first_is_at_least_as_even_as_a_split(problem):
+    layers = sharding.configured(problem.layers.preconditioned)
+    split = scaling.contiguous(layers, 2)
+    table = owners(problem, "memory", 2)
+    assert split.sum() == table.work().sum()
+    assert table.work().sum(1).max() <= split.max()
+    # A round takes as long as its longest unit: never less than the longest device.
+    assert scaling.path_work(table) >= table.work().sum(1).max()
+
+
+def test_owners_apply_less_than_everybody(problem):
+    everybody = scaling.precondition_flop(problem, owners(problem, "comm"))
+    own = scaling.precondition_flop(problem, owners(problem, "memory"))
+    assert everybody / DEVICES <= own < everybody
+    one = scaling.precondition_flop(problem, owners(problem, "memory", 1))
+    assert one == everybody
+
+
+def test_the_model_on_one_device_sends_nothing(problem):
+    machine = scaling.Machine()
+    parts = scaling.model_seconds(problem, owners(problem, "comm", 1), machine, 1.0)
+    assert parts["communication"] == 0
+    assert min(parts.values()) >= 0
+    some = scaling.model_seconds(problem, owners(problem, "comm"), machine, 0.5)
+    full = scaling.model_seconds(problem, owners(problem, "comm"), machine, 1.0)
+    assert some["inversion"] == full["inversion"] / 2
+    assert 0 < some["communication"] < full["communication"]
+
+
+def test_the_command_prints_tables(tmp_path, monkeypatch, capsys, problem):
+    monkeypatch.setattr(scaling, "make_problem", lambda model, size: problem)
+    monkeypatch.setattr(scaling, "DEVICES", (1, 4))
+    kinds = dict.fromkeys(scaling.KINDS, (1, 10**6))
+    record = {
+        "devices": 4,
+        "stale_threshold": 0.1,
+        "placement": "comm",
+        "seconds": 1.0,
+        "temporary_bytes": 10**6,
+        "as_planned": True,
+        "all": kinds,
+        "nothing": dict.fromkeys(scaling.KINDS, (0, 0)),
+    }
+    (tmp_path / "scaling_4_x.json").write_text(json.dumps(record))
+    scaling.main(["--results", str(tmp_path), "--latency", "0"])
+    printed = capsys.readouterr().out
+    assert "Model, not measured: Machine(" in printed
+    # 0.75 + 0.75 + 3 + 1.5 MB around a ring, and 5.4 % of it.
+    assert "| all | 1.0 (1) | 1.0 (1) | 1.0 (1) | 1.0 (1) | 6.0 |" in printed
+    assert "5.4%, the paper's at 16,384 | | | | | 0.3 |" in printed
