@@ -73,7 +73,7 @@ def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     assert str(picture.resolve()) in output.out
     assert output.out.count(" test accuracy ") == 2
-    assert "kfac  epoch 2/2  step 8/8" in output.err
+    assert "sp_ngd  epoch 2/2  step 8/8" in output.err
     assert "stage1_block1/Conv_0" in output.out, "the table of layers is shown"
 
 
