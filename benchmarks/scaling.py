@@ -11,16 +11,13 @@ its statistic is due; inside three, as often as there are rounds in its class of
 """
 
 import argparse
-import collections
 import datetime
 import json
-import math
 import pathlib
-import re
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +25,27 @@ import numpy as np
 import optax
 
 import lbopt
+from benchmarks.program_bytes import (
+    KINDS,
+    Collective,
+    Counts,
+    collectives_of,
+    sent,
+    step_bytes,
+)
+from benchmarks.scaling_model import (
+    Machine,
+    Problem,
+    model_seconds,
+    path_work,
+    planned,
+    rounds_of,
+)
 from experiments.models import resnet
 from lbopt import sharding, training
-from lbopt.collectives import Axis
 from lbopt.curvature.registry import Layer, Layers
-from lbopt.transforms import inversion
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-KINDS = ("reduce-scatter", "all-to-all", "all-gather", "all-reduce")
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 VARIANTS = ((0.1, "comm"), (0.1, "memory"), (None, "comm"))
 """Stale threshold and placement of the programs that ``--compile`` makes."""
@@ -44,258 +54,7 @@ REMAINING = {4096: 0.236, 8192: 0.151, 16384: 0.054, 32768: 0.078}
 _FLOAT = 4
 
 
-class Collective(NamedTuple):
-    """One collective of a program.
-
-    Attributes:
-      kind: one of ``KINDS``.
-      bytes: what each device puts in, whenever it runs.
-      loops: how many loops are around it.
-    """
-
-    kind: str
-    bytes: int
-    loops: int
-
-
-Counts = Mapping[Collective, int]
-
-
-class Problem(NamedTuple):
-    """A model and its loss, as shapes.
-
-    Attributes:
-      params: shapes of the parameters.
-      model_state: shapes of the other collections.
-      layers: what ``trace_layers`` found.
-      loss_fn: the loss as ``lbopt.training`` takes it.
-      batch: ``examples -> `` shapes of a batch.
-    """
-
-    params: Any
-    model_state: Any
-    layers: Layers
-    loss_fn: training.LossFn
-    batch: Callable[[int], Any]
-
-
-class Machine(NamedTuple):
-    """What the model of a step's time takes for granted.
-
-    Attributes:
-      flops: operations a second by the data sheet.
-      products: share of it that convolutions and products reach.
-      inversions: share of it that Cholesky-based inversion reaches.
-      bandwidth: bytes a second that a device sends.
-      latency: seconds of each collective for each doubling of the devices.
-      images: images a device and step.
-    """
-
-    flops: float = 15.7e12
-    products: float = 0.5
-    inversions: float = 0.2
-    bandwidth: float = 6.25e9
-    latency: float = 5e-6
-    images: int = 32
-
-
-# Of one image of 224×224: 4.1 G multiplications forward, twice as many backward; and
-# the statistics of ResNet-50's inputs and output gradients.
-_STEP_FLOP, _STATISTICS_FLOP = 24.6e9, 50.2e9
-
-
-# ---------------------------------------------------------------- from the program
-
-
-def operand_bytes(shapes: str, kind: str, devices: int) -> int:
-    """What each device puts into a collective.
-
-    Args:
-      shapes: the type of its result in HLO text, an array's or a tuple's.
-      kind: one of ``KINDS``.
-      devices: how many take part.
-
-    Returns:
-      Bytes.
-    """
-    total = 0
-    for bits, dims in re.findall(r"\b(?:[a-z]+(\d+)\w*|pred)\[([\d,]*)\]", shapes):
-        size = math.prod(int(d) for d in dims.split(",") if d)
-        total += size * int(bits or 8) // 8
-    if kind == "reduce-scatter":
-        return total * devices
-    return total // devices if kind == "all-gather" else total
-
-
-def collectives_of(text: str, devices: int) -> Counts:
-    """The collectives of a compiled program and how often each stands in it.
-
-    Args:
-      text: the program as HLO text.
-      devices: its devices, all of which take part in each collective.
-
-    Returns:
-      Numbers of equal collectives.
-
-    Raises:
-      ValueError: for a collective that starts and ends apart (those of CPU do not), or
-        without the name that tells its loops.
-    """
-    counts: collections.Counter[Collective] = collections.Counter()
-    for line in text.splitlines():
-        found = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-        if found is None:
-            continue
-        name = re.search(r'op_name="([^"]*)"', line)
-        if found[3] or name is None:
-            raise ValueError(f"cannot read the collective {line.strip()[:200]}")
-        size = operand_bytes(found[1], found[2], devices)
-        counts[Collective(found[2], size, name[1].count("while/body"))] += 1
-    return counts
-
-
-def step_bytes(
-    counts: Counts, rounds: Mapping[int, Sequence[int]], due: bool
-) -> dict[str, tuple[int, int]]:
-    """How often collectives run in a step, and with how many bytes.
-
-    Args:
-      counts: a program's collectives.
-      rounds: the rounds of each class of units whose collectives have so many bytes.
-      due: whether everything is due, or nothing.
-
-    Returns:
-      ``{kind: (runs, bytes)}``.
-
-    Raises:
-      ValueError: for a collective in a loop that belongs to no class of units.
-    """
-    result = {}
-    for kind in KINDS:
-        runs = size = 0
-        for one, number in counts.items():
-            if one.kind != kind or (one.loops > 1 and not due):
-                continue
-            times = number
-            if one.loops > 2:
-                classes = rounds.get(one.bytes, ())
-                if not classes or number % len(classes):
-                    raise ValueError(f"{number} × {one} for rounds {classes}")
-                times = number // len(classes) * sum(classes)
-            runs, size = runs + times, size + times * one.bytes
-        result[kind] = (runs, size)
-    return result
-
-
 # --------------------------------------------------------------- from the owner table
-
-
-def rounds_of(owners: sharding.Owners) -> dict[int, list[int]]:
-    """The rounds of each class of units when everything is due.
-
-    Args:
-      owners: who inverts what.
-
-    Returns:
-      Rounds of the classes by the bytes of their collectives.
-    """
-    axis = Axis("data", owners.devices)
-    rounds: dict[int, list[int]] = {}
-    for units in inversion.classes_of(owners):
-        size = _padded(units.factor.size, axis)
-        rounds.setdefault(size, []).append(units.queues.shape[1])
-    return rounds
-
-
-def planned(
-    problem: Problem, owners: sharding.Owners, *, adaptive: bool = True
-) -> Counts:
-    """The collectives that a step should have; of the all-reduces the gradient's alone.
-
-    Args:
-      problem: the model.
-      owners: who inverts what.
-      adaptive: whether each statistic travels on its own.
-
-    Returns:
-      Numbers of equal collectives; none on one device.
-    """
-    counts: collections.Counter[Collective] = collections.Counter()
-    if owners.devices == 1:
-        return counts
-    axis = Axis("data", owners.devices)
-    layers = sharding.configured(problem.layers.preconditioned)
-    statistics = [
-        x.size // f.size * _padded(f.size, axis)
-        for layer in layers.values()
-        for x, f in zip(layer.factor_shapes(), layer.block.factors, strict=True)
-    ]
-    for size in statistics if adaptive else [sum(statistics)]:
-        counts[Collective("reduce-scatter", size, 2)] += 1
-    for units in inversion.classes_of(owners):
-        size = _padded(units.factor.size, axis)
-        counts[Collective("all-to-all", size, 3)] += 2 if units.gathered else 1
-        if units.gathered:
-            counts[Collective("all-gather", size, 3)] += 1
-    kept = _kept_rows(problem, owners)
-    if kept:
-        _plan_pipeline(counts, kept, owners, axis)
-    whole = sum(x.size for x in jax.tree.leaves(problem.params))
-    if left := _FLOAT * (whole - sum(kept.values())):
-        counts[Collective("all-reduce", left, 1)] += 1
-    return counts
-
-
-def _padded(size: int, axis: Axis) -> int:
-    return _FLOAT * axis.size * axis.share(size)
-
-
-def _kept_rows(problem: Problem, owners: sharding.Owners) -> dict[str, int]:
-    """Numbers of the gradients of the layers whose inverses stay with their owners."""
-    rows: dict[str, int] = {}
-    for unit, gathered in zip(owners.units, owners.gathered, strict=True):
-        if not gathered:
-            location = problem.layers.preconditioned[unit.path].tapped.location
-            node = problem.params
-            for key in location.keys:
-                node = node[key]
-            rows[unit.path] = sum(node[name].size for name in location.names)
-    return rows
-
-
-def _plan_pipeline(
-    counts: collections.Counter[Collective],
-    rows: Mapping[str, int],
-    owners: sharding.Owners,
-    axis: Axis,
-) -> None:
-    """Adds what placement "memory" sends at every step."""
-    gradients = sum(_padded(size, axis) for size in rows.values())
-    counts[Collective("reduce-scatter", gradients, 1)] += 1
-    counts[Collective("all-gather", gradients // axis.size, 1)] += 1
-    owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
-    queues: dict[int, list[str]] = {}
-    for path in sorted(rows, key=lambda p: (-rows[p], p)):
-        queues.setdefault(owner[path], []).append(path)
-    for turn in range(max(map(len, queues.values()))):
-        largest = max(rows[q[turn]] for q in queues.values() if turn < len(q))
-        counts[Collective("all-to-all", _padded(largest, axis), 1)] += 2
-
-
-def sent(kind: str, size: int, devices: int) -> float:
-    """Bytes that leave a device in the ring algorithm.
-
-    Args:
-      kind: one of ``KINDS``.
-      size: what the device puts in.
-      devices: how many take part.
-
-    Returns:
-      Bytes.
-    """
-    others = devices - 1
-    ways = {"all-gather": others, "all-reduce": 2 * others / devices}
-    return size * ways.get(kind, others / devices)
 
 
 def contiguous(layers: Mapping[str, Layer], devices: int) -> np.ndarray:
@@ -313,19 +72,6 @@ def contiguous(layers: Mapping[str, Layer], devices: int) -> np.ndarray:
         by_layer[unit.path] = by_layer.get(unit.path, 0) + unit.factor.work
     parts = np.array_split(np.asarray(list(by_layer.values())), devices)
     return np.asarray([part.sum() for part in parts])
-
-
-def path_work(owners: sharding.Owners) -> int:
-    """Multiplications on the longest path: rounds wait for their longest unit.
-
-    Args:
-      owners: who inverts what.
-
-    Returns:
-      The sum over classes of rounds × work.
-    """
-    classes = inversion.classes_of(owners)
-    return sum(units.queues.shape[1] * units.factor.work for units in classes)
 
 
 def state_bytes(
@@ -475,73 +221,6 @@ def measure(
 
 def _without_reduce(counts: Counts) -> dict[Collective, int]:
     return {one: n for one, n in counts.items() if one.kind != "all-reduce"}
-
-
-# ------------------------------------------------------------------------- the model
-
-
-def model_seconds(
-    problem: Problem, owners: sharding.Owners, machine: Machine, remaining: float
-) -> dict[str, float]:
-    """A step's time by its parts, none of them measured and none overlapping.
-
-    Args:
-      problem: the model.
-      owners: who inverts what.
-      machine: the assumptions.
-      remaining: share of the statistics and inverses that is renewed.
-
-    Returns:
-      Seconds of each part.
-    """
-    counts, rounds = planned(problem, owners), rounds_of(owners)
-    seconds = []
-    for due in (False, True):
-        total = 0.0
-        for kind, (runs, size) in step_bytes(counts, rounds, due).items():
-            total += sent(kind, size, owners.devices) / machine.bandwidth
-            total += runs * machine.latency * math.log2(owners.devices)
-        seconds.append(total)
-    nothing, everything = seconds
-    rate = machine.flops * machine.products
-    applied = precondition_flop(problem, owners)
-    return {
-        "gradient": machine.images * _STEP_FLOP / rate,
-        "statistics": remaining * machine.images * _STATISTICS_FLOP / rate,
-        "inversion": remaining
-        * 2
-        * path_work(owners)
-        / (machine.flops * machine.inversions),
-        "precondition": applied / rate,
-        "communication": nothing + remaining * (everything - nothing),
-    }
-
-
-def precondition_flop(problem: Problem, owners: sharding.Owners) -> int:
-    """Operations of the device that multiplies gradients by the most inverses.
-
-    Args:
-      problem: the model.
-      owners: who has which inverses.
-
-    Returns:
-      Operations of gathered layers, which are everybody's, and of the longest owner's.
-    """
-    everybody, own = 0, [0] * owners.devices
-    orders: dict[str, list[int]] = {}
-    for unit in owners.units:
-        if unit.row == 0 and unit.kind in ("a", "g"):
-            orders.setdefault(unit.path, []).append(unit.factor.order)
-    place = {
-        u.path: (o, g)
-        for u, o, g in zip(owners.units, owners.owner, owners.gathered, strict=True)
-    }
-    for path, sizes in orders.items():
-        flop = 2 * math.prod(sizes) * sum(sizes)
-        owner, gathered = place[path]
-        everybody += flop * gathered
-        own[owner] += flop * (not gathered)
-    return everybody + max(own)
 
 
 # ------------------------------------------------------------------------- the tables

@@ -17,7 +17,8 @@ import statistics
 from typing import Any
 
 from experiments import figures
-from experiments.imagenet_resnet50 import Config, Kfac, Sgd, prepare, train
+from experiments.imagenet_resnet50 import prepare, train
+from experiments.settings import Config, Kfac, Sgd
 
 SEEDS = (0, 1, 2)
 RUNS = pathlib.Path("runs/demo_study")

@@ -15,11 +15,10 @@ The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded dat
 import contextlib
 import dataclasses
 import datetime
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,131 +29,9 @@ import lbopt
 from experiments import checkpoints, figures, metrics, runs
 from experiments.data import pipeline, virtual_batch
 from experiments.models import resnet
+from experiments.settings import Config
 from lbopt import training
 from lbopt.curvature import registry
-
-# === Config ===========================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class Kfac:
-    """Settings of K-FAC, in the words of `lbopt.kfac`."""
-
-    learning_rate: float = 0.03
-    momentum: float = 0.9
-    damping: float = 1e-3
-    weight_decay: float = 0.0
-    kl_clip: float | None = 0.01
-    factor_decay: float = 0.95
-    stats_period: int = 1
-    inverse_period: int = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class SpNgd:
-    """Settings of SP-NGD, in the words of `lbopt.sp_ngd` and its schedule."""
-
-    learning_rate: float = 0.06
-    momentum: float = 0.9
-    damping: float = 1e-3
-    norm_damping: float = 1.0
-    stale_threshold: float | None = 0.1
-    power: float = 2.0
-    """Exponent of the learning rate's decay, which takes the warm-up's place."""
-    decay_start: float = 0.0
-    """Epoch from which the learning rate decays."""
-    decay_end: float = 1.1
-    """Epoch at which it would be zero, as a multiple of the epochs of the run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sgd:
-    """Settings of SGD with Nesterov momentum, in the words of `optax.sgd`."""
-
-    learning_rate: float = 0.8
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of a run."""
-
-    optimizer: Literal["kfac", "sp_ngd", "sgd"] = "kfac"
-    kfac: Kfac = Kfac()
-    sp_ngd: SpNgd = SpNgd()
-    sgd: Sgd = Sgd()
-    dataset: str = "strokes/20"
-    """Name in tensorflow_datasets; strokes/... is made where it is missing."""
-    data_dir: pathlib.Path = pathlib.Path("data")
-    """Directory that holds prepared data sets."""
-    model: resnet.ModelName = "resnet8"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations."""
-    zero_init_residual: bool = False
-    """Start each residual block as the identity."""
-    norm_momentum: float = 0.7
-    """Decay of BatchNorm's running statistics; 0.9 suits runs of thousands of steps."""
-    batch_size: int = 2048
-    """Images in a step."""
-    devices: int = 1
-    """Devices that share each step; on a CPU virtual ones are made."""
-    accumulate: int = 1
-    """Parts that a device evaluates one after the other."""
-    placement: Literal["comm", "memory"] = "comm"
-    """Where inverses live on several devices, in the words of `lbopt.kfac`."""
-    epochs: float = 8.0
-    warmup_epochs: float = 0.8
-    """Epochs in which the learning rate rises; then it falls as a cosine."""
-    label_smoothing: float = 0.0
-    augment: bool = True
-    """Crop and mirror training images at random, as suits the data set."""
-    mixup_alpha: float = 0.0
-    """Parameter of running mixup's Beta distribution; 0 for no mixup."""
-    random_erasing: float = 0.0
-    """Probability that a rectangle of a training image is erased; 0 for never."""
-    seed: int = 0
-    """Seed of the initial parameters, the order of images and their augmentation."""
-    eval_batch_size: int = 512
-    eval_epochs: float = 1.0
-    """Epochs between two evaluations."""
-    checkpoint_epochs: float = 4.0
-    """Epochs between two checkpoints; the last step always has one."""
-    log_period: int = 1
-    """Steps between two records of the training metrics."""
-    directory: pathlib.Path | None = None
-    """Directory of the run; by default runs/DATASET-MODEL-OPTIMIZER."""
-    resume: bool = False
-    """Continue the run in the directory from its newest checkpoint."""
-
-    def __post_init__(self):
-        """Refuses what no run could use, naming the argument."""
-        chosen = dataclasses.asdict(getattr(self, self.optimizer))
-        values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
-        positive = "batch_size epochs eval_batch_size eval_epochs checkpoint_epochs"
-        rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
-        for name in (*positive.split(), "log_period", "devices", "accumulate", rate):
-            if not values[name] > 0:
-                raise ValueError(f"{name} must be positive, got {values[name]}")
-        below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
-        for name, bound in {**below, momentum: 1}.items():
-            if not 0 <= values[name] < bound:
-                raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
-        if not 0 <= (p := self.random_erasing) <= 1:
-            raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
-        if not 0 <= (alpha := self.mixup_alpha) < math.inf:
-            raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
-        if alpha and self.accumulate > 1:
-            raise ValueError(
-                f"mixup_alpha={alpha} mixes whole batches; it needs accumulate=1, got "
-                f"{self.accumulate}"
-            )
-        if self.batch_size % (parts := self.devices * self.accumulate):
-            raise ValueError(
-                f"batch_size must be a multiple of devices × accumulate = {parts}, got "
-                f"{self.batch_size}"
-            )
-
 
 # === Data =============================================================================
 

@@ -172,14 +172,6 @@ def block_matmul(
     return product.reshape(*stack, parts * size, m)[..., :n, :]
 
 
-def packed_diagonal(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n"]:
-    """The diagonals of packed matrices."""
-    m11, _, m22 = _blocks(packed)
-    return jnp.concatenate(
-        [jnp.diagonal(m, axis1=-2, axis2=-1) for m in (m11, m22)], axis=-1
-    )
-
-
 def pi_damping(
     damping: Scalar, *mean_eigenvalues: Float[Array, "*stack"]
 ) -> tuple[Float[Array, "*stack"], ...]:

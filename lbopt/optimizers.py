@@ -107,7 +107,9 @@ def kfac(
         gather_dtype=gather_dtype,
     )
     if kl_clip is not None:
-        precondition = clip_by_kl(precondition, kl_clip, learning_rate)
+        precondition = clip_by_kl(
+            precondition, kl_clip, learning_rate, axis_name=axis_name
+        )
     return optax.chain(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         precondition,

@@ -6,13 +6,17 @@ diagonal block of a factor, belongs to one device, its owner.
 """
 
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lbopt import collectives
+from lbopt._typing import OptState, Updates
+from lbopt.collectives import Axis
+from lbopt.curvature import discovery
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
@@ -62,10 +66,40 @@ def specs(tree: Any, axis_name: str) -> Any:
     return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Sharded))
 
 
-def is_split(tree: Any) -> bool:
-    """Whether a state holds arrays that are split over devices."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sharded))
-    return any(isinstance(node, Sharded) for node in nodes)
+def split_layers(opt_state: OptState) -> set[str]:
+    """The layers whose gradients and statistics the optimizer itself combines.
+
+    Args:
+      opt_state: the state of any optax chain.
+
+    Returns:
+      The paths of the layers whose factors are split over devices.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Sharded))
+    split = [node.shards for node in nodes if isinstance(node, Sharded)]
+    return {path for shards in split if isinstance(shards, dict) for path in shards}
+
+
+def mean_of_others(tree: Updates, layers: Iterable[Layer], axis: Axis) -> Updates:
+    """The mean over devices of all arrays but those of some layers.
+
+    Args:
+      tree: gradients.
+      layers: the layers whose arrays stay as they are.
+      axis: the devices.
+
+    Returns:
+      The gradients.
+    """
+    own = {
+        (*layer.tapped.location.keys, name)
+        for layer in layers
+        for name in layer.tapped.location.names
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda at, x: x if discovery.keys_of(at) in own else collectives.mean(x, axis),
+        tree,
+    )
 
 
 def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:

@@ -96,8 +96,9 @@ def make_train_step(
     but the counters ``step`` and ``skipped``.
 
     On a mesh each device evaluates the loss on its share of the batch, with a key of
-    its own.  An optimizer made with ``axis_name`` combines gradients and statistics
-    itself; for any other the step averages them.  Normalisation layers see a device's
+    its own.  An optimizer made with ``axis_name`` combines the gradients and statistics
+    of its layers itself (what stands before it in a chain sees each device's own); all
+    others are averaged before the update.  Normalisation layers see a device's
     examples alone, unless they were made with ``axis_name``; their running averages are
     averaged over devices.
 
@@ -171,8 +172,13 @@ def make_train_step(
         )
         loss, metrics = collectives.mean((loss, metrics), axis)
         new_model_state = _combined(new_model_state, per_example, axis)
-        if not sharding.is_split(state.opt_state):
-            grads, curvature = collectives.mean((grads, curvature), axis)
+        split = sharding.split_layers(state.opt_state)
+        known = [layers[path] for path in split] if layers is not None else []
+        grads = sharding.mean_of_others(grads, known, axis)
+        curvature = {
+            path: statistics if path in split else collectives.mean(statistics, axis)
+            for path, statistics in curvature.items()
+        }
         extra = {} if layers is None else {"curvature": curvature}
 
         def update(old: Any) -> Any:
@@ -223,7 +229,7 @@ def _without_curvature(loss_fn: LossFn) -> Callable[..., Any]:
 
     def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
         del rng, due
-        return (*with_gradient(*args), ())
+        return (*with_gradient(*args), {})
 
     return evaluate
 

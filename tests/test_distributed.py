@@ -290,3 +290,36 @@ def test_an_optimizer_without_an_axis_gets_means():
         return make()
 
     assert_same(run(without, 4, steps=3), run(make, steps=3))
+
+
+@pytest.mark.parametrize("placement", ["comm", "memory"])
+def test_the_clip_is_that_of_the_mean_gradient(placement):
+    def clipped(**options):
+        return lbopt.kfac(0.1, layers(), damping=1e-2, kl_clip=1e-3, **options)
+
+    reference = run(clipped, steps=3)
+    assert float(reference.state.opt_state[1].scale) < 1  # the bound is felt
+    course = run(clipped, 4, steps=3, placement=placement)
+    assert_same(course, reference)
+    assert_same_on_all_devices(course.state.params)
+
+
+def test_what_another_optimizer_of_a_partition_sees_is_averaged():
+    def partitioned(**options):
+        curved = optax.chain(
+            lbopt.scale_by_kfac(layers(), damping=1e-2, **options), optax.scale(-0.05)
+        )
+        plain = optax.with_extra_args_support(optax.sgd(0.1))
+        labels = {"conv": "curved", "norm": "curved", "dense": "plain"}
+        return optax.partition({"curved": curved, "plain": plain}, labels)
+
+    course = run(partitioned, 4, steps=3, placement="memory")
+    assert_same(course, run(partitioned, steps=3))
+    assert_same_on_all_devices(course.state.params)
+
+
+def assert_same_on_all_devices(tree):
+    for x in jax.tree.leaves(tree):
+        copies = [np.asarray(shard.data) for shard in x.addressable_shards]
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])

@@ -306,8 +306,8 @@ def state():
 
 
 def test_marked_arrays_are_split_and_others_whole():
-    assert sharding.is_split(state())
-    assert not sharding.is_split(state()["whole"])
+    assert sharding.split_layers(state()) == {"x", "y"}
+    assert sharding.split_layers(state()["whole"]) == set()
     along, whole = PartitionSpec("across"), PartitionSpec()
     expected = {
         "marked": Sharded({"x": along, "y": along}),

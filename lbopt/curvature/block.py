@@ -77,16 +77,24 @@ class CurvatureBlock(NamedTuple):
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
     variant: "Callable[[bool, int | None], CurvatureBlock] | None" = None
 
+    def factor_shapes(self, leading: tuple[int, ...]) -> Factors:
+        """Shapes and dtypes of the factors, leading axes first."""
+        packed = jax.eval_shape(lambda s: self.pack(self.statistics(s)), self.sums)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), packed
+        )
+
     def init(self, leading: tuple[int, ...]) -> tuple[Factors, Inverses]:
         """Factors and inverses before the first statistic: zero and the identity."""
-        packed = jax.eval_shape(lambda s: self.pack(self.statistics(s)), self.sums)
-        zeros, eyes = [], []
-        for leaf, f in zip(packed, self.factors, strict=True):
-            copies = (*leading, *leaf.shape[: leaf.ndim - len(f.shape)])
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), self.factor_shapes(leading)
+        )
+        eyes = []
+        for leaf, f in zip(zeros, self.factors, strict=True):
+            copies = leaf.shape[: leaf.ndim - len(f.shape)]
             eye = jnp.broadcast_to(f.identity(leaf.dtype), (*copies, f.wire))
-            zeros.append(jnp.zeros((*copies, *f.shape), leaf.dtype))
             eyes.append(f.expand(eye))
-        return type(self.factors)(*zeros), self.inverses(*eyes)
+        return zeros, self.inverses(*eyes)
 
     def invert(self, factors: Factors, damping: Scalar) -> Inverses:
         """The inverses of one layer's factors, damped; its copies in turn."""
@@ -95,8 +103,7 @@ class CurvatureBlock(NamedTuple):
             copies = leaf.shape[: leaf.ndim - len(f.shape)]
             rows = leaf.reshape(*copies, f.size)
             trace = jnp.sum(jnp.where(f.multiplicity() == 1, rows, 0), -1)
-            parts = f.parts
-            if parts > 1:
+            if f.parts > 1:
                 trace = jnp.sum(trace, -1)
             means.append(trace / f.order)
             flat.append(rows)

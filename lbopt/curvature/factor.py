@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
 from lbopt import linalg
@@ -200,9 +199,9 @@ def _invert_pairs(packed: Float[Array, " size"], damping: Scalar) -> Array:
 
 
 def _decompose(packed: Float[Array, " size"], damping: Scalar) -> Array:
-    vectors, values = lax.linalg.eigh(linalg.unpack(packed))
+    values, vectors = linalg.eigendecompose(packed)
     damping = jnp.asarray(damping, values.dtype).reshape(1)
-    return jnp.concatenate([damping, jnp.maximum(values, 0), vectors.ravel()])
+    return jnp.concatenate([damping, values, vectors.ravel()])
 
 
 def _keep_diagonal(packed: Float[Array, " size"], damping: Scalar) -> Array:

@@ -233,7 +233,7 @@ def _wanted(used: dict[str, Layer], due: Any) -> dict[str, Any]:
         )
     wanted = {}
     for path, layer in used.items():
-        factors = jax.eval_shape(lambda block=layer.block: block.init(()))[0]
+        factors = layer.block.factor_shapes(())
         # An optimizer that sees a part of the parameters (optax.masked,
         # optax.partition) wants the statistics of that part alone.
         absent = jax.tree.map(lambda _: due is None, factors)

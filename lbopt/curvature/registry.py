@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
     def factor_shapes(self) -> Any:
         """Shapes and dtypes of its packed factors."""
-        return jax.eval_shape(lambda: self.block.init(self.tapped.copies)[0])
+        return self.block.factor_shapes(self.tapped.copies)
 
     def state_bytes(self) -> int:
         """Bytes of the factors and inverses kept for it."""

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
-from lbopt import collectives, sharding
+from lbopt import sharding
 from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture, discovery
+from lbopt.curvature import capture
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
@@ -338,18 +338,8 @@ def _precondition(
 ) -> tuple[Updates, dict[str, dict[str, Array]]]:
     """The mean gradients of what has no curvature here, and the natural gradients."""
     kept = {path: layer for path, layer in own.items() if path not in state.inverses}
-    names = {
-        (*layer.tapped.location.keys, name)
-        for layer in kept.values()
-        for name in layer.tapped.location.names
-    }
     gradients = {path: _gradients(layer, updates) for path, layer in kept.items()}
-    updates = jax.tree_util.tree_map_with_path(
-        lambda at, x: (
-            x if discovery.keys_of(at) in names else collectives.mean(x, axis)
-        ),
-        updates,
-    )
+    updates = sharding.mean_of_others(updates, kept.values(), axis)
     natural = {
         path: layer.block.precondition(state.inverses[path], _gradients(layer, updates))
         for path, layer in own.items()

@@ -27,6 +27,8 @@ def clip_by_kl(
     inner: optax.GradientTransformation,
     c: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
+    *,
+    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales a preconditioned gradient so that its squared length in F̂ is at most c.
 
@@ -44,6 +46,8 @@ def clip_by_kl(
       inner: any preconditioner of gradients.
       c: the bound, twice the KL divergence; a number or a schedule.
       learning_rate: η, a number or a schedule, the same as the later transform's.
+      axis_name: the mesh axis of ``inner``, where that takes each device's own
+        gradients and returns what is the same on all.
 
     Returns:
       A transformation that takes what ``inner`` takes.
@@ -80,7 +84,11 @@ def clip_by_kl(
         )
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         bound = c(state.count) if callable(c) else c
-        length = jnp.square(eta) * optax.tree.vdot(natural, updates)
+        # Linear in the gradient: the mean over devices is that of the mean gradient.
+        product = optax.tree.vdot(natural, updates)
+        if axis_name is not None:
+            product = jax.lax.pmean(product, axis_name)
+        length = jnp.square(eta) * product
         sound = length > 0
         scale = jnp.minimum(
             1.0, jnp.where(sound, jnp.sqrt(bound / jnp.where(sound, length, 1)), 1.0)

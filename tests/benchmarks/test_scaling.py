@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import scaling
+from benchmarks import program_bytes, scaling, scaling_model
 from benchmarks.scaling import Collective
 from experiments.models import resnet
 from lbopt import sharding, training
@@ -71,7 +71,7 @@ def test_what_cannot_be_counted_is_refused(line):
     [("f32[]", 4), ("f64[2,3]{1,0}", 48), ("(f8e4m3fn[8], u32[2])", 16), ("s4[0]", 0)],
 )
 def test_bytes_of_types(shapes, size):
-    assert scaling.operand_bytes(shapes, "all-reduce", 4) == size
+    assert program_bytes.operand_bytes(shapes, "all-reduce", 4) == size
 
 
 def test_loops_run_as_often_as_what_is_due():
@@ -169,10 +169,10 @@ def test_longest_first_is_at_least_as_even_as_a_split(problem):
 
 
 def test_owners_apply_less_than_everybody(problem):
-    everybody = scaling.precondition_flop(problem, owners(problem, "comm"))
-    own = scaling.precondition_flop(problem, owners(problem, "memory"))
+    everybody = scaling_model.precondition_flop(problem, owners(problem, "comm"))
+    own = scaling_model.precondition_flop(problem, owners(problem, "memory"))
     assert everybody / DEVICES <= own < everybody
-    one = scaling.precondition_flop(problem, owners(problem, "memory", 1))
+    one = scaling_model.precondition_flop(problem, owners(problem, "memory", 1))
     assert one == everybody
 
 
