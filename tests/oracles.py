@@ -249,3 +249,17 @@ def unit_wise(x_hat, output_grads, names=("scale", "bias")):
         gradient = np.array([own[name] for name in names])
         f[c] += np.outer(gradient, gradient) / n
     return f
+
+
+def full_norm(x_hat, output_grads, names=("scale", "bias")):
+    """``[k channels, k channels]`` from ``[n, S, channels]``, example by example."""
+    n, _, channels = x_hat.shape
+    f = np.zeros((len(names) * channels,) * 2)
+    for i in range(n):
+        own = {
+            "scale": (output_grads[i] * x_hat[i]).sum(0),
+            "bias": output_grads[i].sum(0),
+        }
+        gradient = np.concatenate([own[name] for name in names])
+        f += np.outer(gradient, gradient) / n
+    return f

@@ -78,6 +78,30 @@ def symmetric(order: int, parts: int = 1) -> Factor:
     )
 
 
+def cut_symmetric(order: int, block_size: int | None) -> Factor:
+    """A symmetric matrix, cut into diagonal blocks if it is larger than ``block_size``.
+
+    Args:
+      order: its rows.
+      block_size: the largest block; None for one.
+
+    Returns:
+      The factor.
+    """
+    return symmetric(order, 1 if block_size is None else -(-order // block_size))
+
+
+def pack(kind: Factor, matrix: Float[Array, "*stack n n"]) -> Array:
+    """The packed copies of a symmetric factor, ``[*stack, (parts,) size]``."""
+    cut = linalg.diagonal_blocks(matrix, kind.parts) if kind.parts > 1 else matrix
+    return linalg.pack(cut)
+
+
+def times(kind: Factor, whole: Array, v: Float[Array, "*stack n m"]) -> Array:
+    """The product of a symmetric factor's inverse, as it is kept, with ``v``."""
+    return (linalg.block_matmul if kind.parts > 1 else linalg.matmul)(whole, v)
+
+
 def diagonal(shape: tuple[int, ...]) -> Factor:
     """A diagonal, of any shape.
 

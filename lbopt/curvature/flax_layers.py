@@ -39,17 +39,29 @@ class Seen(NamedTuple):
     params: Mapping[str, Array]
 
 
+class Choice(NamedTuple):
+    """Which of the approximations that suit a layer it gets.
+
+    Attributes:
+      sharing: how locations that share a kernel are treated.
+      norm_blocks: what a normalisation layer's block holds.
+    """
+
+    sharing: kronecker.WeightSharing
+    norm_blocks: unit_wise.NormBlocks
+
+
 class Rule(NamedTuple):
     """How one method of one Flax class is tapped.
 
     Attributes:
-      block: ``(seen, batched, sharing) -> block``; raises ``Refusal`` with the reason
+      block: ``(seen, batched, choice) -> block``; raises ``Refusal`` with the reason
         where the theory does not hold.
       residual: ``seen -> arrays`` that the backward rule needs.
       names: the names of the parameters that the block covers.
     """
 
-    block: Callable[[Seen, bool, kronecker.WeightSharing], block.CurvatureBlock]
+    block: Callable[[Seen, bool, Choice], block.CurvatureBlock]
     residual: Callable[[Seen], Any]
     names: tuple[str, ...] = ("kernel", "bias")
 
@@ -88,14 +100,14 @@ def _inputs(seen: Seen) -> Array:
     return x
 
 
-def _dense(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+def _dense(seen: Seen, batched: bool, choice: Choice):
     linear = linear_maps.dense_linear(
         seen.params["kernel"].shape, "bias" in seen.params, batched
     )
-    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+    return kronecker.kronecker_block(linear, choice.sharing, _dtype(seen))
 
 
-def _dense_general(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+def _dense_general(seen: Seen, batched: bool, choice: Choice):
     module, ndim = seen.module, seen.arguments["inputs"].ndim
     linear = linear_maps.dense_linear(
         seen.params["kernel"].shape,
@@ -105,11 +117,11 @@ def _dense_general(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
         axis=tuple(sorted(axis % ndim - ndim for axis in _as_tuple(module.axis, 1))),
         batch_dims=tuple(range(len(_as_tuple(module.batch_dims, 1)))),
     )
-    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+    return kronecker.kronecker_block(linear, choice.sharing, _dtype(seen))
 
 
-def _embed(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
-    del batched, sharing  # words and queries are rows in any case
+def _embed(seen: Seen, batched: bool, choice: Choice):
+    del batched, choice  # words and queries are rows in any case
     vocabulary, features = seen.params["embedding"].shape
     return embedding.embed_block(vocabulary, features, _dtype(seen, "embedding"))
 
@@ -128,7 +140,7 @@ def _query(seen: Seen) -> Array:
 # ------------------------------------------------------------------ convolutions
 
 
-def _conv(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+def _conv(seen: Seen, batched: bool, choice: Choice):
     module = seen.module
     if not module.shared_weights:
         raise Refusal("the kernel is not shared by the locations")
@@ -164,7 +176,7 @@ def _conv(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
         batched,
         groups=module.feature_group_count,
     )
-    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+    return kronecker.kronecker_block(linear, choice.sharing, _dtype(seen))
 
 
 def _padding(
@@ -182,7 +194,7 @@ def _padding(
     return tuple(lax.padtype_to_pads(dilated, kernel, window.strides, padding))
 
 
-def _conv_transpose(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
+def _conv_transpose(seen: Seen, batched: bool, choice: Choice):
     module = seen.module
     if module.mask is not None:
         raise Refusal("the kernel is masked")
@@ -215,7 +227,7 @@ def _conv_transpose(seen: Seen, batched: bool, sharing: kronecker.WeightSharing)
         batched,
         flip=flip,
     )
-    return kronecker.kronecker_block(linear, sharing, _dtype(seen))
+    return kronecker.kronecker_block(linear, choice.sharing, _dtype(seen))
 
 
 def _transposed_padding(padding, spans, strides) -> tuple[tuple[int, int], ...]:
@@ -272,13 +284,13 @@ def _as_tuple(value: Any, rank: int) -> tuple[int, ...]:
 # ------------------------------------------------------------------ normalisation
 
 
-def _norm(seen: Seen, batched: bool, sharing: kronecker.WeightSharing):
-    del sharing  # the sum over locations comes before the square in any case
+def _norm(seen: Seen, batched: bool, choice: Choice):
     module, ndim = seen.module, seen.arguments["x"].ndim
     names = tuple(name for name in ("scale", "bias") if name in seen.params)
     axes = getattr(module, "feature_axes", getattr(module, "axis", -1))
     shape = seen.params[names[0]].shape
-    return unit_wise.unit_wise_block(
+    make = unit_wise.BLOCKS[choice.norm_blocks]
+    return make(
         math.prod(shape),
         names,
         batched,

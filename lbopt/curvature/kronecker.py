@@ -175,15 +175,15 @@ def two_factor_block(
         a, g = (_kind(shape, block_size) for shape in shapes)
 
         def pack(statistics: KroneckerFactors) -> KroneckerFactors:
-            packed_a = statistics.a if diagonal else _pack(statistics.a, a)
-            return KroneckerFactors(packed_a, _pack(statistics.g, g))
+            packed_a = statistics.a if diagonal else factor.pack(a, statistics.a)
+            return KroneckerFactors(packed_a, factor.pack(g, statistics.g))
 
         def precondition(
             inverses: KroneckerInverses, leaves: block.Leaves
         ) -> dict[str, Array]:
             a_inv, g_inv = inverses
             v = _right(to_matrix(leaves), g_inv, g)
-            v = a_inv[..., None] * v if diagonal else _left(a_inv, v, a)
+            v = a_inv[..., None] * v if diagonal else factor.times(a, a_inv, v)
             return from_matrix(v)
 
         def precondition_exactly(
@@ -191,7 +191,7 @@ def two_factor_block(
         ) -> dict[str, Array]:
             (damping, a_values, q_a), (_, g_values, q_g) = inverses
             v = _right(to_matrix(leaves), q_g, g)
-            v = v if diagonal else _left(jnp.swapaxes(q_a, -1, -2), v, a)
+            v = v if diagonal else factor.times(a, jnp.swapaxes(q_a, -1, -2), v)
             product = (
                 _all_parts(a_values, a)[..., :, None]
                 * _all_parts(g_values, g)[..., None, :]
@@ -199,7 +199,7 @@ def two_factor_block(
             damping = damping[..., 0] if a.parts > 1 else damping
             v = v / (product + damping[..., None, None])
             v = _right(v, jnp.swapaxes(q_g, -1, -2), g)
-            return from_matrix(v if diagonal else _left(q_a, v, a))
+            return from_matrix(v if diagonal else factor.times(a, q_a, v))
 
         a_exact = factor.eigen_diagonal if diagonal else factor.eigen
         return block.CurvatureBlock(
@@ -227,17 +227,7 @@ def _kind(shape: jax.ShapeDtypeStruct, block_size: int | None) -> factor.Factor:
     order = shape.shape[-1]
     if len(shape.shape) == 1:
         return factor.diagonal((order,))
-    return factor.symmetric(order, 1 if block_size is None else -(-order // block_size))
-
-
-def _pack(matrix: Array, kind: factor.Factor) -> Array:
-    cut = linalg.diagonal_blocks(matrix, kind.parts) if kind.parts > 1 else matrix
-    return linalg.pack(cut)
-
-
-def _left(blocks: Array, v: Array, kind: factor.Factor) -> Array:
-    """A factor's matrix times ``v [*stack, in, out]``."""
-    return (linalg.block_matmul if kind.parts > 1 else linalg.matmul)(blocks, v)
+    return factor.cut_symmetric(order, block_size)
 
 
 def _right(v: Array, blocks: Array, kind: factor.Factor) -> Array:

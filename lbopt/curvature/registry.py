@@ -16,6 +16,7 @@ from lbopt.curvature import (
     discovery,
     flax_layers,
     kronecker,
+    unit_wise,
     verification,
 )
 
@@ -131,6 +132,7 @@ def trace_layers(
     strict: bool = False,
     verify: bool = False,
     weight_sharing: Sharing = "expand",
+    norm_blocks: unit_wise.NormBlocks = "unit_wise",
     batch_size: int | None = None,
 ) -> Layers:
     """Finds the layers of a model and gives each a curvature block.
@@ -149,6 +151,9 @@ def trace_layers(
         ``curvature.verification``); needs arrays.
       weight_sharing: how locations that share a kernel are treated: ``"expand"``
         (KFC), ``"reduce"``, or a function from a layer's path to one of them.
+      norm_blocks: the blocks of normalisation layers: ``"unit_wise"``, for each channel
+        the 2×2 matrix of its own scale and bias, or ``"full"``, the whole matrix of
+        all scales and biases of a layer, dearer and seldom better.
       batch_size: examples in the batch, where it cannot be read off the arguments.
 
     Returns:
@@ -174,6 +179,10 @@ def trace_layers(
             f"weight_sharing={weight_sharing!r} must be 'expand', 'reduce' or a "
             "function from a layer's path to one of them"
         )
+    if norm_blocks not in unit_wise.BLOCKS:
+        raise ValueError(
+            f"norm_blocks={norm_blocks!r} must be one of {sorted(unit_wise.BLOCKS)}"
+        )
     n = discovery.infer_batch_size(args) if batch_size is None else batch_size
     locations = capture.find_locations(params)
     _refuse_unnamed(params, locations)
@@ -194,8 +203,11 @@ def trace_layers(
     layers: dict[str, Layer] = {}
     for number, location in enumerate(locations):
         if number in sightings:
+            choice = flax_layers.Choice(
+                _sharing_of(location.path, weight_sharing), norm_blocks
+            )
             rows = _layer_rows(
-                loss, params, args, location, sightings[number], weight_sharing, n
+                loss, params, args, location, sightings[number], choice, n
             )
         else:
             rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
@@ -264,38 +276,44 @@ def split_aux(
     return jnp.asarray(loss), aux
 
 
-def _layer_rows(loss, params, args, location, sighting, weight_sharing, n):
-    """The rows of a location that a known layer reads."""
-    try:
-        axes = discovery.lifted_axes(loss, params, args, location, sighting)
-        batched = n not in sighting.lanes
-        row = _tapped_row(location, sighting, axes, batched, weight_sharing, params)
-    except flax_layers.Refusal as reason:
-        return _diagonal_rows(location, params, (), str(reason))
-    return [row, *_diagonal_rows(location, params, row.shapes, "beside a layer")]
-
-
-def _tapped_row(location, sighting, axes, batched, weight_sharing, params) -> Layer:
-    """The row of a layer with a rule."""
-    path = location.path
+def _sharing_of(path: str, weight_sharing: Sharing) -> kronecker.WeightSharing:
+    """The choice for one layer."""
     sharing = weight_sharing(path) if callable(weight_sharing) else weight_sharing
     if sharing not in ("expand", "reduce"):
         raise ValueError(
             f"weight_sharing({path!r}) returned {sharing!r}; it must be 'expand' or "
             "'reduce'"
         )
-    block = sighting.rule.block(sighting.seen, batched, sharing)
+    return sharing
+
+
+def _layer_rows(loss, params, args, location, sighting, choice, n):
+    """The rows of a location that a known layer reads."""
+    try:
+        axes = discovery.lifted_axes(loss, params, args, location, sighting)
+        batched = n not in sighting.lanes
+        row = _tapped_row(location, sighting, axes, batched, choice, params)
+    except flax_layers.Refusal as reason:
+        return _diagonal_rows(location, params, (), str(reason))
+    return [row, *_diagonal_rows(location, params, row.shapes, "beside a layer")]
+
+
+def _tapped_row(location, sighting, axes, batched, choice, params) -> Layer:
+    """The row of a layer with a rule."""
+    block = sighting.rule.block(sighting.seen, batched, choice)
     if any(max(axes, default=0) > len(x.shape) for x in block.sums):
         raise flax_layers.Refusal("its lifted axis lies too far back; use axis 0")
     arrays = capture.lookup(params, location)
     names = tuple(sighting.seen.params)
     copies = tuple(arrays[names[0]].shape[a] for a in axes)
     module = type(sighting.seen.module).__name__
-    why = f"{sharing} over locations" if block.kind == "kronecker" else "norm layer"
+    why = "norm layer"
+    if block.kind == "kronecker":
+        why = f"{choice.sharing} over locations"
     if copies:
         why += f", {'×'.join(map(str, copies))} copies"
     return Layer(
-        path=path,
+        path=location.path,
         module=module,
         tapped=capture.Tapped(location._replace(names=names), block, copies, axes),
         has_tap=True,

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from lbopt import sharding
 from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import capture, unit_wise
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
@@ -294,7 +294,7 @@ def _amounts(
     for number, (path, layer) in enumerate(own.items()):
         block, traces = layer.block, state.traces[path]
         mine = value * state.boost[number]
-        if block.kind == "unit_wise":
+        if block.kind in unit_wise.BLOCKS:
             mine = mine * norm_damping
         # A factor's parts share its mean eigenvalue.
         means = [

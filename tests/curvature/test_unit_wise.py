@@ -1,4 +1,6 @@
-"""The 2×2 blocks of normalisation layers, from their definition in NumPy."""
+"""The blocks of normalisation layers, from their definition in NumPy."""
+
+import inspect
 
 import flax.linen as nn
 import hypothesis
@@ -49,7 +51,7 @@ def test_statistics_and_natural_gradient_follow_the_definition(kind, options, na
     layer = kind(epsilon=1e-3, **options)
     running = None
     params = {n: jnp.asarray(rng.normal(size=6), jnp.float32) for n in names}
-    collections = {}
+    collections: dict = {}
     if kind is nn.BatchNorm:
         stats = {"mean": rng.normal(size=6), "var": rng.uniform(0.5, 2, size=6)}
         running = stats if options["use_running_average"] else None
@@ -62,17 +64,7 @@ def test_statistics_and_natural_gradient_follow_the_definition(kind, options, na
 
     x, c = jnp.asarray(x, jnp.float32), jnp.asarray(c, jnp.float32)
     params = {"norm": params}
-    layers = lbopt.trace_layers(loss_fn, params, x, c, strict=True, verify=True)
-    evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
-    tx = lbopt.scale_by_kfac(layers, damping=0.1)
-
-    @quick_jit
-    def run(params):
-        _, grads, curvature = evaluate(params, x, c)
-        natural, _ = tx.update(grads, tx.init(params), curvature=curvature)
-        return curvature["norm"].f, grads["norm"], natural["norm"]
-
-    f, grads, natural = run(params)
+    grads, (f, natural), (full, full_natural) = results_of(loss_fn, params, x, c)
     x_hat = x_hat_of(kind, np.asarray(x, np.float64), 1e-3, running)
     x_hat, rows = (np.asarray(v, np.float64).reshape(4, -1, 6) for v in (x_hat, c))
     expected = oracles.unit_wise(x_hat, rows, names)
@@ -86,6 +78,74 @@ def test_statistics_and_natural_gradient_follow_the_definition(kind, options, na
         np.testing.assert_allclose(
             natural[name], solved[:, i], rtol=1e-4, atol=1e-4 * np.abs(solved).max()
         )
+
+    expected = oracles.full_norm(x_hat, rows, names)
+    np.testing.assert_allclose(
+        full, expected, rtol=ROUNDING, atol=ROUNDING * expected.max()
+    )
+    damped = expected + 0.1 * np.eye(len(expected))
+    solved = np.linalg.solve(damped, gradient.T.ravel()).reshape(-1, 6)
+    # A float32 inverse of a matrix that 4 examples leave nearly singular.
+    error = 10 * np.finfo(np.float32).eps * np.linalg.cond(damped)
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(
+            full_natural[name], solved[i], rtol=0, atol=error * np.abs(solved).max()
+        )
+
+
+def results_of(loss_fn, params, x, c):
+    """Gradients, and with each kind of block the statistic and natural gradient."""
+    found = []
+    for norm_blocks in ("unit_wise", "full"):
+        layers = lbopt.trace_layers(
+            loss_fn, params, x, c, strict=True, verify=True, norm_blocks=norm_blocks
+        )
+        assert layers["norm"].block.kind == norm_blocks
+        evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
+        tx = lbopt.scale_by_kfac(layers, damping=0.1)
+
+        def run(params, evaluate=evaluate, tx=tx):
+            _, grads, curvature = evaluate(params, x, c)
+            natural, _ = tx.update(grads, tx.init(params), curvature=curvature)
+            return grads["norm"], (curvature["norm"].f, natural["norm"])
+
+        found.append(quick_jit(run)(params))
+    (grads, unit_wise_results), (_, full_results) = found
+    return grads, unit_wise_results, full_results
+
+
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_the_full_block_is_cut_like_any_other_factor(block_size):
+    # Two copies of a lifted layer; the oracle inverts each diagonal block by itself.
+    rng = np.random.default_rng(0)
+    block = unit_wise.full_block(4, BOTH, True, jnp.float32)
+    block = block.variant(False, block_size)
+    rows = rng.normal(size=(2, 20, 8))
+    f = np.einsum("cni,cnj->cij", rows, rows) / 20
+    leaves = {n: rng.normal(size=(2, 4)) for n in BOTH}
+    factors = block.pack(unit_wise.FullFactors(jnp.float32(f)))
+    inverses = block.invert(factors, 0.3)
+    natural = block.precondition(inverses, jax.tree.map(jnp.float32, leaves))
+    size = 8 if block_size is None else 4
+    expected = np.zeros((2, 8))
+    column = np.concatenate([leaves[n] for n in BOTH], -1)
+    for copy, first in np.ndindex(2, 8 // size):
+        cut = slice(first * size, (first + 1) * size)
+        damped = f[copy, cut, cut] + 0.3 * np.eye(size)
+        expected[copy, cut] = np.linalg.solve(damped, column[copy, cut])
+    actual = np.concatenate([natural[n] for n in BOTH], -1)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_kind_of_block_is_refused():
+    model, x = nn.LayerNorm(), jnp.ones((4, 3))
+    params = {"norm": model.init(jax.random.key(0), x)["params"]}
+
+    def loss_fn(params, x):
+        return model.apply({"params": params["norm"]}, x).mean()
+
+    with pytest.raises(ValueError, match=r"norm_blocks='dense'.*'full', 'unit_wise'"):
+        inspect.unwrap(lbopt.trace_layers)(loss_fn, params, x, norm_blocks="dense")
 
 
 def invert(full, damping):
