@@ -97,6 +97,7 @@ def make_loss(
         logits, collections = model.apply(
             variables, images, train=True, mutable=list(collections)
         )
+        logits = lbopt.likelihood(logits, "categorical")
         targets = optax.smooth_labels(labels, label_smoothing)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
@@ -125,7 +126,10 @@ def build_optimizer(
             settings.pop("decay_end") * config.epochs,
             steps_per_epoch=data.steps_per_epoch,
         )
-        layers = lbopt.trace_layers(loss_fn, *arguments, has_aux=True)
+        settings.pop("fisher")  # of the step
+        layers = lbopt.trace_layers(
+            loss_fn, *arguments, has_aux=True, norm_blocks=settings.pop("norm_blocks")
+        )
         print(layers)
         return lbopt.sp_ngd(learning_rate, layers, **settings, **spread), layers
     learning_rate = optax.warmup_cosine_decay_schedule(
@@ -198,6 +202,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         tx,
         layers,
         mesh,
+        fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else "empirical",
         accumulate=config.accumulate,
         per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
     )

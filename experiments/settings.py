@@ -30,6 +30,10 @@ class SpNgd:
     momentum: float = 0.9
     damping: float = 1e-3
     norm_damping: float = 1.0
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Labels of the curvature's gradients: the data's, or drawn from the model."""
+    norm_blocks: Literal["unit_wise", "full"] = "unit_wise"
+    """Curvature of BatchNorm: by channel, or of all channels together."""
     stale_threshold: float | None = 0.1
     power: float = 2.0
     """Exponent of the learning rate's decay, which takes the warm-up's place."""

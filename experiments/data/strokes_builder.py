@@ -67,6 +67,11 @@ CONFIGS = {
             drawing=strokes.Strokes(label_noise=0.2),
         ),
         StrokesConfig(
+            name="20_small",
+            description="As `20`, of 16 pixels; for studies of many runs.",
+            drawing=strokes.Strokes(image_size=16),
+        ),
+        StrokesConfig(
             name="tiny",
             description="5 classes of one family, 16 pixels; for tests.",
             drawing=strokes.Strokes(num_classes=5, image_size=16),
@@ -80,6 +85,7 @@ CHECKSUMS = {
     "20": 0xB471FF44,
     "100": 0xB940A5EC,
     "20_noisy": 0xE4DDAEF2,
+    "20_small": 0x6BA4F8BD,
     "tiny": 0x166392EE,
 }
 """CRC-32 of each config: over the blocks of `train`, then over those of `test`."""

@@ -1,0 +1,106 @@
+"""Several optimizers on the same batches, taking turns at every step.
+
+What else the machine is doing then falls on all of them, so that the ratio of their
+step times means something, and their accuracies differ by nothing but the optimizer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import lbopt
+from experiments.imagenet_resnet50 import build_program, evaluate, open_data
+from experiments.settings import Config
+
+# What the contestants must have in common.
+_SHARED = ("dataset", "data_dir", "batch_size", "epochs", "seed", "augment")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one contestant did.
+
+    Attributes:
+        accuracy: Test accuracy at the end.
+        losses: Training loss before each step.
+        seconds: Wall time of each step; the first compiles.
+        renewals: For each statistic, as `layer path.name`, the steps that renewed it.
+        statistic_bytes: What each device sent for statistics at each step.
+    """
+
+    accuracy: float
+    losses: list[float]
+    seconds: list[float]
+    renewals: dict[str, list[int]]
+    statistic_bytes: list[float]
+
+    def refreshed(self) -> float:
+        """The share of all statistics, over the run, that were renewed."""
+        possible = len(self.renewals) * len(self.losses)
+        return sum(map(len, self.renewals.values())) / max(possible, 1)
+
+
+def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
+    """Trains every contestant on the same batches, a step of each in turn.
+
+    Args:
+        configs: The contestants by name; they may differ in optimizer, devices and
+            accumulation. Evaluated once, at the end; nothing is written.
+
+    Returns:
+        What each did.
+
+    Raises:
+        ValueError: If they differ in the data or the length of the run.
+    """
+    first = next(iter(configs.values()))
+    for name, config in configs.items():
+        for key in _SHARED:
+            if getattr(config, key) != getattr(first, key):
+                raise ValueError(
+                    f"{key}: {name!r} has {getattr(config, key)!r}, the first "
+                    f"contestant {getattr(first, key)!r}; they train on the same data"
+                )
+    data = open_data(first)
+    programs = {name: build_program(c, data) for name, c in configs.items()}
+    states = {name: program.init() for name, program in programs.items()}
+    outcomes = {name: Outcome(0.0, [], [], {}, []) for name in configs}
+    for step in range(data.steps(first.epochs)):
+        batch = next(data.train)
+        for name, program in programs.items():
+            outcome = outcomes[name]
+            for statistic in _due(configs[name], states[name]):
+                outcome.renewals.setdefault(statistic, []).append(step)
+            start = time.perf_counter()
+            states[name], metrics = program.train_step(states[name], batch)
+            jax.block_until_ready(states[name])
+            outcome.seconds.append(time.perf_counter() - start)
+            outcome.losses.append(float(metrics["loss"]))
+            if outcome.renewals:
+                report: Any = optax.tree.get(states[name].opt_state, "report")
+                outcome.statistic_bytes.append(float(np.sum(report.statistic_bytes)))
+    return {
+        name: dataclasses.replace(
+            outcome,
+            accuracy=evaluate(programs[name].eval_step, states[name], data)["accuracy"],
+        )
+        for name, outcome in outcomes.items()
+    }
+
+
+def _due(config: Config, state: Any) -> list[str]:
+    """The statistics that the coming step renews."""
+    if config.optimizer == "sgd":
+        return []
+    flags = jax.device_get(lbopt.refresh(state.opt_state))
+    return [
+        f"{path}.{name}"
+        for path, layer in flags.items()
+        for name, due in layer._asdict().items()
+        if due
+    ]

@@ -1,0 +1,202 @@
+"""What the parts of SP-NGD are worth: staleness by batch size, and an ablation.
+
+    python -m experiments.sp_ngd_study
+
+Every optimizer of a comparison trains on the same batches in turn, so that step times
+are taken side by side. What is finished is kept in `runs/sp_ngd_study` and not
+repeated. Writes `experiments/results/sp_ngd_study.json` and `docs/figures/refresh.png`.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+
+from experiments.settings import Config, Sgd, SpNgd
+from experiments.side_by_side import Outcome, train_together
+
+SEEDS = (0, 1, 2)
+STEPS = 100
+TRAINING_IMAGES = 10_240
+DEVICES = 4
+MICRO_BATCH = 256
+BATCH_SIZES = (256, 1024, 4096)
+ABLATION_BATCH = 1024
+
+RUNS = pathlib.Path("runs/sp_ngd_study")
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results" / "sp_ngd_study.json"
+FIGURE = ROOT / "docs" / "figures" / "refresh.png"
+
+FRESH = SpNgd(stale_threshold=None)
+Outcomes = dict[str, Outcome]
+
+
+def configure(batch_size: int, seed: int, devices: int) -> Config:
+    """A run of `STEPS` steps with SGD; micro-batches are of one size everywhere."""
+    return Config(
+        optimizer="sgd",
+        sgd=Sgd(),
+        dataset="strokes/20_small",
+        batch_size=batch_size,
+        accumulate=batch_size // MICRO_BATCH,
+        devices=devices,
+        epochs=STEPS * batch_size / TRAINING_IMAGES,
+        warmup_epochs=0.0,
+        seed=seed,
+    )
+
+
+def with_sp_ngd(config: Config, settings: SpNgd) -> Config:
+    """The same run with SP-NGD."""
+    return dataclasses.replace(config, optimizer="sp_ngd", sp_ngd=settings)
+
+
+def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
+    """SGD, SP-NGD that renews everything at every step, and SP-NGD."""
+    sgd = configure(batch_size, seed, DEVICES)
+    return {
+        "sgd": sgd,
+        "fresh": with_sp_ngd(sgd, FRESH),
+        "stale": with_sp_ngd(sgd, SpNgd()),
+    }
+
+
+def ablation_contestants(seed: int) -> dict[str, Config]:
+    """SGD, and SP-NGD with every choice of Fisher matrix, norm blocks, staleness."""
+    sgd = configure(ABLATION_BATCH, seed, devices=1)
+    contestants = {"sgd": sgd}
+    for fisher, norm_blocks, stale in itertools.product(
+        ("sampled", "empirical"), ("full", "unit_wise"), (False, True)
+    ):
+        settings = dataclasses.replace(
+            SpNgd() if stale else FRESH, fisher=fisher, norm_blocks=norm_blocks
+        )
+        name = f"{fisher} {norm_blocks} {'stale' if stale else 'fresh'}"
+        contestants[name] = with_sp_ngd(sgd, settings)
+    return contestants
+
+
+def outcomes_of(name: str, contestants: Mapping[str, Config]) -> Outcomes:
+    """What they did, from the file if they have run before."""
+    path = RUNS / f"{name}.json"
+    if not path.exists():
+        print(f"{name}: training {len(contestants)} contestants", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            outcomes = train_together(contestants)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
+        aside.write_text(json.dumps(kept), encoding="utf-8")
+        aside.replace(path)
+    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+
+
+def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:
+    """The lines of a table: one for each contestant, its seeds put together."""
+    rows = []
+    for name in seeds[0]:
+        own = [outcomes[name] for outcomes in seeds]
+        ratios = [
+            sum(outcomes[name].seconds[1:]) / sum(outcomes["sgd"].seconds[1:])
+            for outcomes in seeds
+        ]
+        row: dict[str, Any] = {
+            "name": name,
+            "accuracy": [round(x.accuracy, 4) for x in own],
+            "final_loss": [round(statistics.mean(x.losses[-5:]), 4) for x in own],
+            "step_time_over_sgd": [round(x, 3) for x in ratios],
+        }
+        if own[0].renewals:
+            shares = [share_of_statistics(x) for x in own]
+            row["refreshed"] = [round(x.refreshed(), 4) for x in own]
+            row["refreshed_by_quarter"] = [
+                round(float(x), 3)
+                for x in np.mean(shares, 0).reshape(4, -1).mean(1).tolist()
+            ]
+            first = [x.statistic_bytes[0] for x in own]  # the first step sends all
+            row["bytes"] = [
+                round(statistics.mean(x.statistic_bytes) / max(most, 1), 4)
+                for x, most in zip(own, first, strict=True)
+            ]
+        rows.append(row)
+    return rows
+
+
+def share_of_statistics(outcome: Outcome) -> np.ndarray:
+    """The share of the statistics that each step renewed."""
+    renewed = np.zeros(len(outcome.losses))
+    for steps in outcome.renewals.values():
+        renewed[steps] += 1
+    return renewed / len(outcome.renewals)
+
+
+def draw(stale: Mapping[int, Outcome], path: pathlib.Path) -> None:
+    """Draws which step renewed which statistic, a panel for each batch size."""
+    figure = matplotlib.figure.Figure(figsize=(7.2, 7.6), layout="constrained", dpi=160)
+    panels = figure.subplots(len(stale), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (batch_size, outcome) in zip(panels, stale.items(), strict=True):
+        # The inputs' factors first: what changes least is on top.
+        order = {"a": 0, "g": 1, "f": 2}
+        names = sorted(outcome.renewals, key=lambda s: order[s.rpartition(".")[2]])
+        for row, name in enumerate(names):
+            kind = order[name.rpartition(".")[2]]
+            steps = outcome.renewals[name]
+            colour = ("#0072B2", "#D55E00", "#009E73")[kind]
+            panel.plot(steps, [row] * len(steps), "|", color=colour, markersize=4)
+        kinds = [name.rpartition(".")[2] for name in names]
+        ends = [kinds.index(k) + kinds.count(k) / 2 - 0.5 for k in order]
+        panel.set_yticks(ends, ["inputs, A", "outputs, G", "BatchNorm"])
+        panel.tick_params(axis="y", length=0)
+        panel.invert_yaxis()
+        panel.set_title(
+            f"batch {batch_size:,}: {outcome.refreshed():.0%} renewed", fontsize=9
+        )
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    panels[-1].set_xlabel("step")
+    figure.suptitle(
+        "Each row is a statistic of ResNet-8, each mark a step that renewed it",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Runs the study, writes its record and its picture, prints its tables."""
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    # Seeds share their programs.
+    jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
+    stale = {
+        size: [
+            outcomes_of(f"stale-{size}-{seed}", stale_contestants(size, seed))
+            for seed in SEEDS
+        ]
+        for size in BATCH_SIZES
+    }
+    draw({size: seeds[0]["stale"] for size, seeds in stale.items()}, FIGURE)
+    ablation = [
+        outcomes_of(f"ablation-{seed}", ablation_contestants(seed)) for seed in SEEDS
+    ]
+    record = {
+        "command": "python -m experiments.sp_ngd_study",
+        "steps": STEPS,
+        "seeds": SEEDS,
+        "stale": {str(size): rows_of(seeds) for size, seeds in stale.items()},
+        "ablation": rows_of(ablation),
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
