@@ -1,12 +1,13 @@
 """From factors to inverses: each unit travels to its owner and is inverted there.
 
-Units whose factors are of one kind and size are a class, served by one loop.  In each
-of its rounds every device inverts at most one unit of its own that is due, so that
-nothing else is sent or inverted, and a program holds each size once whatever the
-devices.  Inverses then go to every device, or stay with their owners.
+Units whose factors are of one kind and size are a class, served by loops that a program
+holds once, whatever the number of devices.  Over several devices a step has three
+parts: shares of the units that are due are collected on the desks of their owners;
+every device inverts its own, without waiting for the others; and the inverses are
+handed out to every device, or stay where they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from lbopt.collectives import Axis
 from lbopt.curvature.factor import Factor
 from lbopt.in_place import update_if
 from lbopt.sharding import Owners
+from lbopt.transforms import desk
 
 
 class UnitClass(NamedTuple):
@@ -30,7 +32,7 @@ class UnitClass(NamedTuple):
       numbers: their numbers, ``[class]``.
       statistics: the statistics that they are copies of, in order.
       queues: the positions in the class of each device's units, padded with the size of
-        the class, ``[devices, longest]``; the column is a unit's slot.
+        the class, ``[devices, longest]``.
       gathered: whether every device gets the inverses.
     """
 
@@ -46,11 +48,28 @@ class Inverted(NamedTuple):
 
     Attributes:
       accepted: which units have a new inverse, ``[units]``.
-      rounds: rounds of each class, ``[classes]``.
+      rounds: the most units that one device had to invert of each class, ``[classes]``.
+      due: units of each class that were due, ``[classes]``.
     """
 
     accepted: Any
     rounds: Any
+    due: Any
+
+
+class _Turns(NamedTuple):
+    """Which units of a class are due, device by device.
+
+    Attributes:
+      due: flags, ``[class]``.
+      positions: positions in the class, those that are due first, ``[devices,
+        longest]``.
+      lengths: how many are due, ``[devices]``.
+    """
+
+    due: Array
+    positions: Array
+    lengths: Array
 
 
 def classes_of(owners: Owners) -> list[UnitClass]:
@@ -86,35 +105,16 @@ def classes_of(owners: Owners) -> list[UnitClass]:
     return classes
 
 
-def kept_inverses(owners: Owners, dtype: Any) -> list[Any]:
-    """The inverses that stay with their owners, before the first statistic.
-
-    Args:
-      owners: who keeps what.
-      dtype: their type.
-
-    Returns:
-      For each class that is not gathered the identity ``[devices, slots, ...]``.
-    """
-    kept = []
-    for units in classes_of(owners):
-        if not units.gathered:
-            f = units.factor
-            eye = jnp.broadcast_to(f.identity(dtype), (*units.queues.shape, f.wire))
-            kept.append(f.expand(eye))
-    return kept
-
-
 def invert(
     owners: Owners,
     factors: Sequence[Float[Array, "_ _"]],
     inverses: Sequence[Any],
-    kept: Sequence[Any],
+    kept: Float[Array, " length"] | None,
     due: Bool[Array, " units"],
     damping: Float[Array, " units"],
     axis: Axis,
     gather_dtype: Any = None,
-) -> tuple[list[Any], list[Any], Inverted]:
+) -> tuple[Sequence[Any], Any, Inverted]:
     """Renews the inverses of the units that are due.
 
     Args:
@@ -122,7 +122,7 @@ def invert(
       factors: this device's share of each statistic's factor, ``[copies, share]``.
       inverses: the inverses of each statistic's factor, copies first; None where they
         stay with their owners.
-      kept: this device's own, ``[slots, ...]`` for each class that is not gathered.
+      kept: this device's own, on its desk; None if every device gets all.
       due: which units are, the same on all devices.
       damping: what is added to each unit's diagonal.
       axis: the devices.
@@ -132,153 +132,232 @@ def invert(
       ``inverses`` and ``kept``, with the old ones where the new are not finite, and
       what was found out.
     """
-    inverses, kept = list(inverses), list(kept)
-    accepted = jnp.zeros(len(owners.units), bool)
-    rounds = []
-    own = iter(range(len(kept)))
-    for units in classes_of(owners):
-        ids = units.numbers
-        place = None if units.gathered else next(own)
-        old = [inverses[i] for i in units.statistics] if place is None else kept[place]
-
-        def renew(carry: Any, units: UnitClass = units, ids: Any = ids) -> Any:
+    classes = classes_of(owners)
+    turns = [_turns_of(units, due[units.numbers]) for units in classes]
+    found = Inverted(
+        jnp.zeros(len(owners.units), bool),
+        jnp.stack([jnp.max(t.lengths) for t in turns]),
+        jnp.stack([jnp.sum(t.due) for t in turns]),
+    )
+    travels = jnp.result_type(*factors) if gather_dtype is None else gather_dtype
+    if axis.name is None:
+        renewed = list(inverses)
+        accepted = found.accepted
+        for units, turn in zip(classes, turns, strict=True):
             shares = jnp.concatenate([factors[i] for i in units.statistics])
-            run = _gathered if units.gathered else _kept
-            return run(
-                owners,
-                units,
-                carry[0],
-                shares,
-                due[ids],
-                damping[ids],
-                axis,
-                gather_dtype,
+            old = [inverses[i] for i in units.statistics]
+            new, sound = _invert_here(
+                owners, units, turn, shares, damping, old, travels
             )
-
-        start = (old, jnp.zeros(len(ids), bool), jnp.zeros([], jnp.int32))
-        new, sound, count = update_if(jnp.any(due[ids]), renew, start)
-        if place is None:
+            accepted = accepted.at[units.numbers].set(sound)
             for i, inverse in zip(units.statistics, new, strict=True):
-                inverses[i] = inverse
-        else:
-            kept[place] = new
-        accepted = accepted.at[ids].set(sound)
-        rounds.append(count)
-    return inverses, kept, Inverted(accepted, jnp.stack(rounds))
+                renewed[i] = inverse
+        return renewed, kept, found._replace(accepted=accepted)
+
+    def renew(carry: Any) -> Any:
+        inverses, kept, accepted = carry
+        everything = range(len(owners.units))
+        plan = desk.lay_out(owners, everything, lambda f: max(f.size, f.wire))
+        papers = jnp.zeros(plan.length, jnp.result_type(*factors))
+        for units, turn in zip(classes, turns, strict=True):
+            shares = jnp.concatenate([factors[i] for i in units.statistics])
+            papers = _collect(units, turn, shares, papers, plan, axis)
+        for units, turn in zip(classes, turns, strict=True):
+            papers = _work(units, turn, damping, papers, plan, axis)
+        renewed = list(inverses)
+        for units, turn in zip(classes, turns, strict=True):
+            if units.gathered:
+                wires = _hand_out(units, turn, papers, plan, axis, travels)
+                sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
+                old = [inverses[i] for i in units.statistics]
+                new = _put(owners, units, old, wires, sound)
+                for i, inverse in zip(units.statistics, new, strict=True):
+                    renewed[i] = inverse
+            else:
+                kept, sound = _put_away(owners, units, turn, papers, plan, kept, axis)
+            accepted = accepted.at[units.numbers].set(sound)
+        return renewed, kept, accepted
+
+    start = (list(inverses), kept, found.accepted)
+    inverses, kept, accepted = update_if(jnp.any(due), renew, start)
+    return inverses, kept, found._replace(accepted=accepted)
 
 
-def _turns(units: UnitClass, due: Array) -> tuple[Array, Array, Array]:
-    """Each device's due units in turn, their slots, and how many they are."""
+def _turns_of(units: UnitClass, due: Bool[Array, " class"]) -> _Turns:
     flags = jnp.append(due, False)[units.queues]
-    slots = jnp.argsort(~flags, axis=1, stable=True)
-    queues = jnp.take_along_axis(jnp.asarray(units.queues), slots, 1)
-    return queues, slots, jnp.sum(flags, 1, dtype=jnp.int32)
+    order = jnp.argsort(~flags, axis=1, stable=True)
+    positions = jnp.take_along_axis(jnp.asarray(units.queues), order, 1)
+    return _Turns(due, positions, jnp.sum(flags, 1, dtype=jnp.int32))
 
 
-class _Round(NamedTuple):
-    """One round: this device's unit is inverted.
-
-    Attributes:
-      number: of the round.
-      turns: the position in the class of each device's unit, ``[devices]``, or the size
-        of the class.
-      slot: this device's slot of its unit, or the number of slots.
-      wire: its inverse.
-    """
-
-    number: Array
-    turns: Array
-    slot: Array
-    wire: Array
+def _repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """``body(0, ...)`` to ``body(count - 1, ...)``."""
+    return jax.lax.fori_loop(jnp.zeros_like(count), count, body, start)
 
 
-def _rounds(
-    units: UnitClass, shares: Array, due: Array, damping: Array, axis: Axis, take, start
-) -> tuple[Any, Array]:
-    """Runs the rounds that are needed; ``take(round, results) -> results``."""
-    f, size, me = units.factor, len(units.numbers), axis.position()
-    queues, slots, lengths = _turns(units, due)
-    last = jnp.max(lengths)
-
-    def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        number, results = carry
-        valid = number < lengths
-        turns = jnp.where(valid, jnp.take(queues, number, axis=1), size)
-        row = jnp.minimum(turns, size - 1)
-        packed = collectives.exchange(shares[row], axis).reshape(-1)[: f.size]
-        # A device whose queue is empty only passes shares on.
-        wire = jax.lax.cond(
-            valid[me],
-            lambda packed: f.invert(packed, damping[row[me]].astype(packed.dtype)),
-            lambda packed: jnp.zeros_like(packed, shape=f.wire),
-            packed,
-        )
-        slot = jnp.where(valid[me], slots[me, number], units.queues.shape[1])
-        return number + 1, take(_Round(number, turns, slot, wire), results)
-
-    begin = (jnp.zeros([], jnp.int32), start)
-    return jax.lax.while_loop(lambda carry: carry[0] < last, turn, begin)[1], last
+# -------------------------------------------------------------------- on one device
 
 
-def _gathered(
-    owners, units, old, shares, due, damping, axis, gather_dtype
-) -> tuple[list[Any], Array, Array]:
-    """New inverses on every device, which are sound, and the rounds."""
-    f = units.factor
-    travels = shares.dtype if gather_dtype is None else gather_dtype
+def _invert_here(
+    owners: Owners,
+    units: UnitClass,
+    turn: _Turns,
+    rows: Float[Array, "class size"],
+    damping: Array,
+    old: list[Any],
+    travels: Any,
+) -> tuple[list[Any], Array]:
+    """The inverses with those that are due renewed, and which are sound."""
+    f, size = units.factor, len(units.numbers)
 
-    def take(one: _Round, wires: Array) -> Array:
-        mine = collectives.cut(one.wire.astype(travels)[None], axis)[0]
-        whole = collectives.gather(collectives.exchange(mine, axis), axis)
-        whole = whole[:, : f.wire].astype(wires.dtype)
-        return wires.at[one.turns].set(whole, mode="drop")
+    def one(k: Array, wires: Array) -> Array:
+        position = turn.positions[0, k]
+        amount = damping[jnp.asarray(units.numbers)[position]].astype(rows.dtype)
+        # Rounded as on its way between devices: their number changes no result.
+        wire = f.invert(rows[position], amount).astype(travels)
+        return wires.at[position].set(wire.astype(wires.dtype))
 
-    start = jnp.zeros_like(shares, shape=(len(units.numbers), f.wire))
-    wires, rounds = _rounds(units, shares, due, damping, axis, take, start)
-    sound = due & jnp.all(jnp.isfinite(wires), -1)
+    def renew(carry: Any) -> Any:
+        wires = jnp.zeros_like(rows, shape=(size, f.wire))
+        wires = _repeat(turn.lengths[0], one, wires)
+        sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
+        return _put(owners, units, carry[0], wires, sound), sound
+
+    return update_if(turn.lengths[0] > 0, renew, (old, jnp.zeros(size, bool)))
+
+
+def _put(
+    owners: Owners, units: UnitClass, old: list[Any], wires: Array, sound: Array
+) -> list[Any]:
+    """Inverses with the sound ones of new ones put in; copies in any shape."""
     new, first = [], 0
     for statistic, inverse in zip(units.statistics, old, strict=True):
         count = sum(owners.units[i].statistic == statistic for i in units.numbers)
         rows = slice(first, first + count)
         first += count
-        new.append(_put(f, inverse, wires[rows], sound[rows]))
-    return new, sound, rounds
+
+        def put(
+            old: Any, wires: Array = wires[rows], sound: Array = sound[rows]
+        ) -> Any:
+            def choose(new: Array, before: Array) -> Array:
+                flags = sound.reshape(-1, *[1] * (new.ndim - 1))
+                chosen = jnp.where(flags, new, before.reshape(new.shape))
+                return chosen.astype(before.dtype).reshape(before.shape)
+
+            return jax.tree.map(choose, units.factor.expand(wires), old)
+
+        new.append(update_if(jnp.any(sound[rows]), put, inverse))
+    return new
 
 
-def _kept(
-    owners, units, old, shares, due, damping, axis, gather_dtype
-) -> tuple[Any, Array, Array]:
-    """New inverses on their owners, which are sound (told to all), and the rounds."""
-    del owners, gather_dtype
-    f, slots = units.factor, units.queues.shape[1]
-
-    def take(one: _Round, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        wires, done = results
-        wires = wires.at[one.slot].set(one.wire, mode="drop")
-        return wires, done.at[one.slot].set(True, mode="drop")
-
-    start = (jnp.zeros_like(shares, shape=(slots, f.wire)), jnp.zeros(slots, bool))
-    results, rounds = _rounds(units, shares, due, damping, axis, take, start)
-    wires, done = results
-    sound = done & jnp.all(jnp.isfinite(wires), -1)
-    mine = jnp.asarray(units.queues)[axis.position()]
-    flags = (
-        jnp.zeros(len(units.numbers), jnp.int32)
-        .at[mine]
-        .add(sound.astype(jnp.int32), mode="drop")
-    )
-    return _put(f, old, wires, sound), collectives.total(flags, axis) > 0, rounds
+# --------------------------------------------------------------- over several devices
 
 
-def _put(factor: Factor, old: Any, wires: Array, sound: Array) -> Any:
-    """Inverses with the sound ones of new ones put in; copies in any shape."""
+def _collect(
+    units: UnitClass,
+    turn: _Turns,
+    shares: Float[Array, "class share"],
+    papers: Float[Array, " length"],
+    plan: desk.Desk,
+    axis: Axis,
+) -> Float[Array, " length"]:
+    """The desks with the packed factors of the class that are due."""
+    f, last, me = units.factor, len(units.numbers) - 1, axis.position()
+    offsets = jnp.asarray(plan.offsets[units.numbers])
 
-    def put(old: Any) -> Any:
-        def choose(new: Array, before: Array) -> Array:
-            flags = sound.reshape(-1, *[1] * (new.ndim - 1))
-            chosen = jnp.where(flags, new, before.reshape(new.shape))
-            return chosen.astype(before.dtype).reshape(before.shape)
+    def one(k: Array, papers: Array) -> Array:
+        rows = jnp.minimum(jnp.take(turn.positions, k, axis=1), last)
+        received = collectives.exchange(shares[rows], axis).reshape(-1)[: f.size]
+        mine = k < turn.lengths[me]
+        at = jnp.where(mine, offsets[rows[me]], 0)
+        before = jax.lax.dynamic_slice(papers, (at,), (f.size,))
+        # A device that has no more of the class only passes shares on.
+        after = jnp.where(mine, received.astype(papers.dtype), before)
+        return jax.lax.dynamic_update_slice(papers, after, (at,))
 
-        return jax.tree.map(choose, factor.expand(wires), old)
+    return _repeat(jnp.max(turn.lengths), one, papers)
 
-    return update_if(jnp.any(sound), put, old)
+
+def _work(
+    units: UnitClass,
+    turn: _Turns,
+    damping: Float[Array, " units"],
+    papers: Float[Array, " length"],
+    plan: desk.Desk,
+    axis: Axis,
+) -> Float[Array, " length"]:
+    """The desks with inverses in the place of the class's factors."""
+    f, me = units.factor, axis.position()
+    offsets = jnp.asarray(plan.offsets[units.numbers])
+    amounts = damping[units.numbers].astype(papers.dtype)
+
+    def one(k: Array, papers: Array) -> Array:
+        position = turn.positions[me, k]
+        at = offsets[position]
+        packed = jax.lax.dynamic_slice(papers, (at,), (f.size,))
+        wire = f.invert(packed, amounts[position])
+        return jax.lax.dynamic_update_slice(papers, wire, (at,))
+
+    return _repeat(turn.lengths[me], one, papers)
+
+
+def _hand_out(
+    units: UnitClass,
+    turn: _Turns,
+    papers: Float[Array, " length"],
+    plan: desk.Desk,
+    axis: Axis,
+    travels: Any,
+) -> Float[Array, "class wire"]:
+    """The new inverses of the class on every device."""
+    f, size, me = units.factor, len(units.numbers), axis.position()
+    offsets = jnp.append(jnp.asarray(plan.offsets[units.numbers]), 0)
+
+    def one(k: Array, wires: Array) -> Array:
+        valid = k < turn.lengths
+        devices = jnp.argsort(~valid, stable=True)
+        at = jnp.where(valid[me], offsets[turn.positions[me, k]], 0)
+        wire = jax.lax.dynamic_slice(papers, (at,), (f.wire,)).astype(travels)
+        # Each device takes a share of every owner's row, and passes it to all others:
+        # a row moves once, however many devices have none in this round.
+        shares = collectives.exchange(collectives.cut(wire[None], axis)[0], axis)
+
+        def pass_on(i: Array, wires: Array) -> Array:
+            whole = collectives.gather(shares[devices[i]][None], axis)[0, : f.wire]
+            position = turn.positions[devices[i], k]
+            return wires.at[position].set(whole.astype(wires.dtype))
+
+        return _repeat(jnp.sum(valid, dtype=jnp.int32), pass_on, wires)
+
+    start = jnp.zeros_like(papers, shape=(size, f.wire))
+    return _repeat(jnp.max(turn.lengths), one, start)
+
+
+def _put_away(
+    owners: Owners,
+    units: UnitClass,
+    turn: _Turns,
+    papers: Float[Array, " length"],
+    plan: desk.Desk,
+    kept: Float[Array, " kept"],
+    axis: Axis,
+) -> tuple[Float[Array, " kept"], Bool[Array, " class"]]:
+    """The class's new inverses among those kept, and which are sound (told to all)."""
+    f, me = units.factor, axis.position()
+    offsets = jnp.asarray(plan.offsets[units.numbers])
+    places = jnp.asarray(desk.kept_desk(owners).offsets[units.numbers])
+
+    def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, sound = carry
+        position = turn.positions[me, k]
+        wire = jax.lax.dynamic_slice(papers, (offsets[position],), (f.wire,))
+        finite = jnp.all(jnp.isfinite(wire))
+        new = desk.flat(f.expand(wire)).astype(kept.dtype)
+        at = places[position]
+        before = jax.lax.dynamic_slice(kept, (at,), new.shape)
+        kept = jax.lax.dynamic_update_slice(kept, jnp.where(finite, new, before), (at,))
+        return kept, sound.at[position].set(finite.astype(jnp.int32))
+
+    start = (kept, jnp.zeros(len(units.numbers), jnp.int32))
+    kept, sound = _repeat(turn.lengths[me], one, start)
+    return kept, collectives.total(sound, axis) > 0

@@ -257,7 +257,7 @@ def _invert(
             for path, layer in own.items()
             for x in state.inverses.get(path, nothing[: len(layer.block.factors)])
         ],
-        kfac_state.local(state.kept, owners),
+        kfac_state.local(state.kept),
         due,
         amounts,
         axis,
@@ -347,7 +347,7 @@ def _precondition(
     }
     if kept:
         natural |= precondition_on_owners(
-            own, owners, kfac_state.local(state.kept, owners), gradients, axis
+            own, owners, kfac_state.local(state.kept), gradients, axis
         )
     return updates, {
         path: _as_they_lie(layer, natural[path], updates) for path, layer in own.items()

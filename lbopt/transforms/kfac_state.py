@@ -13,7 +13,7 @@ from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import inversion
+from lbopt.transforms import desk, inversion
 
 KINDS = ("A", "G", "F")
 """Kinds of statistics in reports: inputs, output gradients, and all others."""
@@ -48,8 +48,8 @@ class KfacState(NamedTuple):
       traces: the traces of each factor's copies, in the type of the factors.
       refresh: the clocks of statistics and inverses.
       inverses: damped inverses, whole, of the layers whose every device has them.
-      kept: the other layers' inverses, on their owners: for each class of units
-        ``[axis_size, slots, ...]``, marked ``Sharded``; ``()`` if there are none.
+      kept: the other layers' inverses, on the desks of their owners (see ``desk``),
+        ``[axis_size, length]``, marked ``Sharded``; ``()`` if there are none.
       boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
       rejected: how often a layer's statistic or inverse was not finite and was refused.
       report: what the last update did.
@@ -97,7 +97,7 @@ def init_state(
     factors = split()
     gathered = {u.path for u, g in zip(owners.units, owners.gathered, strict=True) if g}
     dtype = next(iter(own.values())).block.sums[0].dtype
-    kept = inversion.kept_inverses(owners, dtype)
+    kept = () if all(owners.gathered) else Sharded(desk.identities(owners, dtype))
     traces = {
         path: jax.tree.map(
             lambda x, f: jnp.zeros(x.size // f.size, x.dtype),
@@ -117,7 +117,7 @@ def init_state(
             for path, layer in own.items()
             if path in gathered
         },
-        kept=Sharded(kept) if kept else (),
+        kept=kept,
         boost=jnp.ones(len(own)),
         rejected=jnp.zeros(len(own), jnp.int32),
         report=Report(
@@ -134,23 +134,17 @@ def plain(tree: Any) -> Any:
     return tree.shards if isinstance(tree, Sharded) else tree
 
 
-def local(kept: Any, owners: Owners) -> list[Any]:
-    """This device's inverses ``[slots, ...]`` under ``shard_map`` or ``pmap``."""
-    if not isinstance(kept, Sharded):
-        return []
-    dtype = jax.tree.leaves(kept)[0].dtype
-    whole = jax.eval_shape(lambda: inversion.kept_inverses(owners, dtype))
+def local(kept: Any) -> Any:
+    """This device's desk under ``shard_map`` or ``pmap``; None if there is none."""
     # The axis of devices, of size 1 under shard_map, is gone under pmap.
-    return jax.tree.map(
-        lambda x, s: x[0] if x.ndim == s.ndim else x, list(kept.shards), whole
-    )
+    return kept.shards.reshape(-1) if isinstance(kept, Sharded) else None
 
 
-def as_in(kept: Any, new: list[Any]) -> Any:
-    """A device's new inverses in the shape of the old ones in its state."""
+def as_in(kept: Any, new: Any) -> Any:
+    """A device's new desk in the shape of the old one in its state."""
     if not isinstance(kept, Sharded):
         return kept
-    return Sharded(jax.tree.map(lambda old, x: x.reshape(old.shape), kept.shards, new))
+    return Sharded(new.reshape(kept.shards.shape))
 
 
 def report(
@@ -183,23 +177,25 @@ def report(
             kinds.append(KINDS.index({"a": "A", "g": "G"}.get(name, "F")))
             rows = x.size // f.size
             sizes.append(rows * axis.share(f.size) * axis.size * x.dtype.itemsize)
-    per_round = []
+    per_round, per_unit = [], []
     for units in inversion.classes_of(owners):
         f, path = units.factor, owners.units[units.numbers[0]].path
         dtype = own[path].block.sums[0].dtype
         away = jnp.dtype(dtype).itemsize * axis.share(f.size)
         back = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(f.wire)
-        per_round.append(axis.size * (away + (2 * back if units.gathered else 0)))
+        per_round.append(axis.size * (away + units.gathered * back))
+        per_unit.append(units.gathered * back)
     remote = float(axis.name is not None)
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
     moved = remote * jnp.asarray(sizes, jnp.float32) * sent
-    rounds = inverted.rounds.astype(jnp.float32)
+    handed = inverted.rounds * jnp.asarray(per_round, jnp.float32)
+    handed += inverted.due * jnp.asarray(per_unit, jnp.float32)
     kind = np.asarray(kinds)
     return Report(
         statistics=jax.ops.segment_sum(due.astype(jnp.int32), kind, len(KINDS)),
         statistic_bytes=jax.ops.segment_sum(moved, kind, len(KINDS)),
         inversions=jnp.sum(inverted.accepted, dtype=jnp.int32),
-        inverse_bytes=remote * jnp.sum(rounds * jnp.asarray(per_round, jnp.float32)),
+        inverse_bytes=remote * jnp.sum(handed),
     )
 
 

@@ -4,18 +4,20 @@ Gradients are reduce-scattered, each layer's travels to the layer's owner, which
 has its inverses, and its natural gradient returns the same way to every device.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from lbopt import collectives
 from lbopt._typing import Array
 from lbopt.collectives import Axis
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners
-from lbopt.transforms.inversion import classes_of
+from lbopt.transforms import desk
 
 Leaves = dict[str, Array]
 
@@ -23,7 +25,7 @@ Leaves = dict[str, Array]
 def precondition_on_owners(
     layers: Mapping[str, Layer],
     owners: Owners,
-    kept: Sequence[Any],
+    kept: Float[Array, " length"],
     gradients: Mapping[str, Leaves],
     axis: Axis,
 ) -> dict[str, Leaves]:
@@ -32,19 +34,18 @@ def precondition_on_owners(
     Args:
       layers: all layers that the owner table is of, by path.
       owners: who keeps what.
-      kept: this device's inverses, ``[slots, ...]`` for each class not gathered.
+      kept: this device's desk of inverses.
       gradients: this device's gradients of those layers' arrays, copies first.
       axis: the devices.
 
     Returns:
       The natural gradients of the mean gradients, on every device.
     """
-    paths = list(gradients)
+    paths, plan = list(gradients), desk.kept_desk(owners)
     rows = {p: _row(gradients[p]) for p in paths}
     shares = dict(
         zip(paths, collectives.scatter_mean(list(rows.values()), axis), strict=True)
     )
-    inverses = {p: _inverses(layers[p], p, owners, kept) for p in paths}
     owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
     # The longest first, so that what travels together is of about one size.
     order = sorted(paths, key=lambda p: (-rows[p].size, p))
@@ -58,21 +59,20 @@ def precondition_on_owners(
         )
         received = collectives.exchange(sent, axis)
 
-        def work(path: str | None, received: Array, inverse: Any) -> Array:
+        def work(path: str | None, received: Array) -> Array:
             if path is None:
                 return jnp.zeros_like(received)
             share = axis.share(rows[path].size)
             flat = received[:, :share].reshape(-1)[: rows[path].size]
             leaves = _leaves(flat, gradients[path])
-            natural = layers[path].block.precondition(inverse, leaves)
+            natural = layers[path].block.precondition(
+                inverses_on_desk(layers[path], owners, plan, kept), leaves
+            )
             ordered = {name: natural[name] for name in leaves}
             cut = collectives.cut(_row(ordered), axis)[0]
             return jnp.pad(cut, ((0, 0), (0, received.shape[1] - share)))
 
-        branches = [
-            lambda received, p=p: work(p, received, inverses[p] if p else None)
-            for p in at
-        ]
+        branches = [functools.partial(work, path) for path in at]
         back = collectives.exchange(
             jax.lax.switch(axis.position(), branches, received), axis
         )
@@ -84,25 +84,21 @@ def precondition_on_owners(
     return _apart(whole, paths, rows, gradients, axis)
 
 
-def _inverses(layer: Layer, path: str, owners: Owners, kept: Sequence[Any]) -> Any:
-    """A layer's inverses, as its owner finds them in its slots."""
-    slots: dict[int, list[tuple[int, int]]] = {}
-    place = 0
-    for units in classes_of(owners):
-        if units.gathered:
-            continue
-        for queue in units.queues:
-            for slot, position in enumerate(queue):
-                if position < len(units.numbers):
-                    unit = owners.units[units.numbers[position]]
-                    if unit.path == path:
-                        slots.setdefault(unit.statistic, []).append((place, slot))
-        place += 1
+def inverses_on_desk(
+    layer: Layer, owners: Owners, plan: desk.Desk, kept: Float[Array, " length"]
+) -> Any:
+    """A layer's inverses, out of the desk of its owner."""
+    rows: dict[int, list[Array]] = {}
+    for unit, first in zip(owners.units, plan.offsets, strict=True):
+        if unit.path == layer.path:
+            numbers = kept[first : first + desk.kept_size(unit.factor)]
+            rows.setdefault(unit.statistic, []).append(numbers)
     shapes = jax.eval_shape(lambda: layer.block.init(layer.tapped.copies)[1])
     found = []
-    for statistic, shape in zip(sorted(slots), shapes, strict=True):
-        own = [jax.tree.map(lambda x, s=s: x[s], kept[k]) for k, s in slots[statistic]]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *own)
+    for statistic, kind, shape in zip(
+        sorted(rows), layer.block.factors, shapes, strict=True
+    ):
+        stacked = desk.restored(kind, jnp.stack(rows[statistic]))
         found.append(jax.tree.map(lambda x, s: x.reshape(s.shape), stacked, shape))
     return type(shapes)(*found)
 

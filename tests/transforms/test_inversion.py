@@ -9,7 +9,7 @@ from lbopt import linalg
 from lbopt.collectives import Axis
 from lbopt.curvature import factor
 from lbopt.sharding import Unit, owners_of
-from lbopt.transforms import inversion
+from lbopt.transforms import desk, inversion
 from tests.devices import AXIS, on_devices
 from tests.oracles import quick_jit
 
@@ -127,9 +127,9 @@ def inverted(devices, packed, due, gather_dtype=None):
 
     def run(factors, axis):
         inverses, kept, found = inversion.invert(
-            owners, factors, identities(), [], due, damping, axis, gather_dtype
+            owners, factors, identities(), None, due, damping, axis, gather_dtype
         )
-        assert not kept
+        assert kept is None
         return inverses, found
 
     if devices is None:
@@ -189,6 +189,7 @@ def test_what_is_due_is_inverted_and_nothing_else(devices, due):
     inverses, found = inverted(devices, packed, due)
     assert found.accepted.tolist() == due.tolist()
     assert found.rounds.tolist() == most_due(due, devices)
+    assert found.due.tolist() == [sum(due[i] for i in ids) for ids in CLASSES]
     for i, inverse in enumerate(dense_inverses(inverses)):
         expected = expected_inverse(i, dense, due[i])
         # What was not due is untouched.
@@ -238,19 +239,47 @@ def test_inverses_that_stay_with_their_owners(due):
             1:
         ]
 
-    start = inversion.kept_inverses(owners, jnp.float32)
+    start = desk.identities(owners, jnp.float32)
     kept, found = on_devices(devices, run, shares_of(packed, devices), start)
     assert (np.asarray(found.accepted) == due).all()  # told to every device
-    for units, each in zip(inversion.classes_of(owners), kept, strict=True):
-        for device, queue in enumerate(units.queues.tolist()):
-            for slot, position in enumerate(queue):
-                if position == len(units.numbers):
-                    continue
-                i = units.numbers[position]
-                assert owners.owner[i] == device
-                np.testing.assert_allclose(
-                    dense_of(units.factor, each[device, slot]),
-                    expected_inverse(i, dense, due[i]),
-                    rtol=ROUNDING,
-                    atol=ROUNDING,
-                )
+    plan = desk.kept_desk(owners)
+    for i, unit in enumerate(UNITS):
+        first = plan.offsets[i]
+        numbers = kept[owners.owner[i], first : first + desk.kept_size(unit.factor)]
+        np.testing.assert_allclose(
+            dense_of(unit.factor, desk.restored(unit.factor, numbers)),
+            expected_inverse(i, dense, due[i]),
+            rtol=ROUNDING,
+            atol=ROUNDING,
+        )
+
+
+def test_a_kept_inverse_that_is_not_finite_is_refused():
+    devices = 4
+    dense, packed = matrices()
+    refused = [1, 5, 9]
+    for i in refused:
+        packed[i] = packed[i] * np.nan
+    owners = owners_of(UNITS, devices, gathered=())
+    axis, flags = Axis(AXIS, devices), jnp.asarray(EVERY)
+    damping = jnp.asarray(DAMPING, jnp.float32)
+
+    def run(factors, kept):
+        nothing = [None] * len(STATISTICS)
+        return inversion.invert(owners, factors, nothing, kept, flags, damping, axis)[
+            1:
+        ]
+
+    start = desk.identities(owners, jnp.float32)
+    kept, found = on_devices(devices, run, shares_of(packed, devices), start)
+    plan = desk.kept_desk(owners)
+    for i, unit in enumerate(UNITS):
+        assert (np.asarray(found.accepted)[:, i] == (i not in refused)).all()
+        first = plan.offsets[i]
+        numbers = kept[owners.owner[i], first : first + desk.kept_size(unit.factor)]
+        np.testing.assert_allclose(
+            dense_of(unit.factor, desk.restored(unit.factor, numbers)),
+            expected_inverse(i, dense, i not in refused),
+            rtol=ROUNDING,
+            atol=ROUNDING,
+        )

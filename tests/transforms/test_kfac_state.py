@@ -25,9 +25,9 @@ def prepared(axis):
     return own, sharding.owners_of(sharding.units_of(own), axis.size)
 
 
-def reported(due, accepted, rounds, *, joint, axis=TWO, gather_dtype=None):
+def reported(due, accepted, rounds, units, *, joint, axis=TWO, gather_dtype=None):
     own, owners = prepared(axis)
-    inverted = Inverted(jnp.asarray(accepted), jnp.asarray(rounds, jnp.int32))
+    inverted = Inverted(jnp.asarray(accepted), jnp.asarray(rounds), jnp.asarray(units))
     found = kfac_state.report(
         own, owners, jnp.asarray(due), inverted, joint, axis, gather_dtype
     )
@@ -35,7 +35,9 @@ def reported(due, accepted, rounds, *, joint, axis=TWO, gather_dtype=None):
 
 
 def test_one_device_sends_nothing():
-    found = reported([True] * 4, [True] * 4, [3, 1], joint=True, axis=Axis(None, 1))
+    found = reported(
+        [True] * 4, [True] * 4, [3, 1], [3, 1], joint=True, axis=Axis(None, 1)
+    )
     assert found.statistics == [2, 2, 0]
     assert found.inversions == 4
     assert found.statistic_bytes == [0, 0, 0]
@@ -46,39 +48,38 @@ def test_one_device_sends_nothing():
 def test_everything_on_two_devices(joint):
     # Shares of 8, 8, 8 and 3 numbers, two of each.  Inverses: two rounds of the three
     # units of 5 rows, one of the unit of 3.
-    found = reported([True] * 4, [True] * 4, [2, 1], joint=joint)
+    found = reported([True] * 4, [True] * 4, [2, 1], [3, 1], joint=joint)
     assert found.statistics == [2, 2, 0]
     assert found.statistic_bytes == [(16 + 16) * FLOAT, (16 + 6) * FLOAT, 0]
     assert found.inversions == 4
-    # To the owner, and in two moves back.
-    assert found.inverse_bytes == (2 * (16 + 2 * 16) + (6 + 2 * 6)) * FLOAT
+    # To the owner; back as shares in as many rounds; and each unit's share to all.
+    assert found.inverse_bytes == (2 * (16 + 16) + 3 * 8 + (6 + 6) + 3) * FLOAT
 
 
 def test_inverses_in_half_precision():
     found = reported(
-        [True] * 4, [True] * 4, [2, 1], joint=True, gather_dtype="bfloat16"
+        [True] * 4, [True] * 4, [2, 1], [3, 1], joint=True, gather_dtype="bfloat16"
     )
-    assert found.inverse_bytes == 2 * (16 * FLOAT + 2 * 16 * HALF) + (
-        6 * FLOAT + 2 * 6 * HALF
-    )
+    away, back = 2 * 16 + 6, 2 * 16 + 3 * 8 + 6 + 3
+    assert found.inverse_bytes == away * FLOAT + back * HALF
 
 
 def test_alone_only_what_is_due_travels():
     due, accepted = [False, True, False, True], [False, True, False, False]
-    found = reported(due, accepted, [1, 0], joint=False)
+    found = reported(due, accepted, [1, 0], [1, 0], joint=False)
     assert found.statistics == [0, 2, 0]
     assert found.statistic_bytes == [0, (16 + 6) * FLOAT, 0]
     assert found.inversions == 1
-    assert found.inverse_bytes == (16 + 2 * 16) * FLOAT
+    assert found.inverse_bytes == (16 + 16 + 8) * FLOAT
     # Together all travel, though two are wanted.
-    found = reported(due, accepted, [1, 0], joint=True)
+    found = reported(due, accepted, [1, 0], [1, 0], joint=True)
     assert found.statistics == [0, 2, 0]
     assert found.statistic_bytes == [(16 + 16) * FLOAT, (16 + 6) * FLOAT, 0]
 
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_nothing_due_nothing_sent(joint):
-    found = reported([False] * 4, [False] * 4, [0, 0], joint=joint)
+    found = reported([False] * 4, [False] * 4, [0, 0], [0, 0], joint=joint)
     assert found.statistics == found.statistic_bytes == [0, 0, 0]
     assert found.inversions == found.inverse_bytes == 0
 

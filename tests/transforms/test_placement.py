@@ -10,7 +10,7 @@ from lbopt import sharding
 from lbopt.collectives import Axis
 from lbopt.curvature import capture, diagonal, kronecker, linear_maps, unit_wise
 from lbopt.curvature.registry import Layer
-from lbopt.transforms import inversion, kfac_state
+from lbopt.transforms import desk, kfac_state
 from lbopt.transforms.placement import precondition_on_owners
 
 
@@ -59,20 +59,16 @@ def random_inverses():
 
 
 def on_their_owners(owners, inverses):
-    """The same in each owner's slots, put there by hand."""
-    kept = [
-        jax.tree.map(np.array, tree)
-        for tree in inversion.kept_inverses(owners, jnp.float32)
-    ]
-    for tree, units in zip(kept, inversion.classes_of(owners), strict=True):
-        for device, queue in enumerate(units.queues):
-            for slot, position in enumerate(queue):
-                if position == len(units.numbers):
-                    continue
-                unit = owners.units[units.numbers[position]]
-                names = type(LAYERS[unit.path].block.factors)._fields
-                tree[device, slot] = inverses[unit.path][names.index(unit.kind)]
-    return sharding.Sharded([jnp.asarray(x) for x in kept])
+    """The same on each owner's desk, put there by hand."""
+    kept = np.zeros((owners.devices, desk.kept_desk(owners).length))
+    ends = [0] * owners.devices
+    for unit, device in zip(owners.units, owners.owner, strict=True):
+        names = type(LAYERS[unit.path].block.factors)._fields
+        numbers = np.ravel(inverses[unit.path][names.index(unit.kind)])
+        kept[device, ends[device] : ends[device] + numbers.size] = numbers
+        ends[device] += numbers.size
+    assert max(ends) == kept.shape[1]
+    return sharding.Sharded(jnp.asarray(kept, jnp.float32))
 
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])
@@ -92,7 +88,7 @@ def test_natural_gradients_of_the_mean(devices, how):
     axis = Axis("data", devices)
 
     def work(kept, gradients):
-        own = kfac_state.local(kept, owners)
+        own = kfac_state.local(kept)
         again = kfac_state.as_in(kept, own)
         assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, kept)
         return precondition_on_owners(LAYERS, owners, own, gradients, axis)
