@@ -74,13 +74,13 @@ def collectives_of(text: str, devices: int) -> Counts:
 
 
 def step_bytes(
-    counts: Counts, rounds: Mapping[int, Sequence[int]], due: bool
+    counts: Counts, turns: Mapping[tuple[int, int], Sequence[int]], due: bool
 ) -> dict[str, tuple[int, int]]:
     """How often collectives run in a step, and with how many bytes.
 
     Args:
       counts: a program's collectives.
-      rounds: the rounds of each class of units whose collectives have so many bytes.
+      turns: by loops and bytes, how often the collectives of each class of units run.
       due: whether everything is due, or nothing.
 
     Returns:
@@ -97,9 +97,9 @@ def step_bytes(
                 continue
             times = number
             if one.loops > 2:
-                classes = rounds.get(one.bytes, ())
+                classes = turns.get((one.loops, one.bytes), ())
                 if not classes or number % len(classes):
-                    raise ValueError(f"{number} × {one} for rounds {classes}")
+                    raise ValueError(f"{number} × {one} for turns {classes}")
                 times = number // len(classes) * sum(classes)
             runs, size = runs + times, size + times * one.bytes
         result[kind] = (runs, size)

@@ -7,7 +7,8 @@ The step is compiled and not run: the collectives and their bytes are read from 
 program's text.  Bytes are those that each device puts in, as ``state.report`` counts
 them.  How often a collective runs follows from the loops around it: up to one (the
 guard against numbers that are not finite) it runs at every step; inside two, once if
-its statistic is due; inside three, as often as there are rounds in its class of units.
+its statistic is due; inside three, as often as there are rounds in its class of units;
+inside four, as there are units.
 """
 
 import argparse
@@ -37,9 +38,8 @@ from benchmarks.scaling_model import (
     Machine,
     Problem,
     model_seconds,
-    path_work,
     planned,
-    rounds_of,
+    turns_of,
 )
 from experiments.models import resnet
 from lbopt import sharding, training
@@ -201,7 +201,7 @@ def measure(
     compiled, seconds = compile_step(problem, devices, stale_threshold, placement)
     counts = collectives_of(compiled.as_text(), devices)
     owners = sharding.owner_table(problem.layers, devices, placement=placement)
-    rounds = rounds_of(owners)
+    turns = turns_of(owners)
     plan = planned(problem, owners, adaptive=stale_threshold is not None)
     memory = compiled.memory_analysis()
     return {
@@ -213,8 +213,8 @@ def measure(
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "as_planned": _without_reduce(counts) == _without_reduce(plan),
-        "all": step_bytes(counts, rounds, due=True),
-        "nothing": step_bytes(counts, rounds, due=False),
+        "all": step_bytes(counts, turns, due=True),
+        "nothing": step_bytes(counts, turns, due=False),
         "collectives": [[*one, number] for one, number in sorted(counts.items())],
     }
 
@@ -240,11 +240,11 @@ def sizes_table(problem: Problem) -> str:
 
 
 def balance_table(problem: Problem) -> str:
-    """Mean over longest work: of the devices alone, and where rounds wait."""
+    """Mean over longest work of the devices."""
     rows = [
         "| devices | split of layers | longest first, layers | units | blocks of 1024 "
-        "| 256 | units, with rounds |",
-        "|---|---|---|---|---|---|---|",
+        "| 256 |",
+        "|---|---|---|---|---|---|",
     ]
     layers = sharding.configured(problem.layers.preconditioned)
     for n in DEVICES:
@@ -260,8 +260,6 @@ def balance_table(problem: Problem) -> str:
             )
             work = owners.work().sum(1)
             cells.append(work.sum() / n / work.max())
-        whole = sharding.owner_table(problem.layers, n)
-        cells.append(ideal / path_work(whole))
         rows.append(f"| {n} | " + " | ".join(f"{x:.1%}" for x in cells) + " |")
     return "\n".join(rows)
 

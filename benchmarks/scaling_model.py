@@ -57,21 +57,25 @@ class Machine(NamedTuple):
     images: int = 32
 
 
-def rounds_of(owners: sharding.Owners) -> dict[int, list[int]]:
-    """The rounds of each class of units when everything is due.
+def turns_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
+    """How often the collectives of each class of units run when everything is due.
 
     Args:
       owners: who inverts what.
 
     Returns:
-      Rounds of the classes by the bytes of their collectives.
+      By loops around them and bytes: in three loops rounds, in which each device sends
+      or receives a unit; in four the units, which are passed on one by one.
     """
     axis = Axis("data", owners.devices)
-    rounds: dict[int, list[int]] = {}
+    turns: dict[tuple[int, int], list[int]] = {}
     for units in inversion.classes_of(owners):
         size = _padded(units.factor.size, axis)
-        rounds.setdefault(size, []).append(units.queues.shape[1])
-    return rounds
+        turns.setdefault((3, size), []).append(units.queues.shape[1])
+        if units.gathered:
+            share = (4, size // axis.size)
+            turns.setdefault(share, []).append(len(units.numbers))
+    return turns
 
 
 def planned(
@@ -103,7 +107,7 @@ def planned(
         size = _padded(units.factor.size, axis)
         counts[Collective("all-to-all", size, 3)] += 2 if units.gathered else 1
         if units.gathered:
-            counts[Collective("all-gather", size, 3)] += 1
+            counts[Collective("all-gather", size // axis.size, 4)] += 1
     kept = _kept_rows(problem, owners)
     if kept:
         _plan_pipeline(counts, kept, owners, axis)
@@ -149,19 +153,6 @@ def _plan_pipeline(
         counts[Collective("all-to-all", _padded(largest, axis), 1)] += 2
 
 
-def path_work(owners: sharding.Owners) -> int:
-    """Multiplications on the longest path: rounds wait for their longest unit.
-
-    Args:
-      owners: who inverts what.
-
-    Returns:
-      The sum over classes of rounds × work.
-    """
-    classes = inversion.classes_of(owners)
-    return sum(units.queues.shape[1] * units.factor.work for units in classes)
-
-
 def model_seconds(
     problem: Problem, owners: sharding.Owners, machine: Machine, remaining: float
 ) -> dict[str, float]:
@@ -176,11 +167,11 @@ def model_seconds(
     Returns:
       Seconds of each part.
     """
-    counts, rounds = planned(problem, owners), rounds_of(owners)
+    counts, turns = planned(problem, owners), turns_of(owners)
     seconds = []
     for due in (False, True):
         total = 0.0
-        for kind, (runs, size) in step_bytes(counts, rounds, due).items():
+        for kind, (runs, size) in step_bytes(counts, turns, due).items():
             total += sent(kind, size, owners.devices) / machine.bandwidth
             total += runs * machine.latency * math.log2(owners.devices)
         seconds.append(total)
@@ -192,7 +183,7 @@ def model_seconds(
         "statistics": remaining * machine.images * _STATISTICS_FLOP / rate,
         "inversion": remaining
         * 2
-        * path_work(owners)
+        * owners.work().sum(1).max()
         / (machine.flops * machine.inversions),
         "precondition": applied / rate,
         "communication": nothing + remaining * (everything - nothing),

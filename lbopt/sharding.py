@@ -5,6 +5,7 @@ sizes; see ``lbopt.collectives``.  Inversion is not cut: each *unit*, one copy o
 diagonal block of a factor, belongs to one device, its owner.
 """
 
+import collections
 import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -251,7 +252,10 @@ def _rows(factor: Factor) -> int:
 
 
 def assign(
-    work: Sequence[int], bins: int, before: Sequence[int] | None = None
+    work: Sequence[int],
+    bins: int,
+    before: Sequence[int] | None = None,
+    kinds: Sequence[Any] | None = None,
 ) -> list[int]:
     """Longest first, each to the bin that has the least.
 
@@ -259,6 +263,8 @@ def assign(
       work: what each item costs.
       bins: how many bins.
       before: what the bins have from elsewhere, which decides between equals.
+      kinds: of which kind each item is; a bin gets at most half as many again of each
+        as an even split would give it, rounded up.  None for no such bound.
 
     Returns:
       Each item's bin.
@@ -270,11 +276,19 @@ def assign(
     """
     heap = [(0, 0 if before is None else before[i], 0, i) for i in range(bins)]
     heapq.heapify(heap)
+    kinds = list(range(len(work))) if kinds is None else kinds
+    most = {k: -(-3 * n // (2 * bins)) for k, n in collections.Counter(kinds).items()}
+    filled: collections.Counter[Any] = collections.Counter()
     chosen = [0] * len(work)
     for item in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        kind, passed = kinds[item], []
+        while filled[kind, heap[0][-1]] == most[kind]:
+            passed.append(heapq.heappop(heap))
         load, other, count, i = heapq.heappop(heap)
         chosen[item] = i
-        heapq.heappush(heap, (load + work[item], other, count + 1, i))
+        filled[kind, i] += 1
+        for entry in (*passed, (load + work[item], other, count + 1, i)):
+            heapq.heappush(heap, entry)
     return chosen
 
 
@@ -317,7 +331,9 @@ def owners_of(
 
     for turn in range(period):
         ids = [i for i in range(len(units)) if flags[i] and phase[i] == turn]
-        chosen = assign([work[i] for i in ids], devices, loads)
+        # Units of one kind are exchanged in rounds of one a device.
+        kinds = [(units[i].factor.invert, units[i].factor.shape) for i in ids]
+        chosen = assign([work[i] for i in ids], devices, loads, kinds)
         for i, device in zip(ids, chosen, strict=True):
             owner[i] = device
             loads[device] += work[i]

@@ -72,6 +72,16 @@ def test_between_equals_earlier_work_decides_and_then_the_count():
     assert sorted(sharding.assign([0] * 6, 3)) == [0, 0, 1, 1, 2, 2]
 
 
+def test_items_of_one_kind_are_not_piled_up():
+    # By work alone all small ones go to the second bin; it may have 3 of 4.
+    work, kinds = [9, 1, 1, 1, 1], "abbbb"
+    assert sharding.assign(work, 2) == [0, 1, 1, 1, 1]
+    assert sharding.assign(work, 2, None, kinds) == [0, 1, 1, 1, 0]
+    # 8 in 4 bins: at most 3, and everything finds a place.
+    chosen = sharding.assign([1] * 8 + [7, 7], 4, None, "c" * 8 + "dd")
+    assert max(chosen[:8].count(i) for i in range(4)) == 3
+
+
 # ------------------------------------------------------------------ owners
 
 

@@ -79,14 +79,16 @@ def test_loops_run_as_often_as_what_is_due():
         Collective("all-reduce", 7, 1): 2,
         Collective("reduce-scatter", 10, 2): 3,
         Collective("all-to-all", 20, 3): 4,  # two in each of two classes
+        Collective("all-gather", 5, 4): 2,
     }
-    everything = scaling.step_bytes(counts, {20: [1, 5]}, due=True)
+    everything = scaling.step_bytes(counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=True)
     assert everything["reduce-scatter"] == (3, 30)
     assert everything["all-to-all"] == (2 * 6, 2 * 6 * 20)
-    nothing = scaling.step_bytes(counts, {20: [1, 5]}, due=False)
+    assert everything["all-gather"] == (10, 50)
+    nothing = scaling.step_bytes(counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=False)
     assert nothing == dict.fromkeys(scaling.KINDS, (0, 0)) | {"all-reduce": (2, 14)}
-    with pytest.raises(ValueError, match="for rounds"):
-        scaling.step_bytes(counts, {30: [1]}, due=True)
+    with pytest.raises(ValueError, match="for turns"):
+        scaling.step_bytes(counts, {(3, 30): [1]}, due=True)
 
 
 def test_a_ring_sends_a_reduction_once_around_and_back():
@@ -138,7 +140,7 @@ def test_a_step_sends_what_was_planned_and_what_it_reports(
     )
     assert statistics == np.sum(report.statistic_bytes)
     whole, nothing = (
-        scaling.step_bytes(counts, scaling.rounds_of(table), due=due)
+        scaling.step_bytes(counts, scaling.turns_of(table), due=due)
         for due in (True, False)
     )
     inverses = sum(
@@ -164,8 +166,6 @@ def test_longest_first_is_at_least_as_even_as_a_split(problem):
     table = owners(problem, "memory", 2)
     assert split.sum() == table.work().sum()
     assert table.work().sum(1).max() <= split.max()
-    # A round takes as long as its longest unit: never less than the longest device.
-    assert scaling.path_work(table) >= table.work().sum(1).max()
 
 
 def test_owners_apply_less_than_everybody(problem):
