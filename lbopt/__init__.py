@@ -8,6 +8,7 @@ from lbopt.optimizers import kfac, sp_ngd
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.norm_constraint import clip_by_kl
 from lbopt.transforms.rescale import rescale_weights
+from lbopt.transforms.reshard import reshard
 
 __all__ = [
     "clip_by_kl",
@@ -16,6 +17,7 @@ __all__ = [
     "presets",
     "refresh",
     "rescale_weights",
+    "reshard",
     "scale_by_kfac",
     "schedules",
     "sharding",

@@ -85,9 +85,18 @@ class Course(NamedTuple):
 
 
 def run(
-    make, devices=None, parallel="shard_map", steps=STEPS, batch=batch_of, **options
+    make,
+    devices=None,
+    parallel="shard_map",
+    steps=STEPS,
+    batch=batch_of,
+    start=None,
+    **options,
 ):
-    """A run of the training step on so many devices, None for no mesh."""
+    """A run of the training step on so many devices, None for no mesh.
+
+    ``start(state, mesh)`` is where it starts, if not from the first state itself.
+    """
     accumulate = options.pop("accumulate", 1)
     mesh = None
     if devices is not None:
@@ -95,6 +104,7 @@ def run(
         options |= {"axis_name": "data", "axis_size": devices}
     tx = make(**options)
     state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    state = state if start is None else start(state, mesh)
     step = training.make_train_step(
         loss_fn, tx, layers(), mesh, parallel=parallel, accumulate=accumulate
     )
@@ -155,6 +165,39 @@ def test_accumulated_micro_batches_are_one_batch():
     assert_same(
         run(adaptive, 2, accumulate=4, placement="memory"), on_one_device(adaptive)
     )
+
+
+@pytest.mark.parametrize("make", [adaptive, periodic])
+@pytest.mark.parametrize(
+    ("devices", "placement"), [(None, "comm"), (2, "memory"), (8, 0.5)]
+)
+def test_a_run_goes_on_with_other_devices(make, devices, placement):
+    half = STEPS // 2
+    before = run(make, 4, steps=half, placement="memory")
+    block_size = {adaptive: None, periodic: 7}[make]
+
+    def moved(state, mesh):
+        like = jax.eval_shape(lambda: state)
+        before_state = jax.device_get(before.state)
+        state = lbopt.reshard(before_state, like, layers(), block_size=block_size)
+        return state if mesh is None else sharding.place(state, mesh, "data")
+
+    spread = {} if devices is None else {"placement": placement}
+    after = run(
+        make,
+        devices,
+        steps=STEPS - half,
+        batch=lambda i: batch_of(i + half),
+        start=moved,
+        **spread,
+    )
+    whole = Course(
+        after.params,
+        np.concatenate([before.due, after.due]),
+        np.concatenate([before.losses, after.losses]),
+        after.state,
+    )
+    assert_same(whole, on_one_device(make))
 
 
 def test_jit_alone_places_the_work():
@@ -267,7 +310,7 @@ def test_a_state_of_another_number_of_devices():
     two, four = (adaptive(axis_name="data", axis_size=n) for n in (2, 4))
     state = training.init_state(four, PARAMS, {}, jax.random.key(1))
     step = training.make_train_step(loss_fn, two, layers(), mesh)
-    message = r"state was made for another number of devices than axis_size=2"
+    message = r"another number of devices than axis_size=2.*lbopt\.reshard"
     with pytest.raises(ValueError, match=message):
         step(state, batch_of(0))
 

@@ -4,7 +4,7 @@ A device that owns few units of one size and many of another would waste memory 
 arrays ``[slots, ...]`` of every size; on its *desk* they lie one after the other.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,6 @@ def kept_desk(owners: Owners) -> Desk:
 
 def identities(owners: Owners, dtype: Any) -> Float[Array, "devices length"]:
     """The desks of kept inverses before the first statistic."""
-    desk = kept_desk(owners)
     rows: list[list[Array]] = [[] for _ in range(owners.devices)]
     for unit, owner, gathered in zip(
         owners.units, owners.owner, owners.gathered, strict=True
@@ -68,9 +67,17 @@ def identities(owners: Owners, dtype: Any) -> Float[Array, "devices length"]:
         if not gathered:
             f = unit.factor
             rows[owner].append(flat(f.expand(f.identity(dtype))))
+    return stacked(rows, dtype)
+
+
+def stacked(
+    rows: Sequence[Sequence[Float[Array, " _"]]], dtype: Any
+) -> Float[Array, "devices length"]:
+    """Desks with each device's units in order, padded to the longest."""
     nothing = jnp.zeros(0, dtype)
     joined = [jnp.concatenate([nothing, *row]) for row in rows]
-    return jnp.stack([jnp.pad(x, (0, desk.length - x.size)) for x in joined])
+    length = max(x.size for x in joined)
+    return jnp.stack([jnp.pad(x, (0, length - x.size)) for x in joined])
 
 
 def kept_size(factor: Factor) -> int:

@@ -182,8 +182,8 @@ def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
                 raise ValueError(
                     f"the optimizer's state was made for another number of devices "
                     f"than axis_size={axis.size}: a device has {x.size} numbers of a "
-                    f"factor of {path!r}, not {expected}; make a new state, or restore "
-                    "one that was saved on so many devices"
+                    f"factor of {path!r}, not {expected}; convert it with "
+                    "lbopt.reshard"
                 )
 
 
