@@ -41,14 +41,14 @@ FRESH = SpNgd(stale_threshold=None)
 Outcomes = dict[str, Outcome]
 
 
-def configure(batch_size: int, seed: int, devices: int) -> Config:
-    """A run of `STEPS` steps with SGD; micro-batches are of one size everywhere."""
+def configure(batch_size: int, seed: int, devices: int, micro_batch: int) -> Config:
+    """A run of `STEPS` steps with SGD."""
     return Config(
         optimizer="sgd",
         sgd=Sgd(),
         dataset="strokes/20_small",
         batch_size=batch_size,
-        accumulate=batch_size // MICRO_BATCH,
+        accumulate=batch_size // micro_batch,
         devices=devices,
         epochs=STEPS * batch_size / TRAINING_IMAGES,
         warmup_epochs=0.0,
@@ -62,8 +62,11 @@ def with_sp_ngd(config: Config, settings: SpNgd) -> Config:
 
 
 def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
-    """SGD, SP-NGD that renews everything at every step, and SP-NGD."""
-    sgd = configure(batch_size, seed, DEVICES)
+    """SGD, SP-NGD that renews everything at every step, and SP-NGD.
+
+    Micro-batches are of one size, so that BatchNorm is the same whatever the batch.
+    """
+    sgd = configure(batch_size, seed, DEVICES, MICRO_BATCH)
     return {
         "sgd": sgd,
         "fresh": with_sp_ngd(sgd, FRESH),
@@ -73,7 +76,7 @@ def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
 
 def ablation_contestants(seed: int) -> dict[str, Config]:
     """SGD, and SP-NGD with every choice of Fisher matrix, norm blocks, staleness."""
-    sgd = configure(ABLATION_BATCH, seed, devices=1)
+    sgd = configure(ABLATION_BATCH, seed, devices=1, micro_batch=ABLATION_BATCH)
     contestants = {"sgd": sgd}
     for fisher, norm_blocks, stale in itertools.product(
         ("sampled", "empirical"), ("full", "unit_wise"), (False, True)

@@ -69,6 +69,7 @@ def reshard(
         if not isinstance(new, KfacState):
             return old
         own = {path: known[path] for path in sorted(plain(old.factors))}
+        old = jax.tree.map(jnp.asarray, old)  # a checkpoint's are NumPy's
         return _split(own, _whole(own, old), new)
 
     found = jax.tree.map(one, like, state, is_leaf=lambda x: isinstance(x, KfacState))
