@@ -1,8 +1,9 @@
-"""Plain SGD and lbopt's K-FAC as contestants of a benchmark."""
+"""Plain SGD and lbopt's optimizers as contestants of a benchmark."""
 
 import functools
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -12,6 +13,7 @@ from benchmarks import timing
 from benchmarks.workloads import Workload
 from lbopt import training
 from lbopt.curvature.fisher import Fisher
+from lbopt.curvature.registry import Layers
 
 LEARNING_RATE = 1e-3
 MOMENTUM = 0.9
@@ -19,29 +21,20 @@ DAMPING = 1e-3
 FACTOR_DECAY = 0.95
 
 
-def sgd(workload: Workload) -> timing.Contestant:
-    """Momentum SGD, through the same training step.
+class Setup(NamedTuple):
+    """What finding a model's layers gave and took.
 
-    Args:
-      workload: the problem.
-
-    Returns:
-      The contestant.
+    Attributes:
+      layers: the layers.
+      seconds: wall time.
     """
-    tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    return _trained("SGD", workload, tx, layers=None, setup_seconds=0.0)
+
+    layers: Layers
+    seconds: float
 
 
-def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
-    """Lbopt's K-FAC.
-
-    Args:
-      workload: the problem.
-      fisher: which Fisher matrix.
-
-    Returns:
-      The contestant.
-    """
+def set_up(workload: Workload) -> Setup:
+    """Finds the layers of a workload's model."""
     start = time.perf_counter()
     layers = lbopt.trace_layers(
         workload.train_loss,
@@ -51,17 +44,66 @@ def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
         jax.random.key(0),
         has_aux=True,
     )
-    setup_seconds = time.perf_counter() - start
-    tx = lbopt.kfac(
+    return Setup(layers, time.perf_counter() - start)
+
+
+def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> timing.Contestant:
+    """Momentum SGD, through the same training step.
+
+    Args:
+      workload: the problem.
+      learning_rate: its rate.
+
+    Returns:
+      The contestant.
+    """
+    tx = optax.sgd(learning_rate, momentum=MOMENTUM)
+    return _trained("SGD", workload, tx, layers=None, setup_seconds=0.0)
+
+
+def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
+    """Lbopt's K-FAC with statistics and inverses as in a cycle.
+
+    Args:
+      workload: the problem.
+      fisher: which Fisher matrix.
+
+    Returns:
+      The contestant.
+    """
+    make = functools.partial(
+        lbopt.kfac,
         LEARNING_RATE,
-        layers,
         momentum=MOMENTUM,
         damping=DAMPING,
         factor_decay=FACTOR_DECAY,
         stats_period=timing.STATS_PERIOD,
         inverse_period=timing.INVERSE_PERIOD,
     )
-    return _trained("lbopt", workload, tx, layers, setup_seconds, fisher=fisher)
+    return with_curvature("lbopt", workload, set_up(workload), make, fisher)
+
+
+def with_curvature(
+    name: str,
+    workload: Workload,
+    setup: Setup,
+    make: Callable[..., optax.GradientTransformation],
+    fisher: Fisher = "empirical",
+) -> timing.Contestant:
+    """An optimizer of this library.
+
+    Args:
+      name: its name in the tables.
+      workload: the problem.
+      setup: its layers.
+      make: makes it, given ``layers=``.
+      fisher: which Fisher matrix.
+
+    Returns:
+      The contestant.
+    """
+    tx = make(layers=setup.layers)
+    return _trained(name, workload, tx, *setup, fisher=fisher)
 
 
 def _trained(
@@ -82,7 +124,7 @@ def _trained(
     )
     return timing.Contestant(
         name=name,
-        step=functools.partial(_step, program.call, workload.batch),
+        step=functools.partial(_step, program.call),
         state=state,
         has_curvature=layers is not None,
         setup_seconds=setup_seconds,
@@ -92,7 +134,7 @@ def _trained(
     )
 
 
-def _step(program: Any, batch: Any, state: Any, index: int) -> tuple[Any, jax.Array]:
+def _step(program: Any, state: Any, batch: Any, index: int) -> tuple[Any, jax.Array]:
     del index  # the state counts
     state, metrics = program(state, batch)
     return state, metrics["loss"]

@@ -146,9 +146,9 @@ def kfac_jax_contestant(workload: Workload) -> timing.Contestant:
         for with_statistics in (True, False)
     }
 
-    def run(carry, index):
+    def run(carry, batch, index):
         with_statistics = index % timing.STATS_PERIOD == 0
-        return programs[with_statistics].call(carry, workload.batch)
+        return programs[with_statistics].call(carry, batch)
 
     return timing.Contestant(
         name="kfac-jax",

@@ -9,7 +9,7 @@ what else the machine is doing then falls on both.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class Contestant(NamedTuple):
 
     Attributes:
       name: its name in the tables.
-      step: ``(state, index) -> (state, loss)``; the steps count from 0.
+      step: ``(state, batch, index) -> (state, loss)``; the steps count from 0.
       state: where it starts.
       has_curvature: whether its steps differ in what they renew.
       setup_seconds: what it did once before compiling (finding the layers).
@@ -61,13 +61,31 @@ class Contestant(NamedTuple):
     """
 
     name: str
-    step: Callable[[Any, int], tuple[Any, jax.Array]]
+    step: Callable[[Any, Any, int], tuple[Any, jax.Array]]
     state: Any
     has_curvature: bool
     setup_seconds: float
     compile_seconds: float
     state_bytes: int
     temporary_bytes: int
+
+
+class Turn(NamedTuple):
+    """One step of one contestant.
+
+    Attributes:
+      name: the contestant's.
+      index: the step's number, from 0.
+      seconds: its wall time.
+      loss: the loss before it.
+      state: the contestant's state after it, which its next turn uses up.
+    """
+
+    name: str
+    index: int
+    seconds: float
+    loss: float
+    state: Any
 
 
 class Samples(NamedTuple):
@@ -117,40 +135,65 @@ def compile_step(function: Any, *args: Any) -> Compiled:
     return Compiled(program, seconds, int(memory.temp_size_in_bytes))
 
 
+def turns(
+    contestants: Sequence[Contestant],
+    batches: Callable[[int], Any],
+    steps: int,
+    length: int = 1,
+) -> Iterator[Turn]:
+    """Lets the contestants take turns at every step.
+
+    Args:
+      contestants: who runs; their states are used up.
+      batches: ``index -> batch``, the same for all; made outside the timed spans.
+      steps: of each contestant.
+      length: steps of a cycle.
+
+    Yields:
+      The turns as they are taken.
+    """
+    states = {c.name: c.state for c in contestants}
+    for index in range(steps):
+        batch = jax.block_until_ready(batches(index))
+        # The order changes, so that nobody always follows the same neighbour.
+        shift = sum(divmod(index, length)) % len(contestants)
+        for c in (*contestants[shift:], *contestants[:shift]):
+            start = time.perf_counter()
+            states[c.name], loss = jax.block_until_ready(
+                c.step(states[c.name], batch, index)
+            )
+            seconds = time.perf_counter() - start
+            yield Turn(c.name, index, seconds, float(loss), states[c.name])
+
+
 def interleave(
     contestants: Sequence[Contestant],
+    batches: Callable[[int], Any],
     rounds: int,
+    length: int = len(CYCLE),
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Samples]:
     """Runs cycles of steps, the contestants taking turns at every step.
 
     Args:
       contestants: who runs; their states are used up.
+      batches: as for ``turns``.
       rounds: cycles that are timed, after one that is not.
+      length: steps of a cycle.
       report: told how far it is.
 
     Returns:
       The samples of each contestant by name.
     """
-    states = {c.name: c.state for c in contestants}
-    samples = {c.name: Samples([], []) for c in contestants}
-    for cycle in range(rounds + 1):
-        rows: dict[str, list[float]] = {c.name: [] for c in contestants}
-        for position in range(len(CYCLE)):
-            index = cycle * len(CYCLE) + position
-            # The order changes, so that nobody always follows the same neighbour.
-            shift = (cycle + position) % len(contestants)
-            for c in (*contestants[shift:], *contestants[:shift]):
-                start = time.perf_counter()
-                states[c.name], loss = jax.block_until_ready(
-                    c.step(states[c.name], index)
-                )
-                rows[c.name].append(time.perf_counter() - start)
-                samples[c.name].losses.append(float(loss))
+    samples = {c.name: Samples([[] for _ in range(rounds)], []) for c in contestants}
+    steps = (rounds + 1) * length
+    for number, turn in enumerate(turns(contestants, batches, steps, length), 1):
+        cycle = turn.index // length
+        samples[turn.name].losses.append(turn.loss)
         if cycle:
-            for name, row in rows.items():
-                samples[name].seconds.append(row)
-        report(f"round {cycle} of {rounds}" + ("" if cycle else " (warm-up)"))
+            samples[turn.name].seconds[cycle - 1].append(turn.seconds)
+        if number % (length * len(contestants)) == 0:
+            report(f"round {cycle} of {rounds}" + ("" if cycle else " (warm-up)"))
     return samples
 
 

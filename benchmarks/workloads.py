@@ -1,10 +1,11 @@
 """The training problems that the benchmarks time.
 
-Each is one fixed batch of made-up data and a Flax model.  Nothing is downloaded: a step
-takes the same time whatever the pictures show.  The data have a structure, so that the
-losses fall and a broken optimizer is noticed.
+Each is a source of made-up data, one fixed batch of it and a Flax model.  Nothing is
+downloaded: a step takes the same time whatever the pictures show.  The data have a
+structure, so that the losses fall and a broken optimizer is noticed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -21,14 +22,15 @@ Register = Callable[[jax.Array, jax.Array], Any]
 
 
 class Workload(NamedTuple):
-    """A model, its variables and one batch.
+    """A model, its variables, and batches.
 
     Attributes:
       name: its name on the command line.
       description: model, size of the inputs, batch size.
       params: the parameters.
       model_state: the other collections; ``{}`` if there are none.
-      batch: ``{"inputs": ..., "targets": ...}``.
+      batch: ``{"inputs": ..., "targets": ...}``, one batch.
+      sample: ``key -> batch``, others like it.
       predict: ``(params, model_state, inputs) -> (outputs, model_state)``.
       distribution: ``categorical``, logits of a softmax with classes as targets, or
         ``bernoulli``, logits of independent sigmoids.
@@ -39,6 +41,7 @@ class Workload(NamedTuple):
     params: Any
     model_state: Any
     batch: dict[str, jax.Array]
+    sample: Callable[[jax.Array], dict[str, jax.Array]]
     predict: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
     distribution: Literal["categorical", "bernoulli"]
 
@@ -82,14 +85,20 @@ def image_classifier(
     Returns:
       The workload.
     """
-    class_rng, label_rng, noise_rng, init_rng = jax.random.split(jax.random.key(0), 4)
+    class_rng, batch_rng, init_rng = jax.random.split(jax.random.key(0), 3)
     shape = (image_size, image_size, 3)
-    labels = jax.random.randint(label_rng, (batch_size,), 0, model.num_classes)
     prototypes = jax.random.normal(class_rng, (model.num_classes, *shape))
-    noise = jax.random.normal(noise_rng, (batch_size, *shape))
-    inputs = prototypes[labels] + 0.5 * noise
-    variables = jax.jit(lambda rng: model.init(rng, inputs, train=True))(init_rng)
-    variables = dict(variables)
+
+    @jax.jit
+    def sample(rng: jax.Array) -> dict[str, jax.Array]:
+        label_rng, noise_rng = jax.random.split(rng)
+        labels = jax.random.randint(label_rng, (batch_size,), 0, model.num_classes)
+        noise = jax.random.normal(noise_rng, (batch_size, *shape))
+        return {"inputs": prototypes[labels] + 0.5 * noise, "targets": labels}
+
+    batch = sample(batch_rng)
+    init = jax.jit(functools.partial(model.init, train=True))
+    variables = dict(init(init_rng, batch["inputs"]))
     params = variables.pop("params")
 
     def predict(params, model_state, inputs):
@@ -108,7 +117,8 @@ def image_classifier(
         ),
         params=params,
         model_state=variables,
-        batch={"inputs": inputs, "targets": labels},
+        batch=batch,
+        sample=sample,
         predict=predict,
         distribution="categorical",
     )
@@ -150,11 +160,17 @@ def autoencoder(
       The workload.
     """
     code_rng, map_rng, init_rng = jax.random.split(jax.random.key(0), 3)
-    codes = jax.random.normal(code_rng, (batch_size, sizes[-1]))
     mixing = jax.random.normal(map_rng, (sizes[-1], sizes[0]))
-    inputs = jax.nn.sigmoid(codes @ mixing)
+
+    @jax.jit
+    def sample(rng: jax.Array) -> dict[str, jax.Array]:
+        codes = jax.random.normal(rng, (batch_size, sizes[-1]))
+        inputs = jax.nn.sigmoid(codes @ mixing)
+        return {"inputs": inputs, "targets": inputs}
+
+    batch = sample(code_rng)
     model = Autoencoder(sizes)
-    params = jax.jit(model.init)(init_rng, inputs)["params"]
+    params = jax.jit(model.init)(init_rng, batch["inputs"])["params"]
 
     def predict(params, model_state, inputs):
         outputs: Any = model.apply({"params": params}, inputs)
@@ -165,13 +181,14 @@ def autoencoder(
         description=f"MLP {'-'.join(map(str, sizes))} mirrored, batch {batch_size}",
         params=params,
         model_state={},
-        batch={"inputs": inputs, "targets": inputs},
+        batch=batch,
+        sample=sample,
         predict=predict,
         distribution="bernoulli",
     )
 
 
-def tiny() -> Workload:
+def tiny(batch_size: int = 8) -> Workload:
     """A one-block network on 8×8 pictures, for trying a benchmark out."""
     model = resnet.ResNet(
         num_classes=3,
@@ -180,23 +197,25 @@ def tiny() -> Workload:
         width=4,
         stem_reduction=1,
     )
-    return image_classifier("tiny", model, image_size=8, batch_size=8)
+    return image_classifier("tiny", model, 8, batch_size)
 
 
-def resnet20() -> Workload:
+def resnet20(batch_size: int = 128) -> Workload:
     """The CIFAR network."""
-    return image_classifier("resnet20", resnet.ResNet20(num_classes=10), 32, 128)
+    model = resnet.ResNet20(num_classes=10)
+    return image_classifier("resnet20", model, 32, batch_size)
 
 
-def resnet50() -> Workload:
+def resnet50(batch_size: int = 32) -> Workload:
     """The ImageNet network on pictures that a processor without accelerator bears."""
-    return image_classifier("resnet50", resnet.ResNet50(num_classes=100), 64, 32)
+    model = resnet.ResNet50(num_classes=100)
+    return image_classifier("resnet50", model, 64, batch_size)
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {
+WORKLOADS: dict[str, Callable[..., Workload]] = {
     "resnet20": resnet20,
     "autoencoder": autoencoder,
     "resnet50": resnet50,
     "tiny": tiny,
 }
-"""Makers of the workloads by name."""
+"""Makers of the workloads by name; each takes ``batch_size=``."""

@@ -31,6 +31,7 @@ class Outcome:
         seconds: Wall time of each step; the first compiles.
         renewals: For each statistic, as `layer path.name`, the steps that renewed it.
         statistic_bytes: What each device sent for statistics at each step.
+        curve: Steps done and the test accuracy then, every `eval_epochs`.
     """
 
     accuracy: float
@@ -38,6 +39,7 @@ class Outcome:
     seconds: list[float]
     renewals: dict[str, list[int]]
     statistic_bytes: list[float]
+    curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     def refreshed(self) -> float:
         """The share of all statistics, over the run, that were renewed."""
@@ -50,7 +52,7 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
 
     Args:
         configs: The contestants by name; they may differ in optimizer, devices and
-            accumulation. Evaluated once, at the end; nothing is written.
+            accumulation. Nothing is written.
 
     Returns:
         What each did.
@@ -70,6 +72,10 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
     programs = {name: build_program(c, data) for name, c in configs.items()}
     states = {name: program.init() for name, program in programs.items()}
     outcomes = {name: Outcome(0.0, [], [], {}, []) for name in configs}
+
+    def accuracy(name: str) -> float:
+        return evaluate(programs[name].eval_step, states[name], data)["accuracy"]
+
     for step in range(data.steps(first.epochs)):
         batch = next(data.train)
         for name, program in programs.items():
@@ -84,11 +90,10 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
             if outcome.renewals:
                 report: Any = optax.tree.get(states[name].opt_state, "report")
                 outcome.statistic_bytes.append(float(np.sum(report.statistic_bytes)))
+            if (step + 1) % data.steps(configs[name].eval_epochs) == 0:
+                outcome.curve.append((step + 1, accuracy(name)))
     return {
-        name: dataclasses.replace(
-            outcome,
-            accuracy=evaluate(programs[name].eval_step, states[name], data)["accuracy"],
-        )
+        name: dataclasses.replace(outcome, accuracy=accuracy(name))
         for name, outcome in outcomes.items()
     }
 

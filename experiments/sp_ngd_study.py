@@ -1,4 +1,4 @@
-"""What the parts of SP-NGD are worth: staleness by batch size, and an ablation.
+"""What SP-NGD and its parts are worth: staleness, an ablation, and tuned SGD.
 
     python -m experiments.sp_ngd_study
 
@@ -30,7 +30,8 @@ TRAINING_IMAGES = 10_240
 DEVICES = 4
 MICRO_BATCH = 256
 BATCH_SIZES = (256, 1024, 4096)
-ABLATION_BATCH = 1024
+ONE_DEVICE_BATCH = 1024
+"""Of the ablation and the comparison with tuned SGD, which run on one device."""
 
 RUNS = pathlib.Path("runs/sp_ngd_study")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,6 +40,16 @@ FIGURE = ROOT / "docs" / "figures" / "refresh.png"
 
 FRESH = SpNgd(stale_threshold=None)
 Outcomes = dict[str, Outcome]
+
+# As many settings of each; a tenth of SGD's steps warm up, and both rates decay.
+SGD_GRID = [
+    Sgd(learning_rate=rate, momentum=momentum)
+    for rate, momentum in itertools.product((0.2, 0.4, 0.8, 1.6, 3.2), (0.9, 0.95))
+]
+SP_NGD_GRID = [
+    SpNgd(learning_rate=rate, power=power)
+    for rate, power in itertools.product((0.015, 0.03, 0.06, 0.12, 0.24), (1.0, 2.0))
+]
 
 
 def configure(batch_size: int, seed: int, devices: int, micro_batch: int) -> Config:
@@ -74,9 +85,15 @@ def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
     }
 
 
+def on_one_device(seed: int) -> Config:
+    """A run with SGD on one device, without accumulation."""
+    batch = ONE_DEVICE_BATCH
+    return configure(batch, seed, devices=1, micro_batch=batch)
+
+
 def ablation_contestants(seed: int) -> dict[str, Config]:
     """SGD, and SP-NGD with every choice of Fisher matrix, norm blocks, staleness."""
-    sgd = configure(ABLATION_BATCH, seed, devices=1, micro_batch=ABLATION_BATCH)
+    sgd = on_one_device(seed)
     contestants = {"sgd": sgd}
     for fisher, norm_blocks, stale in itertools.product(
         ("sampled", "empirical"), ("full", "unit_wise"), (False, True)
@@ -87,6 +104,62 @@ def ablation_contestants(seed: int) -> dict[str, Config]:
         name = f"{fisher} {norm_blocks} {'stale' if stale else 'fresh'}"
         contestants[name] = with_sp_ngd(sgd, settings)
     return contestants
+
+
+def tuning_contestants(
+    sgd: Sequence[Sgd], sp_ngd: Sequence[SpNgd], seed: int
+) -> dict[str, Config]:
+    """Settings of both optimizers; their test accuracy is read every fourth step."""
+    base = on_one_device(seed)
+    base = dataclasses.replace(
+        base,
+        warmup_epochs=base.epochs / 10,
+        eval_epochs=4 * ONE_DEVICE_BATCH / TRAINING_IMAGES,
+    )
+    contestants = {
+        f"sgd rate {x.learning_rate:g} momentum {x.momentum:g}": dataclasses.replace(
+            base, sgd=x
+        )
+        for x in sgd
+    }
+    contestants |= {
+        f"sp_ngd rate {x.learning_rate:g} power {x.power:g}": with_sp_ngd(base, x)
+        for x in sp_ngd
+    }
+    return contestants
+
+
+def tuned() -> list[dict[str, Any]]:
+    """The best setting of each optimizer with every seed: steps to SGD's end."""
+    first = outcomes_of("tuning-0", tuning_contestants(SGD_GRID, SP_NGD_GRID, 0))
+    sgd = [x for name, x in first.items() if name.startswith("sgd")]
+    sp_ngd = [x for name, x in first.items() if name.startswith("sp_ngd")]
+    best_sgd = max(range(len(sgd)), key=lambda i: sgd[i].accuracy)
+    target = sgd[best_sgd].accuracy
+    best = min(
+        range(len(sp_ngd)),
+        key=lambda i: (steps_to(sp_ngd[i], target) or STEPS + 1, -sp_ngd[i].accuracy),
+    )
+    chosen = (SGD_GRID[best_sgd],), (SP_NGD_GRID[best],)
+    rows = [
+        {"seed": 0, "name": name, "accuracy": round(x.accuracy, 4)}
+        | {"steps_to_sgd": steps_to(x, target)}
+        for name, x in first.items()
+    ]
+    for seed in SEEDS[1:]:
+        outcomes = outcomes_of(f"tuned-{seed}", tuning_contestants(*chosen, seed))
+        end = next(iter(outcomes.values())).accuracy
+        rows += [
+            {"seed": seed, "name": name, "accuracy": round(x.accuracy, 4)}
+            | {"steps_to_sgd": steps_to(x, end)}
+            for name, x in outcomes.items()
+        ]
+    return rows
+
+
+def steps_to(outcome: Outcome, accuracy: float) -> int | None:
+    """The first step after which the test accuracy was reached."""
+    return next((step for step, value in outcome.curve if value >= accuracy), None)
 
 
 def outcomes_of(name: str, contestants: Mapping[str, Config]) -> Outcomes:
@@ -196,6 +269,7 @@ def main() -> None:
         "seeds": SEEDS,
         "stale": {str(size): rows_of(seeds) for size, seeds in stale.items()},
         "ablation": rows_of(ablation),
+        "tuned": tuned(),
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))

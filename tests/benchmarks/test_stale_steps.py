@@ -25,8 +25,13 @@ RENEWALS = (0, 1, 2, 4, 7)
 
 
 @pytest.fixture(scope="module")
-def setup():
-    return contestants.set_up(workloads.tiny(BATCH_SIZE))
+def workload():
+    return workloads.tiny(BATCH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def setup(workload):
+    return contestants.set_up(workload)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,8 @@ def run(setup, tmp_path_factory):
     path = tmp_path_factory.mktemp("stale") / "record.json"
     arguments = ["--workload", "tiny", "--batch-size", str(BATCH_SIZE)]
     arguments += ["--steps", str(STEPS)]
-    arguments += ["--threshold", str(EVERYTHING_IS_SIMILAR), "--output", str(path)]
+    arguments += ["--threshold", str(EVERYTHING_IS_SIMILAR), "--label-noise", "0"]
+    arguments += ["--output", str(path)]
     states = []
     turns = timing.turns
 
@@ -127,7 +133,12 @@ def test_the_table_names_all(run):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--steps", "1"], ["--batch-size", "0"], ["--workload", "none"]],
+    [
+        ["--steps", "1"],
+        ["--batch-size", "0"],
+        ["--label-noise", "2"],
+        ["--workload", "autoencoder"],
+    ],
 )
 def test_a_bad_setting_is_refused_at_once(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -190,22 +201,41 @@ def test_kinds_that_a_model_lacks_are_left_out(units):
     assert list(shares["work"]) == ["A", "G", "all"]
 
 
-@pytest.mark.parametrize(
-    "workload",
-    [workloads.tiny(), workloads.autoencoder(sizes=(12, 6, 3), batch_size=5)],
-    ids=lambda w: w.name,
-)
-def test_samples_are_like_the_batch_and_differ(workload):
-    one, other = (workload.sample(jax.random.key(i)) for i in (7, 8))
+def check_samples(workload):
+    """They are like the batch, differ, and come again for the same key."""
+    one, other, again = (workload.sample(jax.random.key(i)) for i in (7, 8, 7))
     shapes = jax.tree.map(jnp.shape, workload.batch)
     assert jax.tree.map(jnp.shape, one) == shapes
     assert not jnp.array_equal(one["inputs"], other["inputs"])
-    again = workload.sample(jax.random.key(7))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, one, again))
-    loss, _ = workload.loss(
-        workload.params, workload.model_state, one, lambda outputs, targets: None
+
+
+def test_pictures_are_sampled(workload):
+    check_samples(workload)
+
+
+def test_codes_are_sampled():
+    check_samples(workloads.autoencoder(sizes=(12, 6, 3), batch_size=5))
+
+
+def test_label_noise_exchanges_labels(workload):
+    def sample(rng):
+        labels = jax.random.randint(rng, (300,), 0, 3)
+        return {"inputs": jax.random.normal(rng, (300,)), "targets": labels}
+
+    workload = workload._replace(sample=sample)
+    clean, half, wrong = (
+        stale_steps.fresh(workload, share)(5) for share in (0.0, 0.5, 1.0)
     )
-    assert math.isfinite(loss)
+    assert jnp.array_equal(clean["inputs"], wrong["inputs"])
+    changed = [np.mean(b["targets"] != clean["targets"]) for b in (half, wrong)]
+    # Two thirds of the others' labels differ where there are three classes.
+    assert changed == pytest.approx([1 / 3, 2 / 3], abs=0.1)
+    counts = [np.bincount(b["targets"]).tolist() for b in (clean, wrong)]
+    assert counts[0] == counts[1]
+    other = stale_steps.fresh(workload, 0.0)(6)
+    assert not jnp.array_equal(clean["inputs"], other["inputs"])
+    assert not jnp.array_equal(clean["targets"], other["targets"])
 
 
 def test_turns_give_everybody_the_same_batches():
