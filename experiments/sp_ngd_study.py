@@ -30,7 +30,7 @@ TRAINING_IMAGES = 10_240
 DEVICES = 4
 MICRO_BATCH = 256
 BATCH_SIZES = (256, 1024, 4096)
-ONE_DEVICE_BATCH = 1024
+ONE_DEVICE_BATCH = 512
 """Of the ablation and the comparison with tuned SGD, which run on one device."""
 
 RUNS = pathlib.Path("runs/sp_ngd_study")
