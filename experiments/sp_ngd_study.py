@@ -203,11 +203,7 @@ def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:
                 round(float(x), 3)
                 for x in np.mean(shares, 0).reshape(4, -1).mean(1).tolist()
             ]
-            first = [x.statistic_bytes[0] for x in own]  # the first step sends all
-            row["bytes"] = [
-                round(statistics.mean(x.statistic_bytes) / max(most, 1), 4)
-                for x, most in zip(own, first, strict=True)
-            ]
+            row["bytes"] = [round(share_of_bytes(x), 4) for x in own]
         rows.append(row)
     return rows
 
@@ -218,6 +214,12 @@ def share_of_statistics(outcome: Outcome) -> np.ndarray:
     for steps in outcome.renewals.values():
         renewed[steps] += 1
     return renewed / len(outcome.renewals)
+
+
+def share_of_bytes(outcome: Outcome) -> float:
+    """What was sent for statistics, over what sending all at every step would be."""
+    most = outcome.statistic_bytes[0]  # at the first step all are due
+    return statistics.mean(outcome.statistic_bytes) / max(most, 1)
 
 
 def draw(stale: Mapping[int, Outcome], path: pathlib.Path) -> None:
@@ -239,7 +241,9 @@ def draw(stale: Mapping[int, Outcome], path: pathlib.Path) -> None:
         panel.tick_params(axis="y", length=0)
         panel.invert_yaxis()
         panel.set_title(
-            f"batch {batch_size:,}: {outcome.refreshed():.0%} renewed", fontsize=9
+            f"batch {batch_size:,}: {outcome.refreshed():.0%} of the statistics "
+            f"renewed, {share_of_bytes(outcome):.0%} of their bytes sent",
+            fontsize=9,
         )
         panel.spines[["top", "right", "left"]].set_visible(False)
     panels[-1].set_xlabel("step")
