@@ -19,7 +19,26 @@ from benchmarks import timing
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 
 
-def environment(
+def begin(
+    name: str, argv: Sequence[str] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Starts a record and says on what machine; nothing compiled is taken from disk.
+
+    Args:
+      name: the module that is run.
+      argv: arguments of the command line; those of the process if None.
+      settings: what the command line does not say.
+
+    Returns:
+      The head of the record.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    record = _environment(name, argv, settings)
+    print(f"{record['processor']}, {record['cores']} cores, {record['device']}")
+    return record
+
+
+def _environment(
     name: str, argv: Sequence[str] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Where, when and with what settings the figures were taken.

@@ -7,8 +7,8 @@ The step is compiled and not run: the collectives and their bytes are read from 
 program's text.  Bytes are those that each device puts in, as ``state.report`` counts
 them.  How often a collective runs follows from the loops around it: up to one (the
 guard against numbers that are not finite) it runs at every step; inside two, once if
-its statistic is due; inside three, as often as there are rounds in its class of units;
-inside four, as there are units.
+its statistic is due; inside three or four, as often as there are rounds in its class
+of units; inside five, as there are units.
 """
 
 import argparse

@@ -64,8 +64,8 @@ def turns_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
       owners: who inverts what.
 
     Returns:
-      By loops around them and bytes: in three loops rounds, in which each device sends
-      or receives a unit; in four the units, which are passed on one by one.
+      By loops around them and bytes: in three and four loops rounds, in which each
+      device receives a unit or sends one; in five the units, passed on one by one.
     """
     axis = Axis("data", owners.devices)
     turns: dict[tuple[int, int], list[int]] = {}
@@ -73,7 +73,8 @@ def turns_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
         size = _padded(units.factor.size, axis)
         turns.setdefault((3, size), []).append(units.queues.shape[1])
         if units.gathered:
-            share = (4, size // axis.size)
+            turns.setdefault((4, size), []).append(units.queues.shape[1])
+            share = (5, size // axis.size)
             turns.setdefault(share, []).append(len(units.numbers))
     return turns
 
@@ -105,9 +106,10 @@ def planned(
         counts[Collective("reduce-scatter", size, 2)] += 1
     for units in inversion.classes_of(owners):
         size = _padded(units.factor.size, axis)
-        counts[Collective("all-to-all", size, 3)] += 2 if units.gathered else 1
+        counts[Collective("all-to-all", size, 3)] += 1
         if units.gathered:
-            counts[Collective("all-gather", size // axis.size, 4)] += 1
+            counts[Collective("all-to-all", size, 4)] += 1
+            counts[Collective("all-gather", size // axis.size, 5)] += 1
     kept = _kept_rows(problem, owners)
     if kept:
         _plan_pipeline(counts, kept, owners, axis)

@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       The record, as it is written to ``--output``.
     """
     options = _parse(argv)
-    jax.config.update("jax_enable_compilation_cache", False)
-    record = reporting.environment("stagger", argv, _SETTINGS)
-    print(f"{record['processor']}, {record['cores']} cores, {record['device']}")
+    record = reporting.begin("stagger", argv, _SETTINGS)
     record |= measure(WORKLOADS[options.workload](), options.rounds)
     reporting.write(record, options.output)
     print(table(record))

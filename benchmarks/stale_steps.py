@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       The record, as it is written to ``--output``.
     """
     options = _parse(argv)
-    jax.config.update("jax_enable_compilation_cache", False)
-    record = reporting.environment("stale_steps", argv, _SETTINGS)
-    print(f"{record['processor']}, {record['cores']} cores, {record['device']}")
+    record = reporting.begin("stale_steps", argv, _SETTINGS)
     workload = CLASSIFIERS[options.workload](options.batch_size)
     record |= measure(workload, options.steps, options.threshold, options.label_noise)
     reporting.write(record, options.output)

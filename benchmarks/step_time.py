@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       The record, as it is written to ``--output``.
     """
     options = _parse(argv)
-    jax.config.update("jax_enable_compilation_cache", False)
-    record = reporting.environment("step_time", argv, _SETTINGS)
-    print(f"{record['processor']}, {record['cores']} cores, {record['device']}")
+    record = reporting.begin("step_time", argv, _SETTINGS)
     peers = [peer for peer in options.peers if _installed(peer)]
     names = _ALL if options.workload == "all" else (options.workload,)
     record["workloads"] = []

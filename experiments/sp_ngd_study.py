@@ -203,7 +203,8 @@ def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:
                 round(float(x), 3)
                 for x in np.mean(shares, 0).reshape(4, -1).mean(1).tolist()
             ]
-            row["bytes"] = [round(share_of_bytes(x), 4) for x in own]
+            if own[0].statistic_bytes[0]:  # one device sends nothing
+                row["bytes"] = [round(share_of_bytes(x), 4) for x in own]
         rows.append(row)
     return rows
 
@@ -219,10 +220,10 @@ def share_of_statistics(outcome: Outcome) -> np.ndarray:
 def share_of_bytes(outcome: Outcome) -> float:
     """What was sent for statistics, over what sending all at every step would be."""
     most = outcome.statistic_bytes[0]  # at the first step all are due
-    return statistics.mean(outcome.statistic_bytes) / max(most, 1)
+    return statistics.mean(outcome.statistic_bytes) / most
 
 
-def draw(stale: Mapping[int, Outcome], path: pathlib.Path) -> None:
+def draw(stale: Mapping[int, Outcome]) -> matplotlib.figure.Figure:
     """Draws which step renewed which statistic, a panel for each batch size."""
     figure = matplotlib.figure.Figure(figsize=(7.2, 7.6), layout="constrained", dpi=160)
     panels = figure.subplots(len(stale), 1, sharex=True, squeeze=False)[:, 0]
@@ -251,8 +252,7 @@ def draw(stale: Mapping[int, Outcome], path: pathlib.Path) -> None:
         "Each row is a statistic of ResNet-8, each mark a step that renewed it",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
 def main() -> None:
@@ -267,7 +267,7 @@ def main() -> None:
         ]
         for size in BATCH_SIZES
     }
-    draw({size: seeds[0]["stale"] for size, seeds in stale.items()}, FIGURE)
+    draw({size: seeds[0]["stale"] for size, seeds in stale.items()}).savefig(FIGURE)
     ablation = [
         outcomes_of(f"ablation-{seed}", ablation_contestants(seed)) for seed in SEEDS
     ]

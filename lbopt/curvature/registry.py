@@ -153,7 +153,7 @@ def trace_layers(
         (KFC), ``"reduce"``, or a function from a layer's path to one of them.
       norm_blocks: the blocks of normalisation layers: ``"unit_wise"``, for each channel
         the 2×2 matrix of its own scale and bias, or ``"full"``, the whole matrix of
-        all scales and biases of a layer, dearer and seldom better.
+        all scales and biases of a layer, of 2 × channels rows.
       batch_size: examples in the batch, where it cannot be read off the arguments.
 
     Returns:

@@ -158,23 +158,23 @@ def invert(
         inverses, kept, accepted = carry
         everything = range(len(owners.units))
         plan = desk.lay_out(owners, everything, lambda f: max(f.size, f.wire))
-        papers = jnp.zeros(plan.length, jnp.result_type(*factors))
+        buffer = jnp.zeros(plan.length, jnp.result_type(*factors))
         for units, turn in zip(classes, turns, strict=True):
             shares = jnp.concatenate([factors[i] for i in units.statistics])
-            papers = _collect(units, turn, shares, papers, plan, axis)
+            buffer = _collect(units, turn, shares, buffer, plan, axis)
         for units, turn in zip(classes, turns, strict=True):
-            papers = _work(units, turn, damping, papers, plan, axis)
+            buffer = _work(units, turn, damping, buffer, plan, axis)
         renewed = list(inverses)
         for units, turn in zip(classes, turns, strict=True):
             if units.gathered:
-                wires = _hand_out(units, turn, papers, plan, axis, travels)
-                sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
                 old = [inverses[i] for i in units.statistics]
-                new = _put(owners, units, old, wires, sound)
+                new, sound = _hand_out(
+                    owners, units, turn, buffer, plan, old, axis, travels
+                )
                 for i, inverse in zip(units.statistics, new, strict=True):
                     renewed[i] = inverse
             else:
-                kept, sound = _put_away(owners, units, turn, papers, plan, kept, axis)
+                kept, sound = _put_away(owners, units, turn, buffer, plan, kept, axis)
             accepted = accepted.at[units.numbers].set(sound)
         return renewed, kept, accepted
 
@@ -257,7 +257,7 @@ def _collect(
     units: UnitClass,
     turn: _Turns,
     shares: Float[Array, "class share"],
-    papers: Float[Array, " length"],
+    buffer: Float[Array, " length"],
     plan: desk.Desk,
     axis: Axis,
 ) -> Float[Array, " length"]:
@@ -265,51 +265,53 @@ def _collect(
     f, last, me = units.factor, len(units.numbers) - 1, axis.position()
     offsets = jnp.asarray(plan.offsets[units.numbers])
 
-    def one(k: Array, papers: Array) -> Array:
+    def one(k: Array, buffer: Array) -> Array:
         rows = jnp.minimum(jnp.take(turn.positions, k, axis=1), last)
         received = collectives.exchange(shares[rows], axis).reshape(-1)[: f.size]
         mine = k < turn.lengths[me]
         at = jnp.where(mine, offsets[rows[me]], 0)
-        before = jax.lax.dynamic_slice(papers, (at,), (f.size,))
+        before = jax.lax.dynamic_slice(buffer, (at,), (f.size,))
         # A device that has no more of the class only passes shares on.
-        after = jnp.where(mine, received.astype(papers.dtype), before)
-        return jax.lax.dynamic_update_slice(papers, after, (at,))
+        after = jnp.where(mine, received.astype(buffer.dtype), before)
+        return jax.lax.dynamic_update_slice(buffer, after, (at,))
 
-    return _repeat(jnp.max(turn.lengths), one, papers)
+    return _repeat(jnp.max(turn.lengths), one, buffer)
 
 
 def _work(
     units: UnitClass,
     turn: _Turns,
     damping: Float[Array, " units"],
-    papers: Float[Array, " length"],
+    buffer: Float[Array, " length"],
     plan: desk.Desk,
     axis: Axis,
 ) -> Float[Array, " length"]:
     """The desks with inverses in the place of the class's factors."""
     f, me = units.factor, axis.position()
     offsets = jnp.asarray(plan.offsets[units.numbers])
-    amounts = damping[units.numbers].astype(papers.dtype)
+    amounts = damping[units.numbers].astype(buffer.dtype)
 
-    def one(k: Array, papers: Array) -> Array:
+    def one(k: Array, buffer: Array) -> Array:
         position = turn.positions[me, k]
         at = offsets[position]
-        packed = jax.lax.dynamic_slice(papers, (at,), (f.size,))
+        packed = jax.lax.dynamic_slice(buffer, (at,), (f.size,))
         wire = f.invert(packed, amounts[position])
-        return jax.lax.dynamic_update_slice(papers, wire, (at,))
+        return jax.lax.dynamic_update_slice(buffer, wire, (at,))
 
-    return _repeat(turn.lengths[me], one, papers)
+    return _repeat(turn.lengths[me], one, buffer)
 
 
 def _hand_out(
+    owners: Owners,
     units: UnitClass,
     turn: _Turns,
-    papers: Float[Array, " length"],
+    buffer: Float[Array, " length"],
     plan: desk.Desk,
+    old: list[Any],
     axis: Axis,
     travels: Any,
-) -> Float[Array, "class wire"]:
-    """The new inverses of the class on every device."""
+) -> tuple[list[Any], Bool[Array, " class"]]:
+    """The class's inverses on every device with new ones, and which are sound."""
     f, size, me = units.factor, len(units.numbers), axis.position()
     offsets = jnp.append(jnp.asarray(plan.offsets[units.numbers]), 0)
 
@@ -317,7 +319,7 @@ def _hand_out(
         valid = k < turn.lengths
         devices = jnp.argsort(~valid, stable=True)
         at = jnp.where(valid[me], offsets[turn.positions[me, k]], 0)
-        wire = jax.lax.dynamic_slice(papers, (at,), (f.wire,)).astype(travels)
+        wire = jax.lax.dynamic_slice(buffer, (at,), (f.wire,)).astype(travels)
         # Each device takes a share of every owner's row, and passes it to all others:
         # a row moves once, however many devices have none in this round.
         shares = collectives.exchange(collectives.cut(wire[None], axis)[0], axis)
@@ -329,15 +331,21 @@ def _hand_out(
 
         return _repeat(jnp.sum(valid, dtype=jnp.int32), pass_on, wires)
 
-    start = jnp.zeros_like(papers, shape=(size, f.wire))
-    return _repeat(jnp.max(turn.lengths), one, start)
+    def renew(carry: Any) -> Any:
+        wires = jnp.zeros_like(buffer, shape=(size, f.wire))
+        wires = _repeat(jnp.max(turn.lengths), one, wires)
+        sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
+        return _put(owners, units, carry[0], wires, sound), sound
+
+    # Not even room is made for the inverses of a class of which nothing is due.
+    return update_if(jnp.any(turn.due), renew, (old, jnp.zeros(size, bool)))
 
 
 def _put_away(
     owners: Owners,
     units: UnitClass,
     turn: _Turns,
-    papers: Float[Array, " length"],
+    buffer: Float[Array, " length"],
     plan: desk.Desk,
     kept: Float[Array, " kept"],
     axis: Axis,
@@ -350,7 +358,7 @@ def _put_away(
     def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, sound = carry
         position = turn.positions[me, k]
-        wire = jax.lax.dynamic_slice(papers, (offsets[position],), (f.wire,))
+        wire = jax.lax.dynamic_slice(buffer, (offsets[position],), (f.wire,))
         finite = jnp.all(jnp.isfinite(wire))
         new = desk.flat(f.expand(wire)).astype(kept.dtype)
         at = places[position]

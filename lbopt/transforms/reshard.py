@@ -187,8 +187,3 @@ def _require_same_shapes(found: Any, like: Any) -> None:
                 f"state has {x.dtype}{list(x.shape)} at {jax.tree_util.keystr(path)}; "
                 "only axis_size and placement may differ between the two optimizers"
             )
-    if len(new) != len(old):
-        raise ValueError(
-            f"like has {len(old)} arrays and the state {len(new)}; make both with the "
-            "same optimizer, with or without stale_threshold"
-        )

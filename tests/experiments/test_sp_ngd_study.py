@@ -44,12 +44,22 @@ def test_a_row_leaves_the_compiling_step_out_and_shares_add_up():
     assert stale["refreshed"] == [0.6667, 0.6667]
     assert stale["refreshed_by_quarter"] == [1.0, 0.667, 0.667, 0.333]
     assert stale["bytes"] == [0.5, 0.5]  # 15 a step, 30 where all is due
+    alone = [{"sgd": sgd, "stale": outcome(statistic_bytes=[0.0] * 4)}]
+    assert "bytes" not in sp_ngd_study.rows_of(alone)[1]
 
 
-def test_the_picture_has_a_mark_for_every_renewal(tmp_path):
-    path = tmp_path / "refresh.png"
-    sp_ngd_study.draw({256: outcome(), 1024: outcome()}, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_the_picture_has_a_mark_for_every_renewal():
+    fewer = outcome(renewals={"conv.a": [0], "conv.g": [0, 3], "norm.f": [0]})
+    panels = sp_ngd_study.draw({256: outcome(), 1024: fewer}).axes
+    marks = [
+        [(row, x) for row, line in enumerate(p.lines) for x in line.get_xdata()]
+        for p in panels
+    ]
+    assert marks[0] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 2)]
+    assert marks[1] == [(0, 0), (1, 0), (1, 3), (2, 0)]
+    assert panels[0].get_title() == (
+        "batch 256: 67% of the statistics renewed, 50% of their bytes sent"
+    )
 
 
 def test_contestants_differ_in_the_optimizer_alone():
