@@ -58,7 +58,23 @@ def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> timing.Cont
       The contestant.
     """
     tx = optax.sgd(learning_rate, momentum=MOMENTUM)
-    return _trained("SGD", workload, tx, layers=None, setup_seconds=0.0)
+    return without_curvature("SGD", workload, tx)
+
+
+def without_curvature(
+    name: str, workload: Workload, tx: optax.GradientTransformation
+) -> timing.Contestant:
+    """An optimizer that takes nothing but gradients and the loss.
+
+    Args:
+      name: its name in the tables.
+      workload: the problem.
+      tx: the optimizer.
+
+    Returns:
+      The contestant.
+    """
+    return _trained(name, workload, tx, layers=None, setup_seconds=0.0)
 
 
 def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:

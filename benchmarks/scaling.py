@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: arguments of the command line; those of the process by default.
     """
     options = _parse(argv)
-    make = resnet.MODELS["resnet50"]
+    make = resnet.ResNet50
     if options.compile:
         jax.config.update("jax_num_cpu_devices", options.compile)
         jax.config.update("jax_enable_compilation_cache", False)

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lbopt
 from benchmarks import contestants, renewals, reporting, timing
@@ -32,8 +31,6 @@ CLASSIFIERS = {"resnet20": resnet20, "resnet50": resnet50, "tiny": tiny}
 SGD_RATE = 0.05
 SP_NGD_RATE = 1e-3
 DAMPING = 2.5e-4
-STRETCHES = 10
-"""Equal stretches of steps, over which ratios are spread."""
 _SETTINGS = {
     "sgd_rate": SGD_RATE,
     "sp_ngd_rate": SP_NGD_RATE,
@@ -96,7 +93,7 @@ def measure(
         if turn.name in renewed:
             clocks = turn.state.opt_state[0].refresh
             renewed[turn.name].append(renewals.at_step(units, clocks, turn.index))
-        if turn.name == stale and (turn.index + 1) % STRETCHES == 0:
+        if turn.name == stale and (turn.index + 1) % timing.STRETCHES == 0:
             reporting.tell(f"step {turn.index + 1} of {steps}")
     entries = []
     for runner in runners:
@@ -109,7 +106,9 @@ def measure(
             ]
             result["parts"] = {
                 part: {
-                    **ratios(seconds[name][start:], seconds[sgd][start:]),
+                    **timing.stretched_ratios(
+                        seconds[name][start:], seconds[sgd][start:]
+                    ),
                     "shares": renewals.shares(units, renewed[name][start:]),
                 }
                 for part, start in {"steady": steps // 2, "whole": 1}.items()
@@ -148,34 +147,6 @@ def fresh(workload: Workload, label_noise: float) -> Callable[[int], Any]:
     return lambda index: batch(jax.random.fold_in(jax.random.key(2), index))
 
 
-def ratios(own: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """Step times over the baseline's, step by step beside them.
-
-    Args:
-      own: seconds of the contestant's steps.
-      base: those of the baseline.
-
-    Returns:
-      ``total``, the quotient of the sums, and ``paired``, the median of the steps'
-      quotients; each with its smallest and largest value over ten equal stretches.
-    """
-    pairs = np.asarray([own, base])
-    stretches = np.array_split(pairs, min(STRETCHES, len(own)), axis=1)
-
-    def total(pairs: np.ndarray) -> float:
-        return float(pairs[0].sum() / pairs[1].sum())
-
-    def paired(pairs: np.ndarray) -> float:
-        return float(statistics.median(pairs[0] / pairs[1]))
-
-    return {
-        figure.__name__: timing.Spread(
-            figure(pairs), min(map(figure, stretches)), max(map(figure, stretches))
-        )._asdict()
-        for figure in (total, paired)
-    }
-
-
 def table(record: dict[str, Any]) -> str:
     """The tables of a record.
 
@@ -193,7 +164,7 @@ def table(record: dict[str, Any]) -> str:
         f"{record['steps']} steps, threshold {record['threshold']}, label noise "
         f"{record['label_noise']}",
         f"SGD: {1e3 * statistics.median(half):.1f} ms a step; in brackets smallest and "
-        f"largest of {STRETCHES} stretches",
+        f"largest of {timing.STRETCHES} stretches",
     ]
     for part, title in _PARTS.items():
         figures = {runner["name"]: runner["parts"][part] for runner in others}

@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 STATS_PERIOD = 2
 INVERSE_PERIOD = 4
 CYCLE = ("full", "none", "stats", "none")
 """What each step renews: statistics and inverses, nothing, statistics, nothing."""
+
+STRETCHES = 10
+"""Parts of a run that a ratio's smallest and largest values are taken over."""
 
 SETTINGS: dict[str, dict[str, float]] = {
     "none": {"none": 1.0},
@@ -233,4 +237,32 @@ def ratios(
     return {
         setting: spread([sum(w * r[k] for k, w in shares.items()) for r in rounds])
         for setting, shares in SETTINGS.items()
+    }
+
+
+def stretched_ratios(own: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """Step times over the baseline's, step by step beside them.
+
+    Args:
+      own: seconds of the contestant's steps.
+      base: those of the baseline.
+
+    Returns:
+      ``total``, the quotient of the sums, and ``paired``, the median of the steps'
+      quotients; each with its smallest and largest value over ten equal stretches.
+    """
+    pairs = np.asarray([own, base])
+    stretches = np.array_split(pairs, min(STRETCHES, len(own)), axis=1)
+
+    def total(pairs: np.ndarray) -> float:
+        return float(pairs[0].sum() / pairs[1].sum())
+
+    def paired(pairs: np.ndarray) -> float:
+        return float(statistics.median(pairs[0] / pairs[1]))
+
+    return {
+        figure.__name__: Spread(
+            figure(pairs), min(map(figure, stretches)), max(map(figure, stretches))
+        )._asdict()
+        for figure in (total, paired)
     }

@@ -84,8 +84,8 @@ def draw_runs(
     figure = matplotlib.figure.Figure(figsize=(7.2, 5.2), layout="constrained", dpi=160)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     for column, axis in enumerate(("steps", "seconds")):
-        _panel(panels[0, column], losses, axis, marker_every=None)
-        _panel(panels[1, column], accuracies, axis, marker_every=1)
+        _panel(panels[0, column], losses, axis, marked=False)
+        _panel(panels[1, column], accuracies, axis, marked=True)
     _label(panels)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -103,25 +103,46 @@ def _some(name: str, path: str | os.PathLike, kind: str, metric: str) -> Curve:
     return curve
 
 
-def _panel(
-    panel: Axes, curves: Mapping[str, Curve], axis: str, marker_every: int | None
+def plot(
+    panel: Axes,
+    index: int,
+    x: Sequence[float],
+    y: Sequence[float],
+    label: str,
+    *,
+    marked: bool = True,
 ) -> None:
-    for index, (name, curve) in enumerate(curves.items()):
-        panel.plot(
-            getattr(curve, axis),
-            curve.values,
-            label=f"{name}, {curve.values[-1]:.1%} at the end"
-            if marker_every
-            else name,
-            color=_COLOURS[index % len(_COLOURS)],
-            linestyle=_LINES[index % len(_LINES)],
-            marker=_MARKERS[index % len(_MARKERS)] if marker_every else "",
-            markersize=3.5,
-            linewidth=1.5,
-        )
+    """Draws one curve in the style of all pictures.
+
+    Args:
+        panel: Where.
+        index: The curve's number, which chooses colour, line and marker.
+        x: Abscissae.
+        y: Ordinates.
+        label: What the legend calls it.
+        marked: Whether its points are marked.
+    """
+    panel.plot(
+        x,
+        y,
+        label=label,
+        color=_COLOURS[index % len(_COLOURS)],
+        linestyle=_LINES[index % len(_LINES)],
+        marker=_MARKERS[index % len(_MARKERS)] if marked else "",
+        markersize=3.5,
+        linewidth=1.5,
+    )
     panel.grid(color="0.92", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _panel(
+    panel: Axes, curves: Mapping[str, Curve], axis: str, *, marked: bool
+) -> None:
+    for index, (name, curve) in enumerate(curves.items()):
+        label = f"{name}, {curve.values[-1]:.1%} at the end" if marked else name
+        plot(panel, index, getattr(curve, axis), curve.values, label, marked=marked)
 
 
 def _label(panels: Sequence[Sequence[Axes]]) -> None:

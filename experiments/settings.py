@@ -5,7 +5,8 @@ import math
 import pathlib
 from typing import Literal
 
-from experiments.models import resnet
+from experiments.data.splits import Recipe
+from experiments.models.registry import ModelName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +46,74 @@ class SpNgd:
 
 @dataclasses.dataclass(frozen=True)
 class Sgd:
-    """Settings of SGD with Nesterov momentum, in the words of `optax.sgd`."""
+    """Settings of SGD with momentum, in the words of `optax.sgd`."""
 
     learning_rate: float = 0.8
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsProp:
+    """Settings of RMSProp, in the words of `optax.rmsprop`."""
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    decay: float = 0.9
+    eps: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lars:
+    """Settings of LARS, in the words of `lbopt.lars`."""
+
+    learning_rate: float = 10.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    trust_coefficient: float = 1e-3
+    variant: Literal["paper", "mlperf", "optax"] = "paper"
+    after_kfac: bool = False
+    """Scale the natural gradient of `lbopt.scale_by_kfac`, with the settings `kfac`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Nlcg:
+    """Settings of NLCG, in the words of `lbopt.nlcg`."""
+
+    learning_rate: float = 0.1
+    beta: Literal[
+        "fletcher_reeves",
+        "polak_ribiere",
+        "hestenes_stiefel",
+        "dai_yuan",
+        "hybrid",
+        "hager_zhang",
+    ] = "fletcher_reeves"
+    preconditioner: Literal["bfgs", "kfac"] | None = "bfgs"
+    """`kfac` is `lbopt.scale_by_kfac` with the settings `kfac`."""
+    step_control: Literal["step", "online"] | None = "step"
+    control_period: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    optimizer: Literal["kfac", "sp_ngd", "sgd"] = "kfac"
+    optimizer: Literal["kfac", "sp_ngd", "nlcg", "lars", "rmsprop", "sgd"] = "kfac"
     kfac: Kfac = Kfac()
     sp_ngd: SpNgd = SpNgd()
+    nlcg: Nlcg = Nlcg()
+    lars: Lars = Lars()
+    rmsprop: RmsProp = RmsProp()
     sgd: Sgd = Sgd()
     dataset: str = "strokes/20"
     """Name in tensorflow_datasets; strokes/... is made where it is missing."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Directory that holds prepared data sets."""
-    model: resnet.ModelName = "resnet8"
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    """How images are cropped, padded and normalised."""
+    model: ModelName = "resnet8"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations."""
     zero_init_residual: bool = False
@@ -80,9 +129,21 @@ class Config:
     placement: Literal["comm", "memory"] = "comm"
     """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0
+    schedule: Literal["cosine", "polynomial", "staircase"] = "cosine"
+    """How the learning rate falls: over the run, as (1 - step/steps)^2, or by steps."""
+    decay_epochs: tuple[float, ...] = ()
+    """Epochs after which a staircase falls to a tenth."""
     warmup_epochs: float = 0.8
-    """Epochs in which the learning rate rises; then it falls as a cosine."""
+    """Epochs in which the learning rate rises."""
+    warmup_start: float = 0.0
+    """Learning rate of the first step, if it rises."""
+    warmup_shape: Literal["linear", "quadratic", "sqrt"] = "linear"
+    """How it rises, in the words of `lbopt.schedules.warmup`."""
     label_smoothing: float = 0.0
+    l2: float = 0.0
+    """Weight of half the squared norm of all parameters but BatchNorm's in the loss."""
+    weight_average: float | None = None
+    """Evaluate an average of the weights with this decay; none: the weights."""
     augment: bool = True
     """Crop and mirror training images at random, as suits the data set."""
     mixup_alpha: float = 0.0
@@ -107,15 +168,23 @@ class Config:
         """Refuses what no run could use, naming the argument."""
         chosen = dataclasses.asdict(getattr(self, self.optimizer))
         values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
+        values.setdefault(f"{self.optimizer}.momentum", 0.0)
         positive = "batch_size epochs eval_batch_size eval_epochs checkpoint_epochs"
         rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
         for name in (*positive.split(), "log_period", "devices", "accumulate", rate):
             if not values[name] > 0:
                 raise ValueError(f"{name} must be positive, got {values[name]}")
         below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
+        below |= {"l2": math.inf, "warmup_start": math.inf}
         for name, bound in {**below, momentum: 1}.items():
             if not 0 <= values[name] < bound:
                 raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
+        if not 0 < (self.weight_average or 0.5) < 1:
+            raise ValueError(
+                f"weight_average must be in (0, 1) or none, got {self.weight_average}"
+            )
+        if self.schedule == "staircase" and not self.decay_epochs:
+            raise ValueError("decay_epochs must name the epochs of schedule=staircase")
         if not 0 <= (p := self.random_erasing) <= 1:
             raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
         if not 0 <= (alpha := self.mixup_alpha) < math.inf:
@@ -130,3 +199,12 @@ class Config:
                 f"batch_size must be a multiple of devices × accumulate = {parts}, got "
                 f"{self.batch_size}"
             )
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether the optimizer takes curvature statistics."""
+        if self.optimizer == "lars":
+            return self.lars.after_kfac
+        if self.optimizer == "nlcg":
+            return self.nlcg.preconditioner == "kfac"
+        return self.optimizer in ("kfac", "sp_ngd")

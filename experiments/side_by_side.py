@@ -4,7 +4,11 @@ What else the machine is doing then falls on all of them, so that the ratio of t
 step times means something, and their accuracies differ by nothing but the optimizer.
 """
 
+import contextlib
 import dataclasses
+import io
+import json
+import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +18,7 @@ import numpy as np
 import optax
 
 import lbopt
-from experiments.imagenet_resnet50 import build_program, evaluate, open_data
+from experiments.classifier import build_program, evaluate, open_data
 from experiments.settings import Config
 
 # What the contestants must have in common.
@@ -98,9 +102,38 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
     }
 
 
+def outcomes_in(
+    path: pathlib.Path, contestants: Mapping[str, Config]
+) -> dict[str, Outcome]:
+    """What the contestants did, from a file if they have run before.
+
+    Args:
+        path: The file; made, with its directory, when all have run.
+        contestants: As for `train_together`.
+
+    Returns:
+        What each did.
+    """
+    if not path.exists():
+        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            outcomes = train_together(contestants)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
+        aside.write_text(json.dumps(kept), encoding="utf-8")
+        aside.replace(path)
+    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+
+
+def steps_to(outcome: Outcome, accuracy: float) -> int | None:
+    """The first step after which the test accuracy was reached."""
+    return next((step for step, value in outcome.curve if value >= accuracy), None)
+
+
 def _due(config: Config, state: Any) -> list[str]:
     """The statistics that the coming step renews."""
-    if config.optimizer == "sgd":
+    if not config.has_curvature:
         return []
     flags = jax.device_get(lbopt.refresh(state.opt_state))
     return [

@@ -7,9 +7,7 @@ are taken side by side. What is finished is kept in `runs/sp_ngd_study` and not
 repeated. Writes `experiments/results/sp_ngd_study.json` and `docs/figures/refresh.png`.
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import pathlib
@@ -22,7 +20,7 @@ import matplotlib.figure
 import numpy as np
 
 from experiments.settings import Config, Sgd, SpNgd
-from experiments.side_by_side import Outcome, train_together
+from experiments.side_by_side import Outcome, outcomes_in, steps_to
 
 SEEDS = (0, 1, 2)
 STEPS = 100
@@ -160,24 +158,9 @@ def tuned() -> list[dict[str, Any]]:
     return rows
 
 
-def steps_to(outcome: Outcome, accuracy: float) -> int | None:
-    """The first step after which the test accuracy was reached."""
-    return next((step for step, value in outcome.curve if value >= accuracy), None)
-
-
 def outcomes_of(name: str, contestants: Mapping[str, Config]) -> Outcomes:
     """What they did, from the file if they have run before."""
-    path = RUNS / f"{name}.json"
-    if not path.exists():
-        print(f"{name}: training {len(contestants)} contestants", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            outcomes = train_together(contestants)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
-        aside.write_text(json.dumps(kept), encoding="utf-8")
-        aside.replace(path)
-    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+    return outcomes_in(RUNS / f"{name}.json", contestants)
 
 
 def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:

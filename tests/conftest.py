@@ -10,3 +10,5 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# They start here, so that no experiment's command line can change their number.
+assert len(jax.devices()) == 8

@@ -35,12 +35,14 @@ class Optimizer(NamedTuple):
       factory: what ``optax.inject_hyperparams`` wraps.
       arguments: ``layers -> its arguments``.
       layerwise: whether a layer's update depends on that layer alone.
+      has_curvature: whether it takes curvature statistics.
     """
 
     make: Any
     factory: Any
     arguments: Any
     layerwise: bool = True
+    has_curvature: bool = True
 
 
 def core(layers):
@@ -67,6 +69,39 @@ OPTIMIZERS = {
             optax.scale_by_learning_rate(RATE),
         ),
         lambda layers: {"layers": layers, "damping": DAMPING, "stats_period": 1},
+    ),
+    "lars": Optimizer(
+        lambda rate, layers: lbopt.lars(rate),
+        lbopt.lars,
+        lambda layers: {"learning_rate": RATE},
+        has_curvature=False,
+    ),
+    "nlcg": Optimizer(
+        lambda rate, layers: lbopt.nlcg(rate),
+        lbopt.nlcg,
+        lambda layers: {"learning_rate": RATE},
+        layerwise=False,
+        has_curvature=False,
+    ),
+    "nlcg_polak_ribiere": Optimizer(
+        lambda rate, layers: lbopt.scale_by_nlcg(
+            rate, beta="polak_ribiere", step_control="online", descent_guard=True
+        ),
+        lbopt.scale_by_nlcg,
+        lambda layers: {
+            "learning_rate": RATE,
+            "beta": "polak_ribiere",
+            "step_control": "online",
+            "descent_guard": True,
+        },
+        layerwise=False,
+        has_curvature=False,
+    ),
+    "nlcg_kfac": Optimizer(
+        lambda rate, layers: lbopt.nlcg(rate, preconditioner=core(layers)),
+        lbopt.nlcg,
+        lambda layers: {"learning_rate": RATE, "preconditioner": core(layers)},
+        layerwise=False,
     ),
     "clip_by_kl": Optimizer(
         lambda rate, layers: optax.chain(
@@ -97,10 +132,8 @@ class Setting(NamedTuple):
         """Updates and state after each of the two batches; parameters stay."""
         params = self.problem.params if params is None else params
         state, results = tx.init(params), []
-        for grads, curvature in self.given:
-            updates, state = tx.update(
-                grads, state, params, curvature=curvature, **extra_args
-            )
+        for grads, extra in self.given:
+            updates, state = tx.update(grads, state, params, **extra, **extra_args)
             results.append((updates, state))
         return results
 
@@ -111,7 +144,11 @@ def setting():
     layers = problem.trace()
     f = jax.jit(lbopt.value_grad_and_curvature(problem.loss_fn, layers))
     batches = [(inputs(i), problem.args[1]) for i in range(2)]
-    return Setting(problem, layers, [f(problem.params, *b)[1:] for b in batches])
+    given = []
+    for batch in batches:
+        loss, grads, curvature = f(problem.params, *batch)
+        given.append((grads, {"curvature": curvature, "value": loss}))
+    return Setting(problem, layers, given)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +164,9 @@ def updates_of(results):
 
 def compiled(tx):
     """The transformation with its update in one program."""
-    update = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature=c))
+    update = jax.jit(lambda g, s, p, extra: tx.update(g, s, p, **extra))
     return optax.GradientTransformationExtraArgs(
-        tx.init, lambda g, s, p=None, *, curvature: update(g, s, p, curvature)
+        tx.init, lambda g, s, p=None, **extra: update(g, s, p, extra)
     )
 
 
@@ -146,7 +183,7 @@ def test_updates_do_something(plain, name):
 @every_optimizer
 def test_takes_unknown_extra_args(setting, plain, name):
     results = setting.run(
-        setting.make(name), value=jnp.ones([]), grad=None, stranger=object()
+        setting.make(name), value_fn=sum, grad=None, stranger=object()
     )
     assert_equal(updates_of(results), updates_of(plain(name)))
 
@@ -164,14 +201,14 @@ def test_compiles_once_and_keeps_the_state_s_types(setting, name):
     traces = []
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def update(grads, state, params, curvature):
+    def update(grads, state, params, extra):
         traces.append(None)
-        return tx.update(grads, state, params, curvature=curvature)
+        return tx.update(grads, state, params, **extra)
 
     state = tx.init(setting.problem.params)
     before = jax.tree.map(lambda x: jax.typeof(x), state)
-    for grads, curvature in setting.given * 2:
-        _, state = update(grads, state, setting.problem.params, curvature)
+    for grads, extra in setting.given * 2:
+        _, state = update(grads, state, setting.problem.params, extra)
         assert jax.tree.map(lambda x: jax.typeof(x), state) == before
     assert len(traces) == 1
 
@@ -200,13 +237,13 @@ def test_keeps_the_sharding(setting, plain, name, stated):
     mesh = jax.make_mesh((2,), ("data",), axis_types=kinds)
     sharding = NamedSharding(mesh, PartitionSpec())
     tx = setting.make(name)
-    params, (grads, curvature) = jax.device_put(
+    params, (grads, extra) = jax.device_put(
         (setting.problem.params, setting.given[0]), sharding
     )
     state = jax.device_put(tx.init(params), sharding)
     options = {"out_shardings": sharding} if stated else {}
-    update = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature=c), **options)
-    updates, after = update(grads, state, params, curvature)
+    update = jax.jit(lambda g, s, p, e: tx.update(g, s, p, **e), **options)
+    updates, after = update(grads, state, params, extra)
     for x in jax.tree.leaves((updates, after)):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
     assert_close(updates, plain(name)[0][0], rtol=1e-3, atol=1e-5)
@@ -217,9 +254,7 @@ def test_runs_in_a_scan(setting, plain, name):
     tx = setting.make(name)
 
     def step(state, given):
-        updates, state = tx.update(
-            given[0], state, setting.problem.params, curvature=given[1]
-        )
+        updates, state = tx.update(given[0], state, setting.problem.params, **given[1])
         return state, updates
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *setting.given)
@@ -235,8 +270,8 @@ def test_runs_in_a_scan(setting, plain, name):
 def test_survives_sleep(setting, name, how):
     tx = compiled(setting.make(name))
     params = setting.problem.params
-    grads, curvature = setting.given[0]
-    _, state = tx.update(grads, tx.init(params), params, curvature=curvature)
+    grads, extra = setting.given[0]
+    _, state = tx.update(grads, tx.init(params), params, **extra)
     if how == "bytes":
         asleep = flax.serialization.to_bytes(state)
         awake = flax.serialization.from_bytes(tx.init(params), asleep)
@@ -244,9 +279,9 @@ def test_survives_sleep(setting, name, how):
         leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
         awake = jax.tree.unflatten(jax.tree.structure(tx.init(params)), leaves)
     assert_equal(awake, state)
-    grads, curvature = setting.given[1]
-    expected = tx.update(grads, state, params, curvature=curvature)
-    assert_equal(tx.update(grads, awake, params, curvature=curvature), expected)
+    grads, extra = setting.given[1]
+    expected = tx.update(grads, state, params, **extra)
+    assert_equal(tx.update(grads, awake, params, **extra), expected)
 
 
 # ------------------------------------------------------------------ inside optax
@@ -286,6 +321,8 @@ def test_inside_partition(setting, plain, name):
         assert_close(updates["last"], jax.tree.map(lambda g: -0.5 * g, grads["last"]))
         if OPTIMIZERS[name].layerwise:
             assert_equal(updates["first"], expected["first"])
+    if not OPTIMIZERS[name].has_curvature:
+        return
     # Through the front door, where only our part's statistics are wanted.
     f = lbopt.value_grad_and_curvature(setting.problem.loss_fn, setting.layers)
     due = lbopt.refresh(tx.init(setting.problem.params))
@@ -298,9 +335,9 @@ def test_inside_partition(setting, plain, name):
 @every_optimizer
 def test_inside_multi_steps(setting, plain, name):
     tx = optax.MultiSteps(setting.make(name), 2)
-    params, (grads, curvature) = setting.problem.params, setting.given[0]
+    params, (grads, extra) = setting.problem.params, setting.given[0]
     state = tx.init(params)
-    update = jax.jit(lambda s: tx.update(grads, s, params, curvature=curvature))
+    update = jax.jit(lambda s: tx.update(grads, s, params, **extra))
     waiting, state = update(state)
     assert not any(np.any(u) for u in jax.tree.leaves(waiting))
     updates, state = update(state)  # the mean of two equal gradients
@@ -321,8 +358,8 @@ def test_inside_inject_hyperparams(setting, plain, name):
         k for k in ("learning_rate", "damping", "c") if k in state.hyperparams
     )
     state.hyperparams[number] = state.hyperparams[number] / 16
-    grads, curvature = setting.given[0]
-    changed, _ = tx.update(grads, state, setting.problem.params, curvature=curvature)
+    grads, extra = setting.given[0]
+    changed, _ = tx.update(grads, state, setting.problem.params, **extra)
     # A bias: sp_ngd gives kernels their norm whatever the rate.
     ratio = changed["first"]["bias"] / results[0][0]["first"]["bias"]
     if number == "damping":  # less damping, longer steps
@@ -337,11 +374,9 @@ def test_inside_apply_if_finite(setting, plain, name):
     tx = compiled(optax.apply_if_finite(setting.make(name), 3))
     results = setting.run(tx)
     assert_close(updates_of(results), updates_of(plain(name)), rtol=1e-3, atol=1e-5)
-    grads, curvature = jax.tree.map(lambda x: x * jnp.nan, setting.given[1])
+    grads, extra = jax.tree.map(lambda x: x * jnp.nan, setting.given[1])
     state = results[0][1]
-    updates, after = tx.update(
-        grads, state, setting.problem.params, curvature=curvature
-    )
+    updates, after = tx.update(grads, state, setting.problem.params, **extra)
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     assert_equal(after.inner_state, state.inner_state)
     assert after.total_notfinite == 1
@@ -350,7 +385,7 @@ def test_inside_apply_if_finite(setting, plain, name):
         setting.given[1][0],
         after,
         setting.problem.params,
-        curvature=setting.given[1][1],
+        **setting.given[1][1],
     )
     assert_equal(again[0], results[1][0])
 
@@ -394,8 +429,10 @@ def best_loss(problem, layers, make):
 
         def step(carry, _):
             params, state = carry
-            _, grads, curvature = f(params, *problem.args)
-            updates, state = tx.update(grads, state, params, curvature=curvature)
+            loss, grads, curvature = f(params, *problem.args)
+            updates, state = tx.update(
+                grads, state, params, curvature=curvature, value=loss
+            )
             return (optax.apply_updates(params, updates), state), None
 
         init = (problem.params, tx.init(problem.params))
@@ -423,6 +460,11 @@ def test_converges_faster_than_gradient_descent(target):
     contenders["sp_ngd"] = lambda rate, layers: lbopt.sp_ngd(
         rate, layers, damping=DAMPING, rescale=None
     )
+    # Steps as long as the weights do not settle, and Polak-Ribière's are steepest
+    # descent wherever the gradient hardly changes.
+    bounds = {"lars": 2.0, "nlcg_polak_ribiere": 1.0}
+    # Rates of LARS are usually a hundred times as large.
+    contenders["lars"] = lambda rate, layers: lbopt.lars(rate, trust_coefficient=0.3)
     for name, make in contenders.items():
         final = search(lambda rate, make=make: make(rate, layers))
-        assert final < 0.5 * baseline, (name, start, baseline, final)
+        assert final < bounds.get(name, 0.5) * baseline, (name, start, baseline, final)

@@ -87,7 +87,7 @@ def test_items_of_one_kind_are_not_piled_up():
 
 @pytest.fixture(scope="module")
 def resnet50():
-    model = resnet.MODELS["resnet50"](num_classes=1000)
+    model = resnet.ResNet50(num_classes=1000)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x, train=True), images

@@ -6,8 +6,16 @@ the same way whether it is read alone or in a batch, by one process or by many, 
 or after a resume.
 """
 
+from typing import Literal
+
 import cv2
 import numpy as np
+
+Border = Literal["reflect", "zero"]
+"""What lies beyond the edges of an image: its mirror image, or black."""
+
+SQUASHED_SIZE = 256
+"""Height and width, in pixels, that `random_squashed_crop` crops from."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
 
@@ -31,9 +39,15 @@ def uniforms(seed: int, positions: np.ndarray, draws: int) -> np.ndarray:
 
 
 def pad_crop_flip(
-    images: np.ndarray, positions: np.ndarray, seed: int, *, pad: int, flip: bool
+    images: np.ndarray,
+    positions: np.ndarray,
+    seed: int,
+    *,
+    pad: int,
+    flip: bool,
+    border: Border = "reflect",
 ) -> np.ndarray:
-    """Shifts each image by up to `pad` pixels, reflecting edges, and mirrors half.
+    """Shifts each image by up to `pad` pixels and mirrors half.
 
     Args:
         images: `[n, height, width, channels]`.
@@ -41,6 +55,7 @@ def pad_crop_flip(
         seed: Seed of the run.
         pad: Largest shift along each axis, in pixels; 0 for none.
         flip: Whether to mirror left and right with probability 1/2.
+        border: What a shift brings in.
 
     Returns:
         Images of the same shape and dtype.
@@ -49,8 +64,9 @@ def pad_crop_flip(
     across, down, mirror = uniforms(seed, positions, 3).T
     if pad:
         x, y = (across * (2 * pad + 1)).astype(int), (down * (2 * pad + 1)).astype(int)
-        border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-        padded = np.pad(images, border, mode="reflect")
+        widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+        mode = "reflect" if border == "reflect" else "constant"
+        padded = np.pad(images, widths, mode=mode)
         images = np.empty_like(images)
         for i in range(n):
             images[i] = padded[i, y[i] : y[i] + height, x[i] : x[i] + width]
@@ -97,6 +113,64 @@ def centre_crop(image: np.ndarray, size: int, share: float = 0.875) -> np.ndarra
     side = max(1, round(share * min(image.shape[:2])))
     crop = _window(image, side, side, 0.5, 0.5)
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def random_squashed_crop(
+    image: np.ndarray, position: int, seed: int, size: int
+) -> np.ndarray:
+    """A square from anywhere in the image, mirrored with probability 1/2.
+
+    The image is resized to 256x256 beforehand, whatever its aspect ratio, as Caffe's
+    tools do.
+
+    Args:
+        image: uint8 `[height, width, channels]`, of any height and width.
+        position: The image's place in the stream.
+        seed: Seed of the run.
+        size: Height and width of the result, at most 256 pixels.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+    top, left, mirror = uniforms(seed, np.array([position]), 3)[0]
+    crop = _window(_squashed(image), size, size, top, left)
+    return crop[:, ::-1] if mirror < 0.5 else crop
+
+
+def centre_squashed_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre of what `random_squashed_crop` crops from.
+
+    Args:
+        image: uint8 `[height, width, channels]`, of any height and width.
+        size: Height and width of the result, at most 256 pixels.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+    """
+    # Caffe rounds an odd rest down, which `_window` does not.
+    start = (SQUASHED_SIZE - size) // 2
+    return _squashed(image)[start : start + size, start : start + size]
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes images bilinearly.
+
+    Args:
+        images: uint8 `[n, height, width, channels]`.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        uint8 `[n, size, size, channels]`.
+    """
+    resized = np.empty((len(images), size, size, images.shape[-1]), images.dtype)
+    for image, target in zip(images, resized, strict=True):
+        # OpenCV drops the axis of a single channel.
+        target[:] = cv2.resize(image, (size, size)).reshape(target.shape)
+    return resized
+
+
+def _squashed(image: np.ndarray) -> np.ndarray:
+    return cv2.resize(image, (SQUASHED_SIZE, SQUASHED_SIZE))
 
 
 def _sampled_crop(image: np.ndarray, tries: np.ndarray) -> np.ndarray:

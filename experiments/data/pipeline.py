@@ -32,6 +32,9 @@ Batch = dict[str, np.ndarray]
 """`image` float32 `[b, h, w, c]`, `label` int32 `[b]`; testing, `mask` `[b]`."""
 
 _Load = Callable[[Sequence], Batch]
+_Crop = Callable[[bytes, int], np.ndarray]
+
+_EPOCHS = 1 << 32  # of the endless stream
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -65,7 +68,10 @@ class TrainingBatches(Iterator[Batch]):
         _check_division(batch_size, process_index, process_count)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-        order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
+        order = grain.MapDataset.range(len(split)).seed(seed).shuffle()
+        # Not `repeat()`, whose length, the largest index there is, overflows when it
+        # is divided into groups of one image.
+        order = order.repeat(_EPOCHS)
         order = order.map_with_index(lambda position, record: (record, position))
         self._order = order[process_index::process_count]
         self._batch_size = batch_size // process_count
@@ -190,6 +196,7 @@ def open_data(
     eval_batch_size: int,
     seed: int,
     augmented: bool = True,
+    recipe: splits.Recipe = splits.DEFAULT_RECIPE,
 ) -> Data:
     """Opens the training and the test split of a data set, for this JAX process.
 
@@ -200,6 +207,8 @@ def open_data(
         eval_batch_size: Test images in a global batch.
         seed: Seed of order and augmentation.
         augmented: Whether training images are cropped and mirrored at random.
+        recipe: Size, cropping and normalisation, where the run wants others than the
+            data set's.
 
     Returns:
         The batches.
@@ -208,8 +217,10 @@ def open_data(
         FileNotFoundError: If the data set is not prepared in `data_dir`.
         ValueError: If there is no such data set, or `batch_size` exceeds it.
     """
-    train = splits.open_split(dataset, "train", data_dir)
-    test = splits.open_split(dataset, splits.test_split(dataset), data_dir)
+    train, test = (
+        splits.open_split(dataset, split, data_dir, recipe=recipe)
+        for split in ("train", splits.test_split(dataset))
+    )
     if batch_size > len(train):
         raise ValueError(
             f"batch_size must be at most {len(train)}, the number of training images, "
@@ -267,32 +278,29 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
 
 def _training_loader(split: splits.Split, seed: int, augmented: bool) -> _Load:
     """Loads items `(record, position)`; records count on from epoch to epoch."""
-    preprocessing, size = split.preprocessing, split.image_shape[0]
-
-    def crop(encoded: bytes, position: int) -> np.ndarray:
-        if not augmented:
-            return augment.centre_crop(_decoded(encoded), size)
-        return augment.random_resized_crop(_decoded(encoded), position, seed, size)
+    preprocessing, recipe = split.preprocessing, split.recipe
+    crop = _random_crop(split, seed) if augmented else _centre_crop(split)
 
     def load(items: Sequence[tuple[int, int]]) -> Batch:
         indices, positions = np.array(items, np.int64).T
         images, labels = _fetched(split, indices % len(split), positions, crop)
         if augmented and split.fixed_size:
             images = augment.pad_crop_flip(
-                images, positions, seed, pad=preprocessing.pad, flip=preprocessing.flip
+                images,
+                positions,
+                seed,
+                pad=preprocessing.pad,
+                flip=preprocessing.flip,
+                border=recipe.border,
             )
-        return {"image": _normalised(images, preprocessing), "label": labels}
+        return {"image": _finished(images, split), "label": labels}
 
     return load
 
 
 def _evaluation_loader(split: splits.Split) -> _Load:
     """Loads record numbers; those past the end are padding."""
-    size = split.image_shape[0]
-
-    def crop(encoded: bytes, position: int) -> np.ndarray:
-        del position
-        return augment.centre_crop(_decoded(encoded), size)
+    crop = _centre_crop(split)
 
     def load(items: Sequence[int]) -> Batch:
         positions = np.array(items, np.int64)
@@ -301,7 +309,7 @@ def _evaluation_loader(split: splits.Split) -> _Load:
         indices = np.where(real, positions, 0)
         images, labels = _fetched(split, indices, positions, crop)
         return {
-            "image": _normalised(images, split.preprocessing),
+            "image": _finished(images, split),
             "label": labels,
             "mask": real.astype(np.float32),
         }
@@ -309,13 +317,27 @@ def _evaluation_loader(split: splits.Split) -> _Load:
     return load
 
 
+def _random_crop(split: splits.Split, seed: int) -> _Crop:
+    """The random part of an encoded image that training at a position sees."""
+    size, plain = split.image_shape[0], split.recipe.crop == "plain"
+    cropped = augment.random_squashed_crop if plain else augment.random_resized_crop
+    return lambda encoded, position: cropped(_decoded(encoded), position, seed, size)
+
+
+def _centre_crop(split: splits.Split) -> _Crop:
+    """The part of an encoded image that evaluation sees, whatever its position."""
+    size, plain = split.image_shape[0], split.recipe.crop == "plain"
+    cropped = augment.centre_squashed_crop if plain else augment.centre_crop
+    return lambda encoded, position: cropped(_decoded(encoded), size)
+
+
 def _fetched(
-    split: splits.Split,
-    indices: np.ndarray,
-    positions: np.ndarray,
-    crop: Callable[[bytes, int], np.ndarray],
+    split: splits.Split, indices: np.ndarray, positions: np.ndarray, crop: _Crop
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[b, h, w, c]` and labels int32 `[b]` of the given records."""
+    """Images uint8 `[b, h, w, c]` and labels int32 `[b]` of the given records.
+
+    Images of varying size are cropped to that of the model; others are as on disk.
+    """
     records = split.records
     if isinstance(records, splits.InMemory):
         return records.images[indices], records.labels[indices]
@@ -337,11 +359,41 @@ def _decoded(encoded: bytes) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _normalised(images: np.ndarray, preprocessing: splits.Preprocessing) -> np.ndarray:
-    """float32 images of mean 0 and variance 1, by the data set's constants."""
-    std = np.asarray(preprocessing.std, np.float32)
-    scale = np.float32(1 / 255) / std
-    shift = np.asarray(preprocessing.mean, np.float32) / std
+def _finished(images: np.ndarray, split: splits.Split) -> np.ndarray:
+    """The cropped or augmented images at the model's size, float32, normalised."""
+    if images.shape[1:] != split.image_shape:
+        # A batch at a time: the records in memory stay small.
+        images = augment.resize(images, split.image_shape[0])
+    if split.recipe.normalise == "image":
+        return _standardised(images)
+    preprocessing = split.preprocessing
+    if split.recipe.normalise == "caffe":
+        return _normalised(images, preprocessing.mean, std=(256 / 255,) * 3)
+    return _normalised(images, preprocessing.mean, preprocessing.std)
+
+
+def _standardised(images: np.ndarray) -> np.ndarray:
+    """float32 images of mean 0 and variance 1, each by its own mean and deviation.
+
+    As `tf.image.per_image_standardization` of float images with values up to 255: the
+    deviation of a nearly uniform image of `n` numbers is taken as `1 / sqrt(n)`.
+    """
+    rows = images.reshape(len(images), -1).astype(np.float32)
+    rows -= rows.mean(1, keepdims=True)
+    least = np.float32(rows.shape[1] ** -0.5)
+    rows /= np.maximum(rows.std(1, keepdims=True), least)
+    return rows.reshape(images.shape)
+
+
+def _normalised(
+    images: np.ndarray,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> np.ndarray:
+    """float32 images less a mean and over a deviation of each channel, of 1."""
+    deviation = np.asarray(std, np.float32)
+    scale = np.float32(1 / 255) / deviation
+    shift = np.asarray(mean, np.float32) / deviation
     normalised = images.astype(np.float32)
     normalised *= scale
     normalised -= shift

@@ -7,12 +7,20 @@ Images of one size that fit in memory are decoded once, when the split is opened
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data import strokes_builder
+from experiments.data import augment, strokes_builder
+
+Normalisation = Literal["dataset", "image", "caffe"]
+"""Whose mean and standard deviation the pixels are normalised by."""
+
+Crop = Literal["inception", "plain"]
+"""How a part of an image is chosen: by `augment.random_resized_crop` and
+`augment.centre_crop`, or by `augment.random_squashed_crop` and
+`augment.centre_squashed_crop`."""
 
 
 class Records(Protocol):
@@ -54,6 +62,53 @@ PREPROCESSING = {
 }
 """By data set name; sets that are not listed get the defaults of `Preprocessing`."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run wants done differently from a data set's `Preprocessing`.
+
+    Attributes:
+        normalise: `"dataset"` for the constants of the data set, one a channel;
+            `"image"` for the mean and the standard deviation of all pixels and
+            channels of the image itself, as it is given to the model; `"caffe"` for
+            the data set's mean alone and a 256th of the pixels' values.
+        border: What a shift brings in at the edges (images of one size).
+        crop: How a part of an image is chosen (images of varying size).
+        image_size: Height and width of an image as the model sees it, in pixels;
+            `None` for the data set's. Images of varying size are cropped to it; those
+            of one size are resized as a whole, after all augmentation.
+    """
+
+    normalise: Normalisation = "dataset"
+    border: augment.Border = "reflect"
+    crop: Crop = "inception"
+    image_size: int | None = None
+
+    def __post_init__(self):
+        """Refuses what no data set could be read with, naming the argument."""
+        choices = {"normalise": Normalisation, "border": augment.Border, "crop": Crop}
+        for name, choice in choices.items():
+            if getattr(self, name) not in (known := get_args(choice)):
+                raise ValueError(
+                    f"{name} must be one of {known}, got {getattr(self, name)!r}"
+                )
+        if self.image_size is None:
+            return
+        if self.image_size < 1:
+            raise ValueError(
+                f"image_size must be positive, or None for the data set's, got "
+                f"{self.image_size}"
+            )
+        if self.crop == "plain" and self.image_size > augment.SQUASHED_SIZE:
+            raise ValueError(
+                f"image_size must be at most {augment.SQUASHED_SIZE}, from which "
+                f"crop='plain' crops, got {self.image_size}; choose crop='inception'"
+            )
+
+
+DEFAULT_RECIPE = Recipe()
+"""Nothing different."""
+
 _TEST_SPLITS = {"imagenet2012": "validation"}  # whose split `test` has no labels
 
 
@@ -67,6 +122,7 @@ class Split:
         num_classes: Number of classes.
         preprocessing: What happens to the images.
         fixed_size: Whether all images have the same size on disk.
+        recipe: What the run wants done differently.
     """
 
     records: Records
@@ -74,6 +130,7 @@ class Split:
     num_classes: int
     preprocessing: Preprocessing
     fixed_size: bool
+    recipe: Recipe = DEFAULT_RECIPE
 
     def __len__(self) -> int:
         """Number of images."""
@@ -119,6 +176,7 @@ def open_split(
     split: str,
     data_dir: str | os.PathLike,
     *,
+    recipe: Recipe = DEFAULT_RECIPE,
     memory_limit: int = 2 << 30,
 ) -> Split:
     """Opens a split of a prepared data set; `strokes/...` is made if it is missing.
@@ -128,8 +186,10 @@ def open_split(
             `"strokes/20"`, `"cifar100"`, `"imagenet2012"`.
         split: Name of a split or part of one: `"train"`, `"test"`, `"train[:10%]"`.
         data_dir: Directory that holds data sets, one directory each.
+        recipe: What the run wants done differently from the data set's
+            `Preprocessing`.
         memory_limit: Images of one size that need at most this many bytes are kept
-            decoded in memory.
+            decoded in memory, as large as they are on disk.
 
     Returns:
         The split.
@@ -160,13 +220,19 @@ def open_split(
     records: Records = open_records(split, decoders=decoders)
     if fixed_size and len(records) * int(np.prod(shape)) <= memory_limit:
         records = InMemory(records)
-    crop = preprocessing.crop_size
+    size = recipe.image_size
+    if not fixed_size:
+        size = size or preprocessing.crop_size
+        shape = (size, size, 3)
+    elif size:
+        shape = (size, size, shape[-1])
     return Split(
         records=records,
-        image_shape=shape if fixed_size else (crop, crop, 3),
+        image_shape=shape,
         num_classes=features["label"].num_classes,
         preprocessing=preprocessing,
         fixed_size=fixed_size,
+        recipe=recipe,
     )
 
 

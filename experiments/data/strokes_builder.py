@@ -72,6 +72,11 @@ CONFIGS = {
             drawing=strokes.Strokes(image_size=16),
         ),
         StrokesConfig(
+            name="100_small",
+            description="100 classes in 20 families, of 16 pixels; for studies.",
+            drawing=strokes.Strokes(num_classes=100, image_size=16),
+        ),
+        StrokesConfig(
             name="tiny",
             description="5 classes of one family, 16 pixels; for tests.",
             drawing=strokes.Strokes(num_classes=5, image_size=16),
@@ -86,6 +91,7 @@ CHECKSUMS = {
     "100": 0xB940A5EC,
     "20_noisy": 0xE4DDAEF2,
     "20_small": 0x6BA4F8BD,
+    "100_small": 0x5E4C04CC,
     "tiny": 0x166392EE,
 }
 """CRC-32 of each config: over the blocks of `train`, then over those of `test`."""

@@ -1,7 +1,6 @@
 """Residual networks: ResNet v1.5 for photographs and the CIFAR family for small images.
 
-One module, `ResNet`; the networks of the literature are `partial`s of it, by name in
-`MODELS`. References:
+One module, `ResNet`; the networks of the literature are `partial`s of it. References:
 
     He et al., `Deep Residual Learning <https://arxiv.org/abs/1512.03385>`_, 2015:
         the networks; here with projection shortcuts (option B) where the shape changes.
@@ -183,29 +182,3 @@ ResNet20 = functools.partial(_CifarResNet, stage_sizes=(3, 3, 3))
 ResNet32 = functools.partial(_CifarResNet, stage_sizes=(5, 5, 5))
 ResNet44 = functools.partial(_CifarResNet, stage_sizes=(7, 7, 7))
 ResNet56 = functools.partial(_CifarResNet, stage_sizes=(9, 9, 9))
-
-ModelName = Literal[
-    "resnet8",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-]
-"""What a command line may ask for; `resnet8` is the demo's."""
-
-MODELS: dict[ModelName, Callable[..., ResNet]] = {
-    "resnet8": ResNet8,
-    "resnet20": ResNet20,
-    "resnet32": ResNet32,
-    "resnet44": ResNet44,
-    "resnet56": ResNet56,
-    "resnet18": ResNet18,
-    "resnet34": ResNet34,
-    "resnet50": ResNet50,
-    "resnet101": ResNet101,
-}
-"""Constructors by name."""

@@ -153,14 +153,14 @@ def test_ratios_of_given_times():
     # Every tenth step is ten times as long, on a machine that slows down.
     base = [1.0] * 50 + [3.0] * 50
     own = [2 * b * (10 if i % 10 == 0 else 1) for i, b in enumerate(base)]
-    ratios = stale_steps.ratios(own, base)
+    ratios = timing.stretched_ratios(own, base)
     assert ratios["total"] == {"median": 3.8, "low": 3.8, "high": 3.8}
     assert ratios["paired"] == {"median": 2, "low": 2, "high": 2}
     own[:10] = [5.0] * 10
-    ratios = stale_steps.ratios(own, base)
+    ratios = timing.stretched_ratios(own, base)
     assert ratios["total"] == {"median": 3.86, "low": 3.8, "high": 5}
     assert ratios["paired"] == {"median": 2, "low": 2, "high": 5}
-    few = stale_steps.ratios([4.0, 9.0], [2.0, 3.0])
+    few = timing.stretched_ratios([4.0, 9.0], [2.0, 3.0])
     assert few["paired"] == {"median": 2.5, "low": 2, "high": 3}
 
 

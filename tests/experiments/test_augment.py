@@ -1,5 +1,6 @@
 """Crops and flips: right pixels, and randomness that belongs to the position."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -27,12 +28,15 @@ def test_seeds_give_unrelated_numbers():
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.06
 
 
-def test_a_crop_is_a_window_of_the_reflected_image(images):
+@pytest.mark.parametrize(
+    ("border", "mode"), [({}, "reflect"), ({"border": "zero"}, "constant")]
+)
+def test_a_crop_is_a_window_of_the_padded_image(images, border, mode):
     positions = np.arange(64)
-    cropped = augment.pad_crop_flip(images, positions, 0, pad=2, flip=False)
+    cropped = augment.pad_crop_flip(images, positions, 0, pad=2, flip=False, **border)
     across, down, _ = augment.uniforms(0, positions, 3).T
-    for i in (0, 1, 63):
-        padded = np.pad(images[i], ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    for i in range(64):
+        padded = np.pad(images[i], ((2, 2), (2, 2), (0, 0)), mode=mode)
         y, x = int(down[i] * 5), int(across[i] * 5)
         np.testing.assert_array_equal(cropped[i], padded[y : y + 12, x : x + 10])
 
@@ -78,3 +82,61 @@ def test_the_centre_crop_is_centred():
     image[5:75, 25:95] = 200  # the central square of 7/8 of the shorter side
     np.testing.assert_array_equal(augment.centre_crop(image, 35), 200)
     assert augment.centre_crop(image, 40, share=1.0).min() == 0
+
+
+def test_a_squashed_crop_is_a_window_of_the_resized_image():
+    image = np.random.default_rng(0).integers(0, 256, (40, 90, 3)).astype(np.uint8)
+    squashed = cv2.resize(image, (256, 256), interpolation=cv2.INTER_LINEAR)
+    windows = {
+        squashed[y : y + 253, x : x + 253].tobytes(): (y, x)
+        for y in range(4)
+        for x in range(4)
+    }
+    mirrored, places = 0, []
+    for position in range(200):
+        crop = augment.random_squashed_crop(image, position, 5, 253)
+        again = augment.random_squashed_crop(image, position, 5, 253)
+        np.testing.assert_array_equal(crop, again)
+        mirror = crop.tobytes() not in windows
+        mirrored += mirror
+        places.append(windows[(crop[:, ::-1] if mirror else crop).tobytes()])
+    assert 70 < mirrored < 130
+    # Each of the 16 places has 12.5 of 200 crops in the mean.
+    counts = np.bincount([4 * y + x for y, x in places], minlength=16)
+    assert counts.min() > 2
+    assert counts.max() < 28
+
+
+def test_seeds_give_unrelated_squashed_crops():
+    image = np.random.default_rng(0).integers(0, 256, (40, 90, 3)).astype(np.uint8)
+    one, other = (
+        [augment.random_squashed_crop(image, i, s, 200).tobytes() for i in range(9)]
+        for s in (0, 1)
+    )
+    assert len({*one, *other}) == 18
+
+
+@pytest.mark.parametrize(("size", "start"), [(227, 14), (224, 16), (256, 0)])
+def test_the_centre_squashed_crop_is_the_one_of_caffe(size, start):
+    image = np.random.default_rng(0).integers(0, 256, (300, 50, 3)).astype(np.uint8)
+    squashed = cv2.resize(image, (256, 256), interpolation=cv2.INTER_LINEAR)
+    crop = augment.centre_squashed_crop(image, size)
+    end = start + size
+    np.testing.assert_array_equal(crop, squashed[start:end, start:end])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_is_bilinear(images, channels):
+    images = images[..., :channels]
+    resized = augment.resize(images, 30)
+    assert (resized.shape, resized.dtype) == ((64, 30, 30, channels), np.uint8)
+    # Between the pixels' centres; beyond the outermost ones, their values.
+    y, x = (np.clip((np.arange(30) + 0.5) * n / 30 - 0.5, 0, n - 1) for n in (12, 10))
+    for image, got in zip(images.astype(float), resized, strict=True):
+        rows = [
+            [np.interp(y, np.arange(12), c) for c in r.T] for r in image.swapaxes(0, 1)
+        ]
+        columns = np.array(rows).transpose(2, 1, 0)  # y, channel, x
+        expected = [[np.interp(x, np.arange(10), c) for c in r] for r in columns]
+        expected = np.array(expected).swapaxes(1, 2)
+        np.testing.assert_allclose(got, expected, atol=1)

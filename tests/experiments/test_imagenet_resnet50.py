@@ -12,9 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, imagenet_resnet50, metrics
+from experiments import (
+    checkpoints,
+    classifier,
+    command_line,
+    imagenet_resnet50,
+    metrics,
+    settings,
+)
 from experiments.data import pipeline
-from experiments.models import resnet
+from experiments.models import registry, resnet
 
 ROOT = pathlib.Path(imagenet_resnet50.__file__).parents[1]
 
@@ -25,7 +32,7 @@ OneBlock = functools.partial(
 
 @pytest.fixture(autouse=True)
 def one_block(monkeypatch):
-    monkeypatch.setitem(resnet.MODELS, "resnet8", OneBlock)
+    monkeypatch.setitem(registry.MODELS, "resnet8", OneBlock)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def flags(data_dir):
 
 @pytest.fixture
 def config(data_dir):
-    return imagenet_resnet50.Config(
+    return settings.Config(
         dataset="strokes/tiny",
         data_dir=data_dir,
         batch_size=64,
@@ -87,8 +94,16 @@ class Killed(BaseException):
         {"optimizer": "sgd"},
         {"optimizer": "kfac"},
         {"optimizer": "sp_ngd", "devices": 4, "placement": "memory"},
+        {
+            "optimizer": "nlcg",
+            "weight_average": 0.9,
+            "l2": 1e-3,
+            "schedule": "staircase",
+            "decay_epochs": (1.0,),
+            "warmup_shape": "sqrt",
+        },
     ],
-    ids=["sgd", "kfac", "sp_ngd on 4 devices"],
+    ids=["sgd", "kfac", "sp_ngd on 4 devices", "nlcg with averaged weights"],
 )
 def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, settings):
     config = dataclasses.replace(config, **settings)
@@ -96,12 +111,12 @@ def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, setting
         dataclasses.replace(config, directory=tmp_path / name)
         for name in ("whole", "killed")
     )
-    run = imagenet_resnet50.prepare(whole)
-    accuracy = imagenet_resnet50.train(run)
+    run = classifier.prepare(whole)
+    accuracy = classifier.train(run)
 
     def prepare(config):
         # The same program, so that the test compiles it once.
-        return imagenet_resnet50.prepare(config)._replace(program=run.program)
+        return classifier.prepare(config)._replace(program=run.program)
 
     take = pipeline.TrainingBatches.__next__
 
@@ -113,9 +128,9 @@ def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, setting
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.TrainingBatches, "__next__", take_five)
         with pytest.raises(Killed):
-            imagenet_resnet50.train(prepare(killed))
+            classifier.train(prepare(killed))
     resumed = prepare(dataclasses.replace(killed, resume=True))
-    assert imagenet_resnet50.train(resumed) == accuracy
+    assert classifier.train(resumed) == accuracy
 
     one, other = (
         [
@@ -141,15 +156,15 @@ def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, setting
 
 def test_evaluation_is_the_mean_over_the_test_images(config, tmp_path):
     config = dataclasses.replace(config, optimizer="sgd", directory=tmp_path)
-    run = imagenet_resnet50.prepare(config)
+    run = classifier.prepare(config)
     state = run.program.init()
     means = [
-        imagenet_resnet50.evaluate(
+        classifier.evaluate(
             run.program.eval_step,
             state,
             dataclasses.replace(
                 run.data,
-                test=imagenet_resnet50.open_data(
+                test=classifier.open_data(
                     dataclasses.replace(config, eval_batch_size=size)
                 ).test,
             ),
@@ -173,8 +188,8 @@ def test_label_smoothing_is_in_the_training_loss(config):
     params = variables.pop("params")
     losses = []
     for smoothing in (0.0, 0.5, 1.0):
-        loss_fn = imagenet_resnet50.make_loss(model, smoothing)
-        losses.append(float(loss_fn(params, variables, batch, None)[0]))
+        loss_fn = classifier.make_loss(model, smoothing)
+        losses.append(float(loss_fn(params, variables, batch, jax.random.key(0))[0]))
     assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)
 
 
@@ -191,6 +206,10 @@ def test_label_smoothing_is_in_the_training_loss(config):
         (["--epochs", "-1"], "epochs must be positive, got -1"),
         (["--warmup-epochs", "8"], r"warmup_epochs must be in \[0, 2.0\), got 8"),
         (["--label-smoothing", "1"], "label_smoothing must be in"),
+        (["--l2", "-1"], r"l2 must be in \[0, inf\), got -1"),
+        (["--weight-average", "1"], r"weight_average must be in \(0, 1\) or none"),
+        (["--schedule", "staircase"], "decay_epochs must name the epochs of schedule"),
+        (["--optimizer", "lars", "--lars.weight-decay", "-1"], "weight_decay=-1.0 mus"),
         (["--seed", "-3"], "seed must be in"),
         (["--kfac.learning-rate", "0"], "kfac.learning_rate must be positive"),
         (["--kfac.momentum", "1"], r"kfac.momentum must be in \[0, 1\)"),
@@ -207,7 +226,7 @@ def test_bad_settings_are_refused_before_anything_is_compiled(
     def init(*arguments):
         raise AssertionError("the run was begun")
 
-    monkeypatch.setattr(imagenet_resnet50, "train", init)
+    monkeypatch.setattr(command_line, "train", init)
     directory = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         imagenet_resnet50.main([*flags, *arguments, "--directory", str(directory)])
@@ -231,9 +250,9 @@ def test_the_demo_refuses_bad_settings_of_its_second_run_before_the_first(
 
 def test_a_finished_run_is_not_overwritten(config, tmp_path):
     config = dataclasses.replace(config, optimizer="sgd", directory=tmp_path)
-    imagenet_resnet50.prepare(config)
+    classifier.prepare(config)
     with pytest.raises(FileExistsError, match="--resume"):
-        imagenet_resnet50.prepare(config)
+        classifier.prepare(config)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import io
 import itertools
 
 import cv2
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments.data import pipeline, splits
+from experiments.data import augment, pipeline, splits
 
 EPOCH = 256  # training images of strokes/tiny
 
@@ -127,6 +128,14 @@ def test_resumes_bit_for_bit_from_one_integer(train, taken):
     assert resumed.get_state() == batches.get_state() == 10
 
 
+def test_any_batch_size_will_do(train):
+    batches = pipeline.TrainingBatches(train, batch_size=1, seed=0, augmented=False)
+    one_by_one = [i for batch in take(batches, 21) for i in originals(train, batch)]
+    batches = pipeline.TrainingBatches(train, batch_size=7, seed=0, augmented=False)
+    by_seven = [i for batch in take(batches, 3) for i in originals(train, batch)]
+    assert one_by_one == by_seven
+
+
 def test_seed_decides_the_order(train):
     one, same, other = (
         next(pipeline.TrainingBatches(train, batch_size=32, seed=seed))
@@ -230,6 +239,215 @@ def test_photographs_keep_their_colours_and_labels(photographs):
                 assert (red, blue) == (green, 255)
                 seen[int(red) // 20] = int(label)
     assert seen == {i: i % 3 for i in range(11)}
+
+
+class Encoded(list):
+    """Records of PNG files, held in a list."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.fixture(scope="module")
+def textured():
+    """Photographs of noise, of which each crop is different."""
+    random = np.random.default_rng(1)
+    images = [
+        random.integers(0, 256, (*random.integers(20, 60, 2), 3)).astype(np.uint8)
+        for _ in range(11)
+    ]
+    records = Encoded(
+        {"image": cv2.imencode(".png", image[..., ::-1])[1].tobytes(), "label": i}
+        for i, image in enumerate(images)
+    )
+
+    def split(recipe):
+        size = recipe.image_size or 224
+        preprocessing = splits.PREPROCESSING["imagenet2012"]
+        return splits.Split(records, (size, size, 3), 11, preprocessing, False, recipe)
+
+    return images, split
+
+
+def places(length, seed, count):
+    """Record numbers at the first positions of the stream."""
+    order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+    return [order[position] for position in range(count)]
+
+
+def normalised(image, recipe, preprocessing):
+    """The formulas of the normalisations for one image, in float64."""
+    pixels = image.astype(float)
+    if recipe.normalise == "dataset":
+        return (pixels / 255 - preprocessing.mean) / preprocessing.std
+    if recipe.normalise == "caffe":  # (x - mean pixel) / 256
+        return (pixels - 255 * np.asarray(preprocessing.mean)) / 256
+    return (pixels - pixels.mean()) / max(pixels.std(), pixels.size**-0.5)
+
+
+RECIPES = {
+    "default": splits.Recipe(),
+    "nlcg": splits.Recipe(normalise="image", border="zero"),
+    "enlarged": splits.Recipe(image_size=37),
+    "all": splits.Recipe("image", "zero", "plain", 11),
+}
+recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def with_recipe(split, recipe):
+    """The same records, shifted, mirrored, and read by another recipe."""
+    size = recipe.image_size or split.image_shape[0]
+    preprocessing = splits.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), 3, True)
+    return splits.dataclasses.replace(
+        split,
+        recipe=recipe,
+        preprocessing=preprocessing,
+        image_shape=(size, size, split.image_shape[2]),
+    )
+
+
+@recipes
+def test_recipes_for_images_of_one_size(train, recipe):
+    split = with_recipe(train, recipe)
+    size = split.image_shape[0]
+    mode = "constant" if recipe.border == "zero" else "reflect"
+
+    def expected(image):
+        resized = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+        return normalised(resized, recipe, split.preprocessing)
+
+    order = places(EPOCH, 4, 2 * 160)  # on into the second epoch
+    draws = augment.uniforms(4, np.arange(2 * 160), 3)
+    training = take(pipeline.TrainingBatches(split, batch_size=160, seed=4), 2)
+    images = np.concatenate([batch["image"] for batch in training])
+    labels = np.concatenate([batch["label"] for batch in training])
+    for position, record in enumerate(order):
+        row = split.records[record]
+        padded = np.pad(row["image"], ((3, 3), (3, 3), (0, 0)), mode=mode)
+        x, y = (int(7 * draw) for draw in draws[position, :2])
+        moved = padded[y : y + 16, x : x + 16]
+        moved = moved[:, ::-1] if draws[position, 2] < 0.5 else moved
+        np.testing.assert_allclose(images[position], expected(moved), atol=2e-5)
+        assert labels[position] == row["label"]
+
+    still = pipeline.TrainingBatches(split, batch_size=160, seed=4, augmented=False)
+    evaluation = pipeline.EvaluationBatches(split, batch_size=EPOCH)
+    first, everything = next(still)["image"], next(iter(evaluation))["image"]
+    np.testing.assert_array_equal(first, everything[order[:160]])
+    for record in range(EPOCH):
+        image = expected(split.records[record]["image"])
+        np.testing.assert_allclose(everything[record], image, atol=2e-5)
+    assert images.dtype == everything.dtype == np.float32
+
+
+@pytest.mark.parametrize("normalise", ["dataset", "image", "caffe"])
+@pytest.mark.parametrize("image_size", [None, 227])
+@pytest.mark.parametrize("crop", ["inception", "plain"])
+def test_recipes_for_photographs(textured, crop, image_size, normalise):
+    recipe = splits.Recipe(crop=crop, image_size=image_size, normalise=normalise)
+    images, opened = textured
+    split, size = opened(recipe), image_size or 224
+    batches = pipeline.TrainingBatches(split, batch_size=13, seed=2, num_threads=2)
+    training = next(batches)
+    draws = augment.uniforms(2, np.arange(13), 3)
+    for position, record in enumerate(places(11, 2, 13)):
+        image = images[record]
+        if crop == "plain":
+            image = cv2.resize(image, (256, 256), interpolation=cv2.INTER_LINEAR)
+            y, x = (int(draw * (257 - size)) for draw in draws[position, :2])
+            image = image[y : y + size, x : x + size]
+            image = image[:, ::-1] if draws[position, 2] < 0.5 else image
+        else:
+            image = augment.random_resized_crop(image, position, 2, size)
+        image = normalised(image, recipe, split.preprocessing)
+        np.testing.assert_allclose(training["image"][position], image, atol=2e-5)
+        assert training["label"][position] == record
+
+    batches = pipeline.EvaluationBatches(split, batch_size=11, num_threads=2)
+    still = pipeline.TrainingBatches(
+        split, batch_size=11, seed=2, augmented=False, num_threads=2
+    )
+    everything = next(iter(batches))["image"]
+    np.testing.assert_array_equal(next(still)["image"], everything[places(11, 2, 11)])
+    for image, got in zip(images, everything, strict=True):
+        if crop == "plain":
+            image = cv2.resize(image, (256, 256), interpolation=cv2.INTER_LINEAR)
+            start = (256 - size) // 2
+            image = image[start : start + size, start : start + size]
+        else:
+            image = augment.centre_crop(image, size)
+        image = normalised(image, recipe, split.preprocessing)
+        np.testing.assert_allclose(got, image, atol=2e-5)
+
+
+@recipes
+def test_recipes_keep_the_order_for_any_processes_and_resume(train, recipe):
+    split = with_recipe(train, recipe)
+    through = take(pipeline.TrainingBatches(split, batch_size=48, seed=1), 7)
+    resumed = pipeline.TrainingBatches(split, batch_size=48, seed=1)
+    resumed.set_state(5)
+    assert_same(next(resumed), through[5])
+    for index in range(3):
+        share = pipeline.TrainingBatches(
+            split, batch_size=48, seed=1, process_index=index, process_count=3
+        )
+        share.set_state(6)
+        assert_same(
+            next(share), {key: value[index::3] for key, value in through[6].items()}
+        )
+
+
+def test_plain_crops_keep_the_order_for_any_processes_and_resume(textured):
+    split = textured[1](splits.Recipe(crop="plain", image_size=64))
+
+    def batches(**process):
+        return pipeline.TrainingBatches(
+            split, batch_size=6, seed=1, num_threads=2, **process
+        )
+
+    through, resumed = take(batches(), 4), batches()
+    resumed.set_state(2)
+    assert_same(next(resumed), through[2])
+    for index in range(2):
+        share = take(batches(process_index=index, process_count=2), 4)[3]
+        assert_same(share, {key: value[index::2] for key, value in through[3].items()})
+
+
+def test_a_nearly_uniform_image_is_not_blown_up():
+    images = np.full((2, 2, 2, 3), 90, np.uint8)
+    images[1, 0, 1, 2] = 91  # a deviation of sqrt(11) / 12, below 1 / sqrt(12)
+    records = Encoded({"image": image, "label": 0} for image in images)
+    split = splits.Split(
+        records, (2, 2, 3), 1, splits.Preprocessing(), True, splits.Recipe("image")
+    )
+    uniform, nearly = next(iter(pipeline.EvaluationBatches(split, batch_size=2)))[
+        "image"
+    ]
+    np.testing.assert_array_equal(uniform, 0)
+    expected = np.full((2, 2, 3), -(12**-0.5))
+    expected[0, 1, 2] = 11 * 12**-0.5
+    np.testing.assert_allclose(nearly, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "recipe", "shape"),
+    [
+        ("strokes/tiny", splits.Recipe(image_size=67), (67, 67, 3)),
+        ("photographs", splits.Recipe(), (224, 224, 3)),
+        ("photographs", splits.Recipe(image_size=67), (67, 67, 3)),
+        ("photographs", splits.Recipe(crop="plain"), (224, 224, 3)),
+    ],
+)
+def test_open_data_follows_the_recipe(photographs, data_dir, dataset, recipe, shape):
+    del photographs  # only prepared
+    data = pipeline.open_data(
+        dataset, data_dir, batch_size=4, eval_batch_size=4, seed=0, recipe=recipe
+    )
+    assert data.image_shape == shape
+    training, test = next(data.train), next(iter(data.test))
+    assert training["image"].shape == test["image"].shape == (4, *shape)
+    opened = splits.open_split(dataset, "train", data_dir, recipe=recipe)
+    assert_same(next(pipeline.TrainingBatches(opened, batch_size=4, seed=0)), training)
 
 
 def test_open_data_counts_steps(data_dir):

@@ -14,7 +14,7 @@ CLASSES, SIZE, BATCH = 1000, 64, 2
 
 @pytest.fixture(scope="module")
 def problem():
-    model = resnet.MODELS["resnet50"](num_classes=CLASSES)
+    model = resnet.ResNet50(num_classes=CLASSES)
     images = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.float32)
     labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     variables = jax.eval_shape(

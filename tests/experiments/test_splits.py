@@ -60,3 +60,32 @@ def test_the_test_split_is_the_labelled_one():
 def test_what_cannot_be_opened_is_refused(data_dir, name, split, error, message):
     with pytest.raises(error, match=message):
         splits.open_split(name, split, data_dir)
+
+
+def test_resized_images_are_kept_as_small_as_they_are(data_dir):
+    recipe = splits.Recipe(image_size=40)
+    split = splits.open_split("strokes/tiny", "train", data_dir, recipe=recipe)
+    assert (split.image_shape, split.recipe) == ((40, 40, 3), recipe)
+    assert isinstance(split.records, splits.InMemory)
+    assert split.records.images.shape == (256, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"normalise": "batch"}, r"normalise.*'dataset', 'image', 'caffe'.*'batch'"),
+        ({"border": "wrap"}, r"border.*'reflect', 'zero'.*got 'wrap'"),
+        ({"crop": "ten"}, r"crop.*'inception', 'plain'.*got 'ten'"),
+        ({"image_size": 0}, "image_size must be positive.*got 0"),
+        ({"image_size": 257, "crop": "plain"}, "image_size.*256.*257.*'inception'"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        splits.Recipe(**arguments)
+
+
+def test_recipes_reach_their_bounds():
+    splits.Recipe(image_size=256, crop="plain")
+    splits.Recipe(image_size=299)
+    splits.Recipe(image_size=1)

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoints, imagenet_resnet50
+from experiments import checkpoints, classifier, settings
 from experiments.data import pipeline, virtual_batch
-from experiments.models import resnet
+from experiments.models import registry, resnet
 from lbopt import training
 
 N, CLASSES, SHAPE = 8, 5, (16, 12, 3)
@@ -320,7 +320,7 @@ def test_erasing_refuses_a_single_image():
 )
 def test_a_config_refuses_bad_settings(field, value):
     with pytest.raises(ValueError, match=rf"{field} must be in .*0: off.*got {value}"):
-        imagenet_resnet50.Config(**{field: value})
+        settings.Config(**{field: value})
 
 
 # === The loss =========================================================================
@@ -334,17 +334,17 @@ def problem():
 
 
 def with_virtual(model_state, virtual):
-    return {**model_state, imagenet_resnet50.VIRTUAL_BATCH: virtual}
+    return {**model_state, classifier.VIRTUAL_BATCH: virtual}
 
 
 def test_the_loss_is_on_the_soft_labels_and_the_accuracy_on_the_real_ones(problem):
     model, params, model_state = problem
     batch, previous = make_batch(1), mixed(1)[0]
-    loss_fn = imagenet_resnet50.make_loss(model, 0.1, mixup_alpha=ALPHA)
+    loss_fn = classifier.make_loss(model, 0.1, mixup_alpha=ALPHA)
     before = with_virtual(model_state, previous)
     loss, (after, metrics) = jax.jit(loss_fn)(params, before, batch, key_of(1))
     assert after.keys() == before.keys()
-    virtual = after[imagenet_resnet50.VIRTUAL_BATCH]
+    virtual = after[classifier.VIRTUAL_BATCH]
     assert virtual.count == 2
     assert ((virtual.labels > 0).sum(1) == 2).any(), "labels are soft"
     variables = {"params": params, **model_state}
@@ -362,20 +362,20 @@ def test_erasures_do_not_leak_into_the_next_step(problem):
     model, params, model_state = problem
     before = with_virtual(model_state, mixed(1)[0])
     (plain, (kept, _)), (erased, (after, _)) = (
-        imagenet_resnet50.make_loss(
-            model, 0.0, mixup_alpha=ALPHA, random_erasing=probability
-        )(params, before, make_batch(1), key_of(1))
+        classifier.make_loss(model, 0.0, mixup_alpha=ALPHA, random_erasing=probability)(
+            params, before, make_batch(1), key_of(1)
+        )
         for probability in (0.0, 1.0)
     )
     assert plain != erased
-    name = imagenet_resnet50.VIRTUAL_BATCH
+    name = classifier.VIRTUAL_BATCH
     assert_bits_equal(after[name], kept[name])
     assert (after[name].images != 0).all()
 
 
 def test_erasing_alone_carries_nothing(problem):
     model, params, model_state = problem
-    loss_fn = imagenet_resnet50.make_loss(model, 0.0, random_erasing=1.0)
+    loss_fn = classifier.make_loss(model, 0.0, random_erasing=1.0)
     _, (after, _) = loss_fn(params, model_state, make_batch(0), key_of(0))
     assert jax.tree.structure(after) == jax.tree.structure(model_state)
 
@@ -396,7 +396,7 @@ def test_without_them_the_loss_is_the_old_one(problem):
         return loss, (model_state, {"accuracy": accuracy})
 
     arguments = params, model_state, make_batch(0), key_of(0)
-    new_loss = imagenet_resnet50.make_loss(model, 0.1)
+    new_loss = classifier.make_loss(model, 0.1)
     new, old = (
         jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(*arguments).compile()
         for loss_fn in (new_loss, old_loss)
@@ -411,8 +411,8 @@ def test_without_them_the_loss_is_the_old_one(problem):
 
 @pytest.fixture
 def config(monkeypatch):
-    monkeypatch.setitem(resnet.MODELS, "resnet8", OneBlock)
-    return imagenet_resnet50.Config(
+    monkeypatch.setitem(registry.MODELS, "resnet8", OneBlock)
+    return settings.Config(
         optimizer="sgd", batch_size=N, mixup_alpha=ALPHA, random_erasing=0.5
     )
 
@@ -433,7 +433,7 @@ def test_a_run_resumes_bit_for_bit_and_a_refused_step_changes_nothing(
     config, data, tmp_path, monkeypatch
 ):
     traces = []
-    make_loss = imagenet_resnet50.make_loss
+    make_loss = classifier.make_loss
 
     def counting(*arguments, **settings):
         loss_fn = make_loss(*arguments, **settings)
@@ -444,9 +444,9 @@ def test_a_run_resumes_bit_for_bit_and_a_refused_step_changes_nothing(
 
         return counted
 
-    monkeypatch.setattr(imagenet_resnet50, "make_loss", counting)
-    program = imagenet_resnet50.build_program(config, data)
-    state, name = program.init(), imagenet_resnet50.VIRTUAL_BATCH
+    monkeypatch.setattr(classifier, "make_loss", counting)
+    program = classifier.build_program(config, data)
+    state, name = program.init(), classifier.VIRTUAL_BATCH
     virtual = state.model_state[name]
     assert_bits_equal(virtual, virtual_batch.empty((N, *SHAPE), CLASSES))
     for step in range(3):
@@ -483,7 +483,7 @@ def test_a_run_resumes_bit_for_bit_and_a_refused_step_changes_nothing(
 
 def test_kfac_finds_its_layers_and_its_step_keeps_the_state(config, data):
     config = dataclasses.replace(config, optimizer="kfac")
-    program = imagenet_resnet50.build_program(config, data)
+    program = classifier.build_program(config, data)
     state: training.TrainState = jax.eval_shape(program.init)
     batch = pipeline.batch_shapes(N, SHAPE)
     after, metrics = jax.eval_shape(program.train_step, state, batch)

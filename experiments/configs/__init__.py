@@ -1,0 +1,1 @@
+"""Published settings, a file each: the expected figure, and whether it was run here."""

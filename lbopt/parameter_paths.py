@@ -1,0 +1,71 @@
+"""Parameters named by regular expressions that are found in their paths."""
+
+import re
+from typing import Any, NamedTuple
+
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+
+from lbopt._typing import Params
+
+
+class Matching(NamedTuple):
+    """Which parameters an argument's regular expression names.
+
+    Attributes:
+      argument: the argument's name.
+      expression: the expression; None matches nothing.
+    """
+
+    argument: str
+    expression: re.Pattern | None
+
+    def __call__(self, path: Any) -> bool:
+        """Whether the expression is found in a path of ``jax.tree_util``."""
+        return self.expression is not None and bool(
+            self.expression.search(_named(path))
+        )
+
+    def inverted(self, params: Params) -> Any:
+        """An optax mask: everything else."""
+        self.require(params)
+        return tree_map_with_path(lambda path, _: not self(path), params)
+
+    def require(self, params: Params) -> None:
+        """Refuses an expression that is found nowhere."""
+        paths = [path for path, _ in tree_leaves_with_path(params)]
+        if self.expression is None or any(map(self, paths)):
+            return
+        shown = ", ".join(_named(path) for path in paths[:5])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        raise ValueError(
+            f"{self.argument}={self.expression.pattern!r} is found in no path of the "
+            f"parameters ({shown}{more}); correct it, or pass {self.argument}=None"
+        )
+
+
+def matching(argument: str, expression: str | None) -> Matching:
+    """Reads an argument's expression.
+
+    Args:
+      argument: the argument's name.
+      expression: a regular expression to be found in the paths of parameters, such as
+        ``"Conv_0/kernel"``; None matches nothing.
+
+    Returns:
+      What tells whether a path matches.
+
+    Raises:
+      ValueError: if it is no regular expression.
+    """
+    if expression is None:
+        return Matching(argument, None)
+    try:
+        return Matching(argument, re.compile(expression))
+    except re.error as error:
+        raise ValueError(
+            f"{argument}={expression!r} is no regular expression: {error}"
+        ) from error
+
+
+def _named(path: Any) -> str:
+    return keystr(path, simple=True, separator="/")

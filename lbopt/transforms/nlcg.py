@@ -1,0 +1,333 @@
+r"""Preconditioned nonlinear conjugate gradients on mini-batches, without line search.
+
+.. math:: d_k = -P_k g_k + \beta_k d_{k-1}, \qquad
+          w \leftarrow w + \eta_k b_k d_k
+"""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbopt import collectives
+from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt.collectives import Axis
+from lbopt.transforms import step_control as control
+from lbopt.transforms.conjugate_beta import RULES, Products, Rule
+from lbopt.transforms.diagonal_bfgs import scale_by_diagonal_bfgs
+from lbopt.transforms.step_control import StepControl
+
+Beta: TypeAlias = Literal[
+    "fletcher_reeves",
+    "polak_ribiere",
+    "hestenes_stiefel",
+    "dai_yuan",
+    "hybrid",
+    "hager_zhang",
+]
+Preconditioner: TypeAlias = Literal["bfgs"] | optax.GradientTransformation | None
+
+_SMALLEST_STEP = 1e-8
+
+
+class NlcgState(NamedTuple):
+    """State of ``scale_by_nlcg``; ``()`` where a setting has no use for an entry.
+
+    Attributes:
+      count: steps taken; the argument of schedules.
+      direction: d, the last direction.
+      gradient: the last gradient.
+      residual: the last preconditioned gradient, Pg.
+      preconditioner: the preconditioner's state.
+      delta: gᵀPg of the last step.
+      beta: β of the last step.
+      control: the step control's state, with the multiplier b.
+      uphill: directions that the descent guard has replaced.
+    """
+
+    count: Any
+    direction: Any
+    gradient: Any
+    residual: Any
+    preconditioner: Any
+    delta: Any
+    beta: Any
+    control: Any
+    uphill: Any
+
+
+def scale_by_nlcg(
+    learning_rate: ScalarOrSchedule,
+    *,
+    beta: Beta | Scalar = "fletcher_reeves",
+    preconditioner: Preconditioner = "bfgs",
+    step_control: StepControl | None = "step",
+    control_period: Count | int = 5,
+    beta_max: Scalar = 1.0,
+    restart_period: Count | int | None = None,
+    powell_threshold: Scalar | None = None,
+    descent_guard: bool = False,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Steps along conjugate directions of all parameters together.
+
+    .. math::
+      z_k = P_k g_k, \qquad \delta_k = g_k^\top z_k, \qquad
+      \beta_k = \mathrm{clip}\Big(\frac{\delta_k}{\delta_{k-1} + \epsilon}, 0,
+      \beta_{\max}\Big), \qquad d_k = -z_k + \beta_k d_{k-1}
+
+      u_k = (1 - \rho_k)\, \eta_k b_k d_k - \rho_k\, \eta_k b_{k-1} d_{k-1}
+
+    with β of Fletcher and Reeves (others: ``conjugate_beta``), and b and ρ of the step
+    control: b multiplies the rate, and ρ, the share of the last step that is taken
+    back, is not zero only after the loss has risen.  The inner products run over the
+    whole parameter vector.  No gradient and no loss is evaluated beyond those handed
+    in.
+
+    The learning rate is applied here, and with its sign: **no transformation that
+    changes the step may follow**, neither ``optax.scale_by_learning_rate`` nor a decay
+    nor a clip.  The preconditioner and the undone step take it that ``updates`` are
+    what is added to the parameters, which cannot be checked.  Weight decay belongs
+    into the loss, clipping before.
+
+    Args:
+      learning_rate: η, a number or a schedule of the step.
+      beta: the rule for β, or a number: with ``preconditioner=None`` and
+        ``step_control=None`` a number is the momentum of ``optax.sgd``.
+      preconditioner: ``"bfgs"``, a diagonal estimate of the Hessian
+        (``diagonal_bfgs``); None; or any transformation that makes a gradient into one
+        of the same sign, such as ``scale_by_kfac``, which also gets all extra
+        arguments.
+      step_control: ``"step"``, ``"online"`` (``transforms.step_control``) or None.
+      control_period: steps between the decisions of ``"step"``.
+      beta_max: the largest β.
+      restart_period: β = 0 at each multiple of so many steps; None for never.
+      powell_threshold: ν of Powell's restart: β = 0 where
+        :math:`|g_{k-1}^\top P g_k| \ge \nu\, g_k^\top P g_k`; 0.2 is usual, and None
+        for never.  Gradients of mini-batches are seldom orthogonal.
+      descent_guard: β = 0 where d would not point downhill; counted in ``uphill``.
+      axis_name: the mesh axis over whose devices gradients and loss are averaged
+        first, needed where the preconditioner has one; None where they are averages
+        already (``training.make_train_step`` averages for all other chains).
+
+    Returns:
+      A transformation whose ``update`` takes ``value=``, the batch's loss, unless
+      ``step_control`` is None.
+
+    Raises:
+      ValueError: for settings out of range, and, at ``update``, for a missing loss.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, lbopt, optax
+      >>> loss_fn = lambda w: jnp.sum(jnp.array([1.0, 3.0, 10.0]) * w**2) / 2
+      >>> tx = lbopt.scale_by_nlcg(0.05)
+      >>> w = jnp.array([1.0, -2.0, 0.5])
+      >>> state = tx.init(w)
+      >>> for _ in range(20):
+      ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+      ...     updates, state = tx.update(grads, state, w, value=loss)
+      ...     w = optax.apply_updates(w, updates)
+      >>> bool(loss_fn(w) < 0.3)
+      True
+
+    Source: Adya, Palakkode & Tuzel 2018; the body of the paper could not be had, and
+    the algorithm is that of the authors' released code.  Its step control reads
+    variables while they are written; the order of operations is ours.  There the
+    displacement that the preconditioner sees is η_k b_{k−1} d_{k−1}, with today's rate,
+    and so it is here.  Not in the code, and off by default: rules other than those of
+    Fletcher-Reeves and Polak-Ribière, Powell's restart, the descent guard, other
+    preconditioners.  State: the gradient, the direction and the preconditioner's h,
+    3n numbers, and for Polak-Ribière 4n.
+    """
+    _check(learning_rate, beta, preconditioner, step_control, control_period)
+    _check_restarts(beta_max, restart_period, powell_threshold)
+    rule = RULES[beta] if isinstance(beta, str) else Rule(lambda p: jnp.asarray(beta))
+    precondition = _preconditioner(preconditioner)
+    powell = powell_threshold is not None
+    keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient or powell
+
+    def init_fn(params: Params) -> NlcgState:
+        zeros = _precise(optax.tree.zeros_like(params))
+        return NlcgState(
+            count=jnp.zeros([], jnp.int32),
+            direction=zeros,
+            gradient=jax.tree.map(jnp.copy, zeros) if keeps_gradient else (),
+            residual=jax.tree.map(jnp.copy, zeros) if rule.keeps_residual else (),
+            preconditioner=precondition.init(params),
+            delta=jnp.zeros([]),
+            beta=jnp.zeros([]),
+            control=control.init() if step_control else (),
+            uphill=jnp.zeros([], jnp.int32) if descent_guard else (),
+        )
+
+    def beta_of(state: NlcgState, p: Products) -> tuple[Array, Any]:
+        """β after all restarts, and the count of the descent guard's."""
+        value = jnp.clip(rule.beta(p), 0, beta_max)
+        if restart_period is not None:
+            value = jnp.where(state.count % restart_period == 0, 0, value)
+        if powell:
+            close = jnp.abs(p.before_gz) >= powell_threshold * p.gz
+            value = jnp.where(close, 0, value)
+        first = state.count == 0
+        value = jnp.where(first, 0, value)
+        if not descent_guard:
+            return value, ()
+        uphill = ~first & (value * p.dg >= p.gz)
+        return jnp.where(uphill, 0, value), state.uphill + uphill
+
+    def lengths_of(
+        state: NlcgState, eta: Any, b: Any, loss: Any
+    ) -> tuple[Any, Any, Any]:
+        """The step control's state, and what d and the last d are multiplied by."""
+        if step_control is None:
+            return (), eta, 0.0
+        new, undone = control.update(
+            step_control, control_period, state.control, loss, state.count
+        )
+        ahead = eta * new.multiplier
+        moves = ahead > _SMALLEST_STEP  # a rate of zero takes nothing back
+        undone = jnp.where(moves, undone, 0)
+        return new, (1 - undone) * ahead, undone * eta * b
+
+    def update_fn(
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Scalar | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, NlcgState]:
+        if step_control and value is None:
+            raise ValueError(
+                "scale_by_nlcg.update needs value=, the loss of the batch, for "
+                f"step_control={step_control!r}; call tx.update(grads, state, params, "
+                "value=loss), or pass step_control=None"
+            )
+        g, loss = collectives.mean((_precise(updates), value), Axis(axis_name, 1))
+        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        b = state.control.multiplier if step_control else 1.0
+        d = state.direction
+        y: Any = ()
+        if keeps_gradient:
+            y = jax.tree.map(jnp.subtract, g, state.gradient)
+            t = jax.tree.map(lambda d: eta * b * d, d)
+            extra_args |= {"change": y, "displacement": t}
+        z, inner = precondition.update(
+            g, state.preconditioner, params, value=loss, **extra_args
+        )
+        p = _products(state, rule, g, y, z, powell, descent_guard)
+        beta_k, uphill = beta_of(state, p)
+        controlled, ahead, back = lengths_of(state, eta, b, loss)
+        direction = jax.tree.map(lambda z, d: beta_k * d - z, z, d)
+        steps = jax.tree.map(
+            lambda new, old, u: (ahead * new - back * old).astype(u.dtype),
+            direction,
+            d,
+            updates,
+        )
+        return steps, NlcgState(
+            count=optax.safe_increment(state.count),
+            direction=direction,
+            gradient=g if keeps_gradient else (),
+            residual=z if rule.keeps_residual else (),
+            preconditioner=inner,
+            delta=p.gz.astype(state.delta.dtype),
+            beta=beta_k.astype(state.beta.dtype),
+            control=controlled,
+            uphill=uphill,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _products(
+    state: NlcgState,
+    rule: Rule,
+    g: Updates,
+    y: Any,
+    z: Updates,
+    powell: bool,
+    descent_guard: bool,
+) -> Products:
+    """The inner products that the rule and the restarts need."""
+    dot, d = optax.tree.vdot, state.direction
+    both = rule.keeps_gradient and rule.keeps_residual
+    p = Products(gz=dot(g, z), gz_before=state.delta)
+    if rule.keeps_residual:
+        p = p._replace(gz_cross=dot(g, state.residual))
+    if rule.keeps_gradient:
+        p = p._replace(yz=dot(y, z), dy=dot(d, y))
+    if both:
+        p = p._replace(yy=dot(y, jax.tree.map(jnp.subtract, z, state.residual)))
+    if powell:
+        p = p._replace(before_gz=dot(state.gradient, z))
+    if both or descent_guard:
+        p = p._replace(dg=dot(d, g))
+    return p
+
+
+def _preconditioner(
+    preconditioner: Preconditioner,
+) -> optax.GradientTransformationExtraArgs:
+    if preconditioner is None:
+        return optax.with_extra_args_support(optax.identity())
+    if isinstance(preconditioner, str):
+        return scale_by_diagonal_bfgs()
+    return optax.with_extra_args_support(preconditioner)
+
+
+def _precise(tree: Any) -> Any:
+    """The tree in float32 or better."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+    )
+
+
+def _check(
+    learning_rate: Any,
+    beta: Any,
+    preconditioner: Any,
+    step_control: Any,
+    control_period: Any,
+) -> None:
+    if isinstance(learning_rate, (int, float)) and not learning_rate >= 0:
+        raise ValueError(
+            f"learning_rate={learning_rate} must not be negative; the direction points "
+            "downhill already"
+        )
+    if isinstance(beta, str) and beta not in RULES:
+        raise ValueError(f"beta={beta!r} must be one of {sorted(RULES)}, or a number")
+    if isinstance(beta, (int, float)) and not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta} must lie in [0, 1]; it is a momentum")
+    known = preconditioner in ("bfgs", None) or hasattr(preconditioner, "update")
+    if not known:
+        raise ValueError(
+            f"preconditioner={preconditioner!r} must be 'bfgs', None, or a "
+            "transformation such as lbopt.scale_by_kfac(layers)"
+        )
+    if step_control not in ("step", "online", None):
+        raise ValueError(
+            f"step_control={step_control!r} must be 'step', 'online' or None"
+        )
+    _check_period("control_period", control_period)
+
+
+def _check_restarts(beta_max: Any, restart_period: Any, powell_threshold: Any) -> None:
+    if isinstance(beta_max, (int, float)) and not beta_max >= 0:
+        raise ValueError(f"beta_max={beta_max} must not be negative; 1 is usual")
+    if restart_period is not None:
+        _check_period("restart_period", restart_period)
+    if isinstance(powell_threshold, (int, float)) and not powell_threshold > 0:
+        raise ValueError(
+            f"powell_threshold={powell_threshold} must be positive; 0.2 is usual, and "
+            "None never restarts"
+        )
+
+
+def _check_period(name: str, period: Any) -> None:
+    # optax.inject_hyperparams hands numbers over as arrays.
+    if isinstance(period, jax.Array):
+        return
+    if not isinstance(period, int) or period < 1:
+        raise ValueError(f"{name}={period!r} must be a whole number of steps, ≥ 1")

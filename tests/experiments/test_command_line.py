@@ -1,0 +1,55 @@
+"""The experiments' commands on few small images."""
+
+import pytest
+
+from experiments import cifar100_resnet32, imagenet_alexnet, metrics
+
+TINY = [
+    *("--dataset", "strokes/tiny", "--batch-size", "64", "--epochs", "0.75"),
+    *("--warmup-epochs", "0.25", "--eval-batch-size", "100"),
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def run(main, arguments, data_dir, directory):
+    places = ["--data-dir", str(data_dir), "--directory", str(directory)]
+    main([*arguments, *TINY, *places])
+    records = metrics.read_json_lines(directory / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    assert records[-1]["kind"] == "test"
+    assert (directory / "curves.png").stat().st_size > 10_000
+    return records
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["rmsprop"],
+        ["lars"],
+    ],
+    ids=lambda a: " ".join(a) or "no arguments",
+)
+def test_the_residual_network(arguments, data_dir, tmp_path, capsys):
+    flags = [*arguments, "--model", "preact_resnet8", "--recipe.image-size", "8"]
+    records = run(cifar100_resnet32.main, flags, data_dir, tmp_path)
+    # The penalty on 77,000 weights is part of the loss: more than log 5 at the start.
+    assert 1.6 < records[0]["loss"] < 4
+    assert records[0]["skipped"] == 0
+    assert " test accuracy " in capsys.readouterr().out
+
+
+def test_alexnet_reads_resized_strokes(data_dir, tmp_path):
+    flags = ["strokes", "--recipe.image-size", "67"]
+    records = run(imagenet_alexnet.main, flags, data_dir, tmp_path)
+    assert 1.4 < records[0]["loss"] < 1.9
+
+
+def test_an_unknown_setting_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        imagenet_alexnet.main(["vgg"])
+    assert "vgg" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""LARS and NLCG do the same on any devices, in micro-batches, and after sleep."""
+
+import functools
+import re
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lbopt
+from lbopt import sharding, training
+from tests.problems import assert_equal
+from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
+
+STEPS = 8
+
+
+def core(**options):
+    return lbopt.scale_by_kfac(layers(), damping=1e-2, **options)
+
+
+def lars(**options):
+    del options
+    return lbopt.lars(optax.linear_schedule(0.5, 0.1, STEPS), trust_coefficient=0.1)
+
+
+def lars_after_kfac(**options):
+    return optax.chain(core(**options), lbopt.lars(0.5, trust_coefficient=0.1))
+
+
+def nlcg(**options):
+    del options
+    return lbopt.nlcg(0.05, control_period=2)
+
+
+def nlcg_polak_ribiere(**options):
+    del options
+    return lbopt.nlcg(0.05, beta="polak_ribiere", step_control="online")
+
+
+def nlcg_kfac(**options):
+    axis_name = options.get("axis_name")
+    return lbopt.nlcg(0.02, preconditioner=core(**options), axis_name=axis_name)
+
+
+ON_TWO, ON_FOUR = {"devices": 2}, {"devices": 4, "accumulate": 2}
+IN_PARTS, BY_PMAP = {"accumulate": 4}, {"devices": 4, "parallel": "pmap"}
+WAYS = [
+    *[(make, how) for make in (lars, nlcg) for how in (ON_TWO, ON_FOUR, IN_PARTS)],
+    (nlcg_polak_ribiere, ON_TWO),
+    (lars_after_kfac, ON_FOUR),
+    (nlcg_kfac, ON_FOUR),
+    (nlcg_kfac, BY_PMAP),
+]
+
+
+def start(make, devices):
+    """A first state and its step."""
+    mesh, options = None, {}
+    if devices is not None:
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        options = {"axis_name": "data", "axis_size": devices}
+        options |= {"placement": "memory"} if devices > 2 else {}
+    tx = make(**options)
+    known = layers() if "kfac" in make.__name__ else None
+    state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
+    return state, functools.partial(training.make_train_step, loss_fn, tx, known, mesh)
+
+
+def run(make, devices=None, **options):
+    """The parameters and the losses of a run."""
+    state, make_step = start(make, devices)
+    step, losses = make_step(**options), []
+    for i in range(STEPS):
+        state, metrics = step(state, batch_of(i))
+        losses.append(float(metrics["loss"]))
+    return state.params, losses
+
+
+@functools.cache
+def reference(make):
+    return run(make)
+
+
+@pytest.mark.parametrize(
+    ("make", "how"), WAYS, ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_the_work_may_be_spread(make, how):
+    params, losses = run(make, **how)
+    expected, expected_losses = reference(make)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), expected, PARAMS)
+    assert min(jax.tree.leaves(moved)) > 0.01
+    np.testing.assert_allclose(losses, expected_losses, rtol=ROUNDING)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(b).max())
+
+
+@pytest.mark.parametrize("make", [nlcg, nlcg_kfac], ids=lambda make: make.__name__)
+def test_a_run_goes_on_after_sleep(make):
+    state, make_step = start(make, None)
+    step = make_step()
+    for i in range(STEPS // 2):
+        state, _ = step(state, batch_of(i))
+    asleep = flax.serialization.to_bytes(state._replace(rng=()))
+    first, _ = start(make, None)
+    state = flax.serialization.from_bytes(first._replace(rng=()), asleep)
+    state = state._replace(rng=first.rng)
+    for i in range(STEPS // 2, STEPS):
+        state, _ = step(state, batch_of(i))
+    assert_equal(state.params, reference(make)[0])
+
+
+# ------------------------------------------------------- parameters cut over devices
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": "hager_zhang"},
+        {"beta": "dai_yuan", "descent_guard": True, "powell_threshold": 0.2},
+    ],
+    ids=str,
+)
+def test_cut_parameters_need_two_reductions(options):
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
+    params = {f"w{i}": jnp.linspace(-1, i, 32).reshape(8, 4) for i in range(5)}
+    grads = [jax.tree.map(lambda w, k=k: jnp.cos(k + 3 * w), params) for k in range(4)]
+    tx = lbopt.scale_by_nlcg(0.1, **options)
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, value=1.0))
+
+    def course(place):
+        p, state = place(params), place(tx.init(params))
+        results = []
+        for g in grads:
+            updates, state = update(place(g), state, p)
+            results.append(updates)
+        return results, update.lower(place(grads[0]), state, p).compile().as_text()
+
+    def cut(tree):
+        return jax.device_put(
+            tree, jax.tree.map(lambda x: rows if x.ndim else whole, tree)
+        )
+
+    (alone, _), (spread, text) = course(lambda tree: tree), course(cut)
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    reductions = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    assert len(reductions) == 2
+    # Nothing but scalars is sent.
+    assert all(not dims for dims in re.findall(r"f32\[(.*?)\]", "".join(reductions)))
+    assert not re.findall(r" (all-gather|reduce-scatter|all-to-all)(-start)?\(", text)
