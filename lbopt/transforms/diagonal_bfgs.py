@@ -34,7 +34,8 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
     with the displacement t of the parameters and the change y of their gradient: the
     BFGS update of B, restricted to its diagonal and made positive.  Where
     :math:`y^\top t` or :math:`t^\top (h \circ t)` is below ε = 1e-8, h stays as it is,
-    bit for bit.  h starts at 1, and the first gradient passes unchanged.
+    bit for bit, and so does an entry that would not be finite.  h starts at 1, and the
+    first gradient passes unchanged.
 
     Returns:
       A transformation whose ``update`` takes ``displacement=`` and ``change=``, trees
@@ -60,7 +61,7 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params: Params) -> DiagonalBfgsState:
         h = optax.tree.ones_like(params)
-        return DiagonalBfgsState(jnp.zeros([], jnp.int32), _precise(h))
+        return DiagonalBfgsState(jnp.zeros([], jnp.int32), precise(h))
 
     def update_fn(
         updates: Updates,
@@ -77,7 +78,7 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
                 "scale_by_diagonal_bfgs.update needs displacement= and change=, those "
                 "of the parameters and of their gradient; scale_by_nlcg passes them"
             )
-        t, y = _precise(displacement), _precise(change)
+        t, y = precise(displacement), precise(change)
         ht = jax.tree.map(jnp.multiply, state.h, t)
         yt: Any = optax.tree.vdot(y, t)
         tbt: Any = optax.tree.vdot(t, ht)
@@ -86,7 +87,8 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
         def renewed(h: Array, ht: Array, y: Array) -> Array:
             lost = (jnp.square(ht) + EPS) / (tbt + EPS)
             gained = (jnp.square(y) + EPS) / (yt + EPS)
-            return jnp.where(curved, jnp.abs(h - lost + gained), h)
+            new = jnp.abs(h - lost + gained)
+            return jnp.where(curved & jnp.isfinite(new), new, h)
 
         h = jax.tree.map(renewed, state.h, ht, y)
         first = state.count == 0
@@ -100,8 +102,8 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _precise(tree: Any) -> Any:
-    """The tree in float32 or better: the difference in h cancels."""
+def precise(tree: Any) -> Any:
+    """The tree in float32 or better, which what is subtracted needs."""
     return jax.tree.map(
         lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
     )

@@ -15,7 +15,7 @@ from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Update
 from lbopt.collectives import Axis
 from lbopt.transforms import step_control as control
 from lbopt.transforms.conjugate_beta import RULES, Products, Rule
-from lbopt.transforms.diagonal_bfgs import scale_by_diagonal_bfgs
+from lbopt.transforms.diagonal_bfgs import precise, scale_by_diagonal_bfgs
 from lbopt.transforms.step_control import StepControl
 
 Beta: TypeAlias = Literal[
@@ -44,6 +44,7 @@ class NlcgState(NamedTuple):
       beta: β of the last step.
       control: the step control's state, with the multiplier b.
       uphill: directions that the descent guard has replaced.
+      rejected: steps not taken because Pg was not finite.
     """
 
     count: Any
@@ -55,6 +56,7 @@ class NlcgState(NamedTuple):
     beta: Any
     control: Any
     uphill: Any
+    rejected: Any
 
 
 def scale_by_nlcg(
@@ -112,8 +114,9 @@ def scale_by_nlcg(
         already (``training.make_train_step`` averages for all other chains).
 
     Returns:
-      A transformation whose ``update`` takes ``value=``, the batch's loss, unless
-      ``step_control`` is None.
+      A transformation whose ``update`` takes ``value=``, the batch's loss, which must
+      be positive, unless ``step_control`` is None.  No step is taken where Pg is not
+      finite.
 
     Raises:
       ValueError: for settings out of range, and, at ``update``, for a missing loss.
@@ -148,7 +151,7 @@ def scale_by_nlcg(
     keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient or powell
 
     def init_fn(params: Params) -> NlcgState:
-        zeros = _precise(optax.tree.zeros_like(params))
+        zeros = precise(optax.tree.zeros_like(params))
         return NlcgState(
             count=jnp.zeros([], jnp.int32),
             direction=zeros,
@@ -159,6 +162,7 @@ def scale_by_nlcg(
             beta=jnp.zeros([]),
             control=control.init() if step_control else (),
             uphill=jnp.zeros([], jnp.int32) if descent_guard else (),
+            rejected=jnp.zeros([], jnp.int32),
         )
 
     def beta_of(state: NlcgState, p: Products) -> tuple[Array, Any]:
@@ -170,7 +174,7 @@ def scale_by_nlcg(
             close = jnp.abs(p.before_gz) >= powell_threshold * p.gz
             value = jnp.where(close, 0, value)
         first = state.count == 0
-        value = jnp.where(first, 0, value)
+        value = jnp.where(first | ~jnp.isfinite(value), 0, value)
         if not descent_guard:
             return value, ()
         uphill = ~first & (value * p.dg >= p.gz)
@@ -204,7 +208,7 @@ def scale_by_nlcg(
                 f"step_control={step_control!r}; call tx.update(grads, state, params, "
                 "value=loss), or pass step_control=None"
             )
-        g, loss = collectives.mean((_precise(updates), value), Axis(axis_name, 1))
+        g, loss = collectives.mean((precise(updates), value), Axis(axis_name, 1))
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         b = state.control.multiplier if step_control else 1.0
         d = state.direction
@@ -219,23 +223,26 @@ def scale_by_nlcg(
         p = _products(state, rule, g, y, z, powell, descent_guard)
         beta_k, uphill = beta_of(state, p)
         controlled, ahead, back = lengths_of(state, eta, b, loss)
+        sound = jnp.isfinite(p.gz)
+
+        def accepted(new: Any, old: Any) -> Any:
+            return jax.tree.map(
+                lambda new, old: jnp.where(sound, new, old).astype(old.dtype), new, old
+            )
+
         direction = jax.tree.map(lambda z, d: beta_k * d - z, z, d)
-        steps = jax.tree.map(
-            lambda new, old, u: (ahead * new - back * old).astype(u.dtype),
-            direction,
-            d,
-            updates,
-        )
-        return steps, NlcgState(
+        steps = jax.tree.map(lambda new, old: ahead * new - back * old, direction, d)
+        return accepted(steps, optax.tree.zeros_like(updates)), NlcgState(
             count=optax.safe_increment(state.count),
-            direction=direction,
+            direction=accepted(direction, d),
             gradient=g if keeps_gradient else (),
-            residual=z if rule.keeps_residual else (),
+            residual=accepted(z, state.residual) if rule.keeps_residual else (),
             preconditioner=inner,
-            delta=p.gz.astype(state.delta.dtype),
-            beta=beta_k.astype(state.beta.dtype),
+            delta=accepted(p.gz, state.delta),
+            beta=accepted(beta_k, state.beta),
             control=controlled,
             uphill=uphill,
+            rejected=state.rejected + ~sound,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -275,13 +282,6 @@ def _preconditioner(
     if isinstance(preconditioner, str):
         return scale_by_diagonal_bfgs()
     return optax.with_extra_args_support(preconditioner)
-
-
-def _precise(tree: Any) -> Any:
-    """The tree in float32 or better."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
-    )
 
 
 def _check(

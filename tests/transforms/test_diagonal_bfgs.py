@@ -86,6 +86,17 @@ def test_the_diagonal_stays_positive():
     assert 50 < changed < 150
 
 
+def test_an_entry_that_overflows_stays():
+    state = TX.init(PARAMS)
+    t, y = next(pairs(6, 1))
+    y["a"] = y["a"].at[0, 0].set(1e25)  # whose square is not finite
+    t["a"] = t["a"].at[0, 0].set(1e-20)
+    _, after = TX.update(PARAMS, state, displacement=t, change=y)
+    assert after.h["a"][0, 0] == 1
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.h))
+    assert np.all(flat(after.h["b"]) != 1)
+
+
 def test_the_diagonal_is_float32_where_parameters_are_not():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     state = TX.init(params)

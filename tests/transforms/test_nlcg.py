@@ -456,6 +456,22 @@ def test_sleep_in_the_middle_of_a_run():
         assert_equal(np.asarray(updates), whole[k][0])
 
 
+def test_a_preconditioner_that_breaks_down_leaves_everything_as_it_was():
+    breaks = optax.stateless(lambda g, _: jax.tree.map(lambda g: g / g[2], g))
+    tx = scale_by_nlcg(
+        0.1, beta="polak_ribiere", preconditioner=breaks, step_control=None
+    )
+    grads = [[1.0, 2, 4], [2.0, 2, 1], [1.0, 1, 0], [1.0, 3, 2]]
+    rows = course(tx, grads)
+    (_, before), (broken, after), (updates, last) = rows[1:]
+    np.testing.assert_array_equal(broken, 0)
+    kept = {"count": before.count, "rejected": before.rejected}
+    assert_equal(after._replace(**kept), before)
+    assert after.rejected == last.rejected == 1
+    assert np.all(np.isfinite(updates))
+    assert np.any(updates)
+
+
 # -------------------------------------------------------- other preconditioners
 
 
