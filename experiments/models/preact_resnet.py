@@ -12,14 +12,14 @@ One module, `PreactResNet`; those of a given depth are `partial`s of it. Referen
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Layer = Callable[..., nn.Module]
+from experiments.models.resnet import Layer, conv_and_norm
 
 _conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -87,19 +87,10 @@ class PreactResNet(nn.Module):
         Returns:
             Logits, float32 `[n, num_classes]`.
         """
-        conv = functools.partial(
-            nn.Conv,
-            strides=1,
-            padding=0,
-            use_bias=False,
-            kernel_init=_conv_init,
-            dtype=self.dtype,
-        )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
+        conv, norm = conv_and_norm(
+            _conv_init,
+            train=train,
+            norm_momentum=self.norm_momentum,
             dtype=self.dtype,
         )
         x = x.astype(self.dtype)

@@ -22,6 +22,45 @@ Layer = Callable[..., nn.Module]
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+def conv_and_norm(
+    kernel_init: nn.initializers.Initializer,
+    *,
+    train: bool,
+    norm_momentum: float,
+    dtype: Any,
+    axis_name: str | None = None,
+) -> tuple[Layer, Layer]:
+    """What residual networks are made of.
+
+    Args:
+        kernel_init: Initialiser of convolutions.
+        train: Whether to normalise by the batch's statistics.
+        norm_momentum: Decay of the running statistics.
+        dtype: Type of activations.
+        axis_name: Mapped axis over which batch statistics are averaged.
+
+    Returns:
+        A convolution without bias, and batch normalisation.
+    """
+    conv = functools.partial(
+        nn.Conv,
+        strides=1,
+        padding=0,
+        use_bias=False,
+        kernel_init=kernel_init,
+        dtype=dtype,
+    )
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=norm_momentum,
+        epsilon=1e-5,
+        axis_name=axis_name,
+        dtype=dtype,
+    )
+    return conv, norm
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions.
 
@@ -130,19 +169,10 @@ class ResNet(nn.Module):
         Returns:
             Logits, float32 `[n, num_classes]`.
         """
-        conv = functools.partial(
-            nn.Conv,
-            strides=1,
-            padding=0,
-            use_bias=False,
-            kernel_init=_he_normal,
-            dtype=self.dtype,
-        )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
+        conv, norm = conv_and_norm(
+            _he_normal,
+            train=train,
+            norm_momentum=self.norm_momentum,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
