@@ -95,7 +95,7 @@ def table(record: dict[str, Any]) -> str:
       Text of several lines.
     """
     base, *others = record["contestants"]
-    rows = [("over SGD", "total / total", "median of steps")]
+    rows: list[tuple[str, ...]] = [("over SGD", "total / total", "median of steps")]
     for entry in others:
         figures = (timing.Spread(**entry["ratios"][k]) for k in ("total", "paired"))
         rows.append((entry["name"], *map(str, figures)))

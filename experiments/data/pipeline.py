@@ -32,6 +32,8 @@ Batch = dict[str, np.ndarray]
 """`image` float32 `[b, h, w, c]`, `label` int32 `[b]`; testing, `mask` `[b]`."""
 
 _Load = Callable[[Sequence], Batch]
+
+_CAFFE_STD = (256 / 255, 256 / 255, 256 / 255)  # values / 256, not / 255
 _Crop = Callable[[bytes, int], np.ndarray]
 
 _EPOCHS = 1 << 32  # of the endless stream
@@ -368,7 +370,7 @@ def _finished(images: np.ndarray, split: splits.Split) -> np.ndarray:
         return _standardised(images)
     preprocessing = split.preprocessing
     if split.recipe.normalise == "caffe":
-        return _normalised(images, preprocessing.mean, std=(256 / 255,) * 3)
+        return _normalised(images, preprocessing.mean, _CAFFE_STD)
     return _normalised(images, preprocessing.mean, preprocessing.std)
 
 
