@@ -34,6 +34,8 @@ def test_the_committed_record_is_of_these_settings():
     for name in ("SGD", "KFAC"):
         rows = record[f"{name.lower()}_settings"]
         for row, settings in zip(rows, getattr(demo_study, name), strict=True):
+            # A setting that came after the runs had its default in them.
+            row = {**dataclasses.asdict(type(settings)()), **row}
             assert dataclasses.asdict(settings).items() <= row.items()
     assert len(record["seeds"]) == len(demo_study.SEEDS)
     crossings = [seed["kfac"]["steps_to_sgd"] for seed in record["seeds"]]
