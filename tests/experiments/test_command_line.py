@@ -30,7 +30,6 @@ def run(main, arguments, data_dir, directory):
     [
         [],
         ["rmsprop"],
-        ["lars"],
     ],
     ids=lambda a: " ".join(a) or "no arguments",
 )

@@ -97,12 +97,11 @@ def test_baselines_differ_from_nlcg_in_the_optimizer_alone():
         assert changed == {"optimizer", other["optimizer"]}
 
 
-@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "devices"),
     [
-        {"optimizer": "nlcg", "nlcg": Nlcg(preconditioner="kfac")},
-        {"optimizer": "lars", "lars": Lars(after_kfac=True)},
+        ({"optimizer": "nlcg", "nlcg": Nlcg(preconditioner="kfac")}, 2),
+        ({"optimizer": "lars", "lars": Lars(after_kfac=True)}, 1),
     ],
     ids=["nlcg", "lars"],
 )
