@@ -258,10 +258,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
     eval_step = training.make_eval_step(make_eval(model))
     if config.weight_average:
         tx = optax.chain(tx, weight_average.track(config.weight_average))
-        of_parameters = eval_step
-        eval_step = lambda state, batch: of_parameters(  # noqa: E731
-            weight_average.averaged(state), batch
-        )
+        eval_step = _of_averages(eval_step)
 
     def init() -> training.TrainState:
         params, model_state = jax.jit(init_model)()
@@ -280,6 +277,11 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
 
 
 # === Evaluation =======================================================================
+
+
+def _of_averages(eval_step: Callable) -> Callable:
+    """The evaluation of the averaged weights."""
+    return lambda state, batch: eval_step(weight_average.averaged(state), batch)
 
 
 def make_eval(model: Model) -> Callable:

@@ -41,7 +41,7 @@ def run(
         prepared = [prepare(c) for c in expand(config)]
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    accuracies = {run.config.optimizer: train(run) for run in prepared}
+    accuracies = {p.config.optimizer: train(p) for p in prepared}
     picture = prepared[0].directory / "curves.png"
     if len(prepared) > 1:
         picture = prepared[0].directory.parent / f"{'_and_'.join(accuracies)}.png"

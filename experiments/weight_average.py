@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -52,5 +51,4 @@ def track(decay: float) -> optax.GradientTransformation:
 
 def averaged(state: training.TrainState) -> training.TrainState:
     """The training state with the averages as parameters, for evaluation."""
-    average = optax.tree.get(state.opt_state, "weight_average")
-    return state._replace(params=jax.tree.map(jnp.asarray, average))
+    return state._replace(params=optax.tree.get(state.opt_state, "weight_average"))

@@ -196,7 +196,7 @@ def sp_ngd(
     released code differ the paper is followed: momentum that decays with the rate, a
     velocity that holds the rescaling, rescaling at every step, damping of norm layers
     like that of others (the code: 16 λ).  What the paper leaves open is listed in
-    ``lbopt.presets``.
+    ``lbopt.presets.sp_ngd``.
     """
     if rescale not in ("always", "shrink_only", None):
         raise ValueError(f"rescale={rescale!r} must be 'always', 'shrink_only' or None")

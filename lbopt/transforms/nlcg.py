@@ -14,7 +14,7 @@ from lbopt import collectives
 from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms import step_control as control
-from lbopt.transforms.conjugate_beta import RULES, Products, Rule
+from lbopt.transforms.conjugate_beta import EPS, RULES, Products, Rule
 from lbopt.transforms.diagonal_bfgs import precise, scale_by_diagonal_bfgs
 from lbopt.transforms.step_control import StepControl
 
@@ -27,8 +27,6 @@ Beta: TypeAlias = Literal[
     "hager_zhang",
 ]
 Preconditioner: TypeAlias = Literal["bfgs"] | optax.GradientTransformation | None
-
-_SMALLEST_STEP = 1e-8
 
 
 class NlcgState(NamedTuple):
@@ -190,7 +188,7 @@ def scale_by_nlcg(
             step_control, control_period, state.control, loss, state.count
         )
         ahead = eta * new.multiplier
-        moves = ahead > _SMALLEST_STEP  # a rate of zero takes nothing back
+        moves = ahead > EPS  # a rate of zero takes nothing back
         undone = jnp.where(moves, undone, 0)
         return new, (1 - undone) * ahead, undone * eta * b
 
