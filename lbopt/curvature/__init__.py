@@ -13,11 +13,13 @@ For a layer with parameters ``W [in, out]`` (kernel with the bias as last row), 
 Inputs and output gradients arrive in the weight-sharing format
 ``[*stack, batch, shared, features]``: ``stack`` numbers independent copies (convolution
 groups), ``batch`` examples, ``shared`` the locations, tokens or uses that share one
-kernel.  The backward signal of a loss that
-averages n terms is ``δ = g / n``; every division stands in ``curvature.block``.
+kernel.  The backward signal of a loss that averages n terms is ``δ = g / n``; every
+division stands in ``curvature.block``.
 
 The rooms, in the order in which data passes through them: ``flax_layers`` (what a layer
-is), ``capture`` (the tap), ``kronecker``, ``unit_wise`` and ``diagonal`` (the blocks),
-``fisher`` (loss, gradient and statistics at once), ``refresh`` (when they are renewed).
+is), ``capture`` (the tap), ``kronecker``, ``doubly_factored``, ``unit_wise`` and
+``diagonal`` (the blocks), ``fisher`` (loss, gradient and statistics at once),
+``fisher_products`` (the exact Fisher between vectors), ``refresh`` (when statistics are
+renewed).
 ``discovery`` and ``registry`` make the table of layers; ``verification`` tests it.
 """

@@ -41,7 +41,7 @@ class CurvatureBlock(NamedTuple):
 
     Attributes:
       kind: the name of the approximation, for tables: ``kronecker``, ``unit_wise``,
-        ``full``, ``diagonal``.
+        ``full``, ``doubly_factored``, ``diagonal``.
       sums: shapes and dtypes of the sums of one copy of the layer.
       estimate: ``(residual, output_grads, due) -> sums``.  What the layer's backward
         pass adds: from what the tap saved in the forward pass and the gradients at the

@@ -7,6 +7,7 @@ stands between.  Nothing is computed.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,11 +33,14 @@ class Sighting(NamedTuple):
       rule: how it is tapped.
       seen: the module, unbound, and the shapes of its arguments and parameters.
       lanes: sizes of the ``vmap`` axes around it that do not map its parameters.
+      map_channels: channels of the feature map that the last layer with a kernel before
+        it made; None if that was no convolution.
     """
 
     rule: flax_layers.Rule
     seen: flax_layers.Seen
     lanes: list[int]
+    map_channels: int | None
 
 
 def infer_batch_size(args: Sequence[Any]) -> int | None:
@@ -133,6 +137,7 @@ def find_sightings(
 ) -> dict[int, Sighting]:
     """The layers that run, by the number of the location of their arrays."""
     sightings: dict[int, Sighting] = {}
+    map_channels: list[int | None] = [None]  # of every layer with a kernel, in order
     prefix = f"{_MARKER}{next(_trace_numbers)}_"
     markers = {
         location.keys: {
@@ -159,12 +164,117 @@ def find_sightings(
         seen = flax_layers.Seen(
             context.module.clone(parent=None), _shapes(arguments), _shapes(params)
         )
-        sighting = sightings.setdefault(number, Sighting(rule, seen, []))
+        sighting = sightings.setdefault(
+            number, Sighting(rule, seen, [], map_channels[-1])
+        )
+        if "kernel" in params:
+            map_channels.append(_channels_made(context.module))
         _note_lanes(outputs, own[f"{prefix}{number}"], sighting.lanes)
         return outputs
 
     _trace(loss, params, args, markers, interceptor)
     return sightings
+
+
+def find_feature_maps(
+    doubly_factored: Any,
+    locations: Sequence[capture.Location],
+    sightings: Mapping[int, Sighting],
+    batch_size: int | None,
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The feature maps that inputs of dense layers are flattened from.
+
+    Args:
+      doubly_factored: which layers are asked for, as for ``trace_layers``.
+      locations: where arrays lie.
+      sightings: the layers that run, by the number of the location.
+      batch_size: examples in the batch.
+
+    Returns:
+      Locations and channels of the map by the layer's path, and for layers whose size
+      asks for it, but whose input is no map that is known, the reason.
+
+    Raises:
+      ValueError: for a choice that cannot be met, naming the layer.
+    """
+    seen = {locations[number].path: s for number, s in sightings.items()}
+    if doubly_factored is None:
+        return {}, {}
+    if isinstance(doubly_factored, Mapping):
+        for path, sizes in doubly_factored.items():
+            _check_feature_map(path, sizes, seen, batch_size)
+        return dict(doubly_factored), {}
+    # A bool is an int, but no number of rows.
+    if type(doubly_factored) is not int or doubly_factored < 1:
+        raise ValueError(
+            f"doubly_factored={doubly_factored!r} must be None, a number of rows of at "
+            "least 1, or {path: (locations, channels)}"
+        )
+    maps, unexplained = {}, {}
+    for path, sighting in seen.items():
+        if not _is_wide(sighting, doubly_factored):
+            continue
+        inputs, channels = _inputs_of(sighting)[-1], sighting.map_channels
+        if _rows_an_example(sighting, batch_size) != 1:
+            unexplained[path] = "wide, but it sees several rows an example"
+        elif channels is None or inputs == channels or inputs % channels:
+            unexplained[path] = (
+                f"wide, but no convolution before it explains {inputs} inputs; pass "
+                f"doubly_factored={{{path!r}: (locations, channels)}}"
+            )
+        else:
+            maps[path] = (inputs // channels, channels)
+    return maps, unexplained
+
+
+def _check_feature_map(
+    path: str, sizes: Any, seen: Mapping[str, Sighting], batch_size: int | None
+) -> None:
+    """Refuses a feature map that a layer does not have."""
+    if path not in seen or not _is_dense(seen[path]):
+        known = type(seen[path].seen.module).__name__ if path in seen else None
+        raise ValueError(
+            f"doubly_factored names {path!r}, which is {known or 'no layer that runs'};"
+            f" it is for nn.Dense, here {[p for p, s in seen.items() if _is_dense(s)]}"
+        )
+    shape, given = _inputs_of(seen[path]), f"doubly_factored[{path!r}]={sizes!r}"
+    pair = isinstance(sizes, Sequence) and [*map(type, sizes)] == [int, int]
+    if not pair or min(sizes) < 1 or math.prod(sizes) != shape[-1]:
+        raise ValueError(
+            f"{given} must be (locations, channels) whose product is {shape[-1]}, the "
+            "inputs of the layer"
+        )
+    if _rows_an_example(seen[path], batch_size) != 1:
+        raise ValueError(
+            f"{given} is for one flattened map an example, but the layer's input is "
+            f"{list(shape)}, several rows an example; leave the layer out"
+        )
+
+
+def _is_dense(sighting: Sighting) -> bool:
+    return isinstance(sighting.seen.module, nn.Dense)
+
+
+def _is_wide(sighting: Sighting, rows: int) -> bool:
+    """Whether a dense layer's input factor has more rows than that."""
+    use_bias = "bias" in sighting.seen.params
+    return _is_dense(sighting) and _inputs_of(sighting)[-1] + use_bias > rows
+
+
+def _inputs_of(sighting: Sighting) -> tuple[int, ...]:
+    """The shape of a dense layer's input."""
+    return sighting.seen.arguments["inputs"].shape
+
+
+def _rows_an_example(sighting: Sighting, batch_size: int | None) -> int:
+    batched = batch_size not in sighting.lanes
+    return math.prod(_inputs_of(sighting)[batched:-1])
+
+
+def _channels_made(module: Any) -> int | None:
+    """The channels of the map that a convolution makes; None for other modules."""
+    convolutional = isinstance(module, (nn.Conv, nn.ConvTranspose))
+    return module.features if convolutional else None
 
 
 def lifted_axes(

@@ -20,7 +20,14 @@ from jax import lax
 
 from lbopt import patches
 from lbopt._typing import Array
-from lbopt.curvature import block, embedding, kronecker, linear_maps, unit_wise
+from lbopt.curvature import (
+    block,
+    doubly_factored,
+    embedding,
+    kronecker,
+    linear_maps,
+    unit_wise,
+)
 
 Arguments = Mapping[str, Any]
 
@@ -45,10 +52,13 @@ class Choice(NamedTuple):
     Attributes:
       sharing: how locations that share a kernel are treated.
       norm_blocks: what a normalisation layer's block holds.
+      feature_map: locations and channels of the map that a dense layer's input is
+        flattened from, where it gets a factor for each; None where it gets one factor.
     """
 
     sharing: kronecker.WeightSharing
     norm_blocks: unit_wise.NormBlocks
+    feature_map: tuple[int, int] | None
 
 
 class Rule(NamedTuple):
@@ -101,9 +111,12 @@ def _inputs(seen: Seen) -> Array:
 
 
 def _dense(seen: Seen, batched: bool, choice: Choice):
-    linear = linear_maps.dense_linear(
-        seen.params["kernel"].shape, "bias" in seen.params, batched
-    )
+    shape, use_bias = seen.params["kernel"].shape, "bias" in seen.params
+    if choice.feature_map is not None:
+        return doubly_factored.doubly_factored_block(
+            *choice.feature_map, shape[-1], use_bias, _dtype(seen)
+        )
+    linear = linear_maps.dense_linear(shape, use_bias, batched)
     return kronecker.kronecker_block(linear, choice.sharing, _dtype(seen))
 
 

@@ -190,16 +190,21 @@ def two_factor_block(
             inverses: KroneckerEigen, leaves: block.Leaves
         ) -> dict[str, Array]:
             (damping, a_values, q_a), (_, g_values, q_g) = inverses
-            v = _right(to_matrix(leaves), q_g, g)
+            a_values, g_values = _all_parts(a_values, a), _all_parts(g_values, g)
+            matrix = to_matrix(leaves)
+            rows, columns = matrix.shape[-2:]
+            # The padding of factors that are cut has eigenvectors of its own, in any
+            # place.
+            edges = [(0, a_values.shape[-1] - rows), (0, g_values.shape[-1] - columns)]
+            v = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + edges)
+            v = _right(v, q_g, g)
             v = v if diagonal else factor.times(a, jnp.swapaxes(q_a, -1, -2), v)
-            product = (
-                _all_parts(a_values, a)[..., :, None]
-                * _all_parts(g_values, g)[..., None, :]
-            )
+            product = a_values[..., :, None] * g_values[..., None, :]
             damping = damping[..., 0] if a.parts > 1 else damping
             v = v / (product + damping[..., None, None])
             v = _right(v, jnp.swapaxes(q_g, -1, -2), g)
-            return from_matrix(v if diagonal else factor.times(a, q_a, v))
+            v = v if diagonal else factor.times(a, q_a, v)
+            return from_matrix(v[..., :rows, :columns])
 
         a_exact = factor.eigen_diagonal if diagonal else factor.eigen
         return block.CurvatureBlock(
@@ -239,10 +244,10 @@ def _right(v: Array, blocks: Array, kind: factor.Factor) -> Array:
 
 
 def _all_parts(values: Array, kind: factor.Factor) -> Array:
-    """The eigenvalues of all parts in a row, without those of the padding."""
+    """The eigenvalues of all parts in a row, those of the padding among them."""
     if kind.parts == 1:
         return values
-    return values.reshape(*values.shape[:-2], -1)[..., : kind.order]
+    return values.reshape(*values.shape[:-2], -1)
 
 
 def _divided(means: KroneckerFactors, damping: Scalar) -> KroneckerFactors:

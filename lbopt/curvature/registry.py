@@ -133,6 +133,7 @@ def trace_layers(
     verify: bool = False,
     weight_sharing: Sharing = "expand",
     norm_blocks: unit_wise.NormBlocks = "unit_wise",
+    doubly_factored: int | Mapping[str, tuple[int, int]] | None = None,
     batch_size: int | None = None,
 ) -> Layers:
     """Finds the layers of a model and gives each a curvature block.
@@ -154,6 +155,12 @@ def trace_layers(
       norm_blocks: the blocks of normalisation layers: ``"unit_wise"``, for each channel
         the 2×2 matrix of its own scale and bias, or ``"full"``, the whole matrix of
         all scales and biases of a layer, of 2 × channels rows.
+      doubly_factored: which ``nn.Dense`` layers on a flattened feature map (channels
+        last) get a factor of its locations and one of its channels in the place of one
+        of all inputs (see ``curvature.doubly_factored``): those whose input factor
+        would have more rows than this number, if the last layer with a kernel before
+        them is a convolution whose channels explain the map; or these,
+        ``{path: (locations, channels)}``; or none.
       batch_size: examples in the batch, where it cannot be read off the arguments.
 
     Returns:
@@ -162,7 +169,8 @@ def trace_layers(
     Raises:
       ValueError: if the loss does not depend on the parameters, applies raw JAX
         transforms around bound modules, or, when strict, leaves parameters without a
-        block of their own.
+        block of their own; or if ``doubly_factored`` names one without such a
+        map.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -200,11 +208,16 @@ def trace_layers(
             "parameters from outside."
         )
     sightings = discovery.find_sightings(loss, params, args, locations)
+    maps, unexplained = discovery.find_feature_maps(
+        doubly_factored, locations, sightings, n
+    )
     layers: dict[str, Layer] = {}
     for number, location in enumerate(locations):
         if number in sightings:
             choice = flax_layers.Choice(
-                _sharing_of(location.path, weight_sharing), norm_blocks
+                _sharing_of(location.path, weight_sharing),
+                norm_blocks,
+                maps.get(location.path),
             )
             rows = _layer_rows(
                 loss, params, args, location, sightings[number], choice, n
@@ -212,6 +225,8 @@ def trace_layers(
         else:
             rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
         for row in rows:
+            if row.path in unexplained:
+                row = row._replace(why=f"{row.why}; {unexplained[row.path]}")
             needed = any((*location.keys, name) in used for name in row.shapes)
             if not needed:
                 row = row._replace(used=False, why="the loss does not use it")
@@ -310,6 +325,10 @@ def _tapped_row(location, sighting, axes, batched, choice, params) -> Layer:
     why = "norm layer"
     if block.kind == "kronecker":
         why = f"{choice.sharing} over locations"
+    elif block.kind == "doubly_factored":
+        why = "{} locations × {} channels, rank one an example".format(
+            *choice.feature_map
+        )
     if copies:
         why += f", {'×'.join(map(str, copies))} copies"
     return Layer(

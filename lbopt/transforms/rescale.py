@@ -133,7 +133,8 @@ def _kernels(layers: Layers) -> dict[str, _Kernel]:
     """The kernels of dense layers and convolutions by the paths of their layers."""
     found = {}
     for path, layer in layers.preconditioned.items():
-        if layer.block.kind != "kronecker" or _KERNEL not in layer.shapes:
+        linear = layer.block.kind in ("kronecker", "doubly_factored")
+        if not linear or _KERNEL not in layer.shapes:
             continue
         # One factor for each group, of the group's own outputs.
         *groups, outputs, _ = layer.block.sums.g.shape

@@ -314,17 +314,28 @@ def test_statistics_do_not_depend_on_the_order_of_examples(seed):
 # ------------------------------------------------- exact damping, first inverses
 
 
-def test_exact_damping_is_the_dense_solve():
+def cut(matrix, block_size):
+    """A matrix without what couples its equal diagonal blocks."""
+    parts = 1 if block_size is None else -(-len(matrix) // block_size)
+    block = np.arange(len(matrix)) // -(-len(matrix) // parts)
+    return np.where(block[:, None] == block, matrix, 0)
+
+
+# Blocks of 2: three of the five inputs' and two of the three outputs', each padded.
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_exact_damping_is_the_dense_solve(block_size):
     rng = np.random.default_rng(0)
     x, y, v = rng.normal(size=(9, 5)), rng.normal(size=(9, 3)), rng.normal(size=(5, 3))
     a, g = x.T @ x / 9, y.T @ y / 9
     with jax.enable_x64(True):
-        block = dense_block(5, 3, jnp.float64, use_bias=False).variant(True, None)
+        block = dense_block(5, 3, jnp.float64, use_bias=False)
+        block = block.variant(True, block_size)
         factors = block.pack(kronecker.KroneckerFactors(jnp.asarray(a), jnp.asarray(g)))
         for damping in (1e-3, 10.0):
             inverses = block.invert(factors, damping)
             natural = block.precondition(inverses, {"kernel": jnp.asarray(v)})
-            full = np.kron(a, g) + damping * np.eye(15)
+            full = np.kron(cut(a, block_size), cut(g, block_size))
+            full += damping * np.eye(15)
             expected = np.linalg.solve(full, v.ravel()).reshape(5, 3)
             assert error(natural["kernel"], expected) < DOUBLE
 

@@ -186,6 +186,30 @@ def test_weight_sharing_by_path():
     assert layers["low"].why.startswith("expand")
 
 
+class Pictures(nn.Module):
+    """A map of 2 × 2 locations and 3 channels under a wide layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (3, 3), name="conv")(x).reshape(x.shape[0], -1)
+        return nn.Dense(CLASSES, name="wide")(x)
+
+
+@pytest.mark.parametrize("choice", [9, {"wide": (4, 3)}], ids=str)
+def test_a_doubly_factored_layer_in_the_table(choice):
+    problem = classify(Pictures(), jnp.ones((8, 2, 2, 2)))
+    layers = problem.trace(doubly_factored=choice)
+    kinds = {path: layer.block.kind for path, layer in layers.items()}
+    assert kinds == {"conv": "kronecker", "wide": "doubly_factored"}
+    (row,) = [line for line in str(layers).splitlines() if "wide" in line]
+    assert row.split(maxsplit=3)[:3] == ["wide", "Dense", "doubly_factored"]
+    assert "4×4 + 3×3 + 3×3" in row
+    assert row.endswith("4 locations × 3 channels, rank one an example")
+    # 3 outputs: G as a factor of the kernel, and again for the bias.
+    packed, whole = 10 + 6 + 6 + 6, 16 + 9 + 9 + 9
+    assert layers["wide"].state_bytes() == 4 * (packed + whole)
+
+
 # ----------------------------------------------------------------------- messages
 
 

@@ -1,0 +1,324 @@
+"""Three factors for a dense layer on a flattened map: built one example at a time."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lbopt
+from lbopt.curvature import doubly_factored
+from lbopt.curvature.doubly_factored import BiasedDoublyFactors, DoublyFactors
+from tests.oracles import quick_jit
+from tests.problems import all_finite, classify, cross_entropy
+
+# Relative, of float32 against float64: sums of a few hundred products.
+SINGLE = 1e-5
+DOUBLE = 1e-10
+LOCATIONS, CHANNELS, OUT, BATCH = 4, 3, 5, 6
+DAMPING = 0.3
+
+
+def error(actual, expected):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def rectified(seed, *shape):
+    return np.maximum(np.random.default_rng(seed).normal(size=shape), 0)
+
+
+def block_of(use_bias=True, dtype=jnp.float32):
+    return doubly_factored.doubly_factored_block(
+        LOCATIONS, CHANNELS, OUT, use_bias, dtype
+    )
+
+
+@functools.partial(quick_jit, static_argnames="use_bias")
+def statistics(x, g, use_bias=True):
+    block = block_of(use_bias)
+    due = BiasedDoublyFactors(*[True] * 4) if use_bias else DoublyFactors(*[True] * 3)
+    return block.statistics(block.mean(block.estimate(x, g / len(x), due), len(x)))
+
+
+def moments(maps, output_grads):
+    """The statistics, from each example's singular vectors."""
+    k = c = g = 0.0
+    for a, b in zip(maps, output_grads, strict=True):
+        u, s, vt = np.linalg.svd(a)
+        k = k + s[0] * np.outer(u[:, 0], u[:, 0]) / len(maps)
+        c = c + s[0] * np.outer(vt[0], vt[0]) / len(maps)
+        g = g + np.outer(b, b) / len(maps)
+    return k, c, g
+
+
+# ------------------------------------------------------------------ rank one
+
+
+@pytest.mark.parametrize("shape", [(9, 20), (20, 9), (1, 7), (7, 1)])
+def test_rank_one_is_split_evenly(shape):
+    maps = jnp.float32(rectified(0, 5, *shape))
+    for a, kappa, psi in zip(maps, *doubly_factored.rank_one(maps), strict=True):
+        u, s, vt = np.linalg.svd(np.asarray(a, np.float64))
+        assert error(np.outer(kappa, psi), s[0] * np.outer(u[:, 0], vt[0])) < SINGLE
+        for half in (kappa, psi):
+            assert np.sum(np.square(half)) == pytest.approx(s[0], rel=SINGLE)
+
+
+def test_a_map_whose_mean_vanishes_is_not_lost():
+    a = np.float32([[1.0, -2.0, 3.0], [-1.0, 2.0, -3.0]])
+    for maps in (a[None], a.T[None]):
+        (kappa,), (psi,) = doubly_factored.rank_one(jnp.asarray(maps))
+        assert error(np.outer(kappa, psi), maps[0]) < SINGLE
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_sizes_whose_squares_no_float_holds(scale):
+    maps = jnp.float32(rectified(0, 2, 4, 3) * scale)
+    expected = doubly_factored.rank_one(maps / scale)
+    for actual, half in zip(doubly_factored.rank_one(maps), expected, strict=True):
+        assert error(actual, np.float64(half) * scale**0.5) < SINGLE
+
+
+def test_numbers_that_are_not_finite_are_not_hidden():
+    for bad in (np.nan, np.inf):
+        maps = jnp.ones((2, 4, 3)).at[0, 1, 2].set(bad)
+        for half in doubly_factored.rank_one(maps):
+            assert not jnp.isfinite(half[0]).all()
+            assert jnp.isfinite(half[1]).all()
+
+
+# ------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_statistics_are_built_example_by_example(use_bias):
+    maps = rectified(0, BATCH, LOCATIONS, CHANNELS)
+    maps[2] = 0.0  # an example of which nothing is left
+    g = np.random.default_rng(1).normal(size=(BATCH, OUT))
+    found = statistics(
+        jnp.float32(maps.reshape(BATCH, -1)), jnp.float32(g), use_bias=use_bias
+    )
+    expected = moments(maps, g)
+    assert found._fields == ("k", "c", "g", "bias")[: 3 + use_bias]
+    for actual, moment in zip(found, (*expected, expected[2]), strict=False):
+        assert error(actual, moment) < SINGLE
+
+
+def test_a_batch_of_zeros_has_zero_statistics():
+    found = statistics(
+        jnp.zeros((BATCH, LOCATIONS * CHANNELS)), jnp.zeros((BATCH, OUT))
+    )
+    for moment in found:
+        np.testing.assert_array_equal(moment, 0)
+
+
+def test_bfloat16_inputs_are_taken_apart_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rectified(0, BATCH, LOCATIONS * CHANNELS), jnp.bfloat16)
+    g = jnp.asarray(rng.normal(size=(BATCH, OUT)), jnp.bfloat16)
+    found = statistics(x, g.astype(jnp.float32))
+    whole = statistics(x.astype(jnp.float32), g.astype(jnp.float32))
+    for actual, expected in zip(found, whole, strict=True):
+        assert actual.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_statistics_are_unchanged_by_splitting_the_batch():
+    x = jnp.float32(rectified(0, BATCH, LOCATIONS * CHANNELS))
+    g = jnp.float32(np.random.default_rng(1).normal(size=(BATCH, OUT)))
+    halves = [
+        statistics(*half) for half in zip(jnp.split(x, 2), jnp.split(g, 2), strict=True)
+    ]
+    for whole, *parts in zip(statistics(x, g), *halves, strict=True):
+        assert error(sum(parts) / 2, whole) < SINGLE
+
+
+def test_what_is_not_due_is_zero():
+    x = jnp.float32(rectified(0, BATCH, LOCATIONS * CHANNELS))
+    g = jnp.float32(np.random.default_rng(1).normal(size=(BATCH, OUT)))
+    block = block_of()
+    estimate = quick_jit(block.estimate)
+    made = {
+        "k": {"k", "rows"},
+        "c": {"c", "rows"},
+        "g": {"g"},
+        "bias": {"g"},
+    }
+    for name, expected in made.items():
+        flags = {field: jnp.asarray(field == name) for field in made}
+        traced = estimate(x, g, BiasedDoublyFactors(**flags))
+        fixed = block.estimate(
+            x, g, BiasedDoublyFactors(**{f: f == name for f in made})
+        )
+        for sums in (traced, fixed):
+            nonzero = {f for f, s in sums._asdict().items() if jnp.any(s != 0)}
+            assert nonzero == expected
+
+
+# ------------------------------------------------------------------ inverses
+
+
+def factors_of(seed, copies=(), sizes=(LOCATIONS, CHANNELS, OUT)):
+    rng = np.random.default_rng(seed)
+    rows = [rng.normal(size=(*copies, 2 * d, d)) for d in sizes]
+    return [np.swapaxes(x, -1, -2) @ x / x.shape[-2] for x in rows]
+
+
+def cut(matrix, size):
+    """The diagonal blocks of a matrix that is cut evenly, and zeros around them."""
+    if size is None:
+        return matrix
+    n = len(matrix)
+    each = -(-n // -(-n // size))
+    part = np.arange(n) // each
+    return np.where(part[:, None] == part, matrix, 0.0)
+
+
+def natural(k, c, g, kernel, bias, exact, size=None):
+    """Dense solves, with π and the cuts from their definitions."""
+    nu = [np.trace(m) / len(m) for m in (k, c, g)]
+    k, c, g = (cut(m, size) for m in (k, c, g))
+    alone = np.linalg.solve(g + DAMPING * np.eye(len(g)), bias)
+    if not exact:
+        root = (DAMPING / np.prod(nu)) ** (1 / 3)
+        k, c, g = (
+            m + v * root * np.eye(len(m)) for m, v in zip((k, c, g), nu, strict=True)
+        )
+    full = np.kron(np.kron(k, c), g) + exact * DAMPING * np.eye(kernel.size)
+    return np.linalg.solve(full, kernel.ravel()).reshape(kernel.shape), alone
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_natural_gradient_is_the_dense_solve(block_size, exact):
+    # Copies of a lifted layer, each by itself; factors cut evenly, with padding.
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=(2, LOCATIONS * CHANNELS, OUT))
+    bias = rng.normal(size=(2, OUT))
+    k, c, g = factors_of(0, (2,))
+    block = block_of(dtype=jnp.float64).variant(exact, block_size)
+
+    @quick_jit
+    def run(statistics, leaves):
+        return block.precondition(block.invert(block.pack(statistics), DAMPING), leaves)
+
+    with jax.enable_x64(True):
+        found = run(BiasedDoublyFactors(k, c, g, g), {"kernel": kernel, "bias": bias})
+    for i in range(2):
+        expected = natural(k[i], c[i], g[i], kernel[i], bias[i], exact, block_size)
+        assert error(found["kernel"][i], expected[0]) < DOUBLE
+        assert error(found["bias"][i], expected[1]) < DOUBLE
+
+
+@pytest.mark.parametrize(
+    ("block_size", "exact", "use_bias"),
+    [(None, False, True), (2, False, False), (None, True, False), (2, True, True)],
+)
+def test_first_inverses_are_the_identity(block_size, exact, use_bias):
+    block = block_of(use_bias).variant(exact, block_size)
+    zeros, inverses = block.init((2,))
+    assert not any(x.any() for x in zeros)
+    rng = np.random.default_rng(0)
+    leaves = {"kernel": jnp.float32(rng.normal(size=(2, LOCATIONS * CHANNELS, OUT)))}
+    if use_bias:
+        leaves["bias"] = jnp.float32(rng.normal(size=(2, OUT)))
+    found = block.precondition(inverses, leaves)
+    jax.tree.map(np.testing.assert_array_equal, found, leaves)
+
+
+def test_factors_of_zeros_are_damped_alone():
+    block = block_of()
+    inverses = block.invert(block.init(())[0], 0.008)
+    for inverse, amount in zip(inverses, (0.2, 0.2, 0.2, 0.008), strict=True):
+        np.testing.assert_allclose(inverse, np.eye(len(inverse)) / amount, rtol=SINGLE)
+
+
+# ------------------------------------------------------------------ in a model
+
+MAP = (12, 4)  # 3 × 4 locations, 4 channels
+
+
+class Head(nn.Module):
+    """A convolution's map, flattened, under a wide layer."""
+
+    lift: str = "none"
+    dtype: type | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        # A smooth rectifier: few zeros, and so a leading pair that stands well apart.
+        x = nn.softplus(nn.Conv(MAP[1], (3, 3), dtype=self.dtype, name="conv")(x))
+        x = x.reshape(*x.shape[:-3], -1)
+        kinds = {
+            "vmap": nn.vmap(
+                nn.Dense,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=None,
+                axis_size=2,
+            ),
+            "remat": nn.remat(nn.Dense),
+        }
+        wide = kinds.get(self.lift, nn.Dense)(3, dtype=self.dtype, name="wide")
+        return jnp.mean(wide(x), 0) if self.lift == "vmap" else wide(x)
+
+
+def head(lift="none", dtype=None):
+    """Its cross entropy; with ``examples``, one example at a time."""
+    model = Head(lift, dtype)
+    x = jnp.float32(np.random.default_rng(0).normal(size=(8, 3, 4, 2)))
+    problem = classify(model, x)
+    if lift != "examples":
+        return problem
+
+    def loss_fn(params, x, y):
+        one = functools.partial(model.apply, {"params": params})
+        return cross_entropy(jax.vmap(one)(x), y)
+
+    return problem._replace(loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("lift", ["none", "remat", "examples", "vmap"])
+def test_a_layer_under_transforms(lift):
+    problem = head(lift)
+    layers = problem.trace(doubly_factored=sum(MAP), strict=True, verify=True)
+    assert layers["wide"].block.kind == "doubly_factored"
+    found = problem.evaluate(layers)[2]["wide"]
+    x, y = problem.args
+    own = {"params": problem.params["conv"]}
+    maps = nn.softplus(nn.Conv(MAP[1], (3, 3)).apply(own, x)).reshape(8, *MAP)
+    logits = Head(lift).apply({"params": problem.params}, x)
+    copies = layers["wide"].tapped.copies
+    signals = (jax.nn.softmax(logits) - jax.nn.one_hot(y, 3)) / max(copies, default=1)
+    k, c, g = moments(np.asarray(maps, np.float64), np.asarray(signals, np.float64))
+    for actual, moment in zip(found, (k, c, g, g), strict=True):
+        assert error(actual, np.broadcast_to(moment, (*copies, *moment.shape))) < SINGLE
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_a_head_trains(block_size, dtype):
+    problem = head(dtype=dtype)
+    layers = problem.trace(doubly_factored=sum(MAP))
+    evaluate = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    tx = lbopt.kfac(0.1, layers, damping=0.1, block_size=block_size)
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads, curvature = evaluate(
+            params, *problem.args, due=lbopt.refresh(state)
+        )
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return (optax.apply_updates(params, updates), state), loss
+
+    start = problem.params, tx.init(problem.params)
+    (_, state), losses = quick_jit(lambda start: jax.lax.scan(step, start, length=20))(
+        start
+    )
+    assert all_finite(state)
+    assert losses[-1] < 0.3 * losses[0]
