@@ -1,5 +1,6 @@
 """The one place that compiles: training state and the steps over it."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from lbopt import collectives, sharding
+from lbopt import batch_functions, collectives, sharding, statistics_pass
 from lbopt._typing import Array, OptState, Params
 from lbopt.collectives import Axis
-from lbopt.curvature.fisher import Fisher, value_grad_and_curvature
+from lbopt.curvature.fisher import Fisher
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
@@ -21,6 +22,8 @@ Batch: TypeAlias = Any
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
 Parallel: TypeAlias = Literal["shard_map", "pmap"]
+Step: TypeAlias = Callable[..., tuple["TrainState", dict[str, Array]]]
+"""``(state, batch, statistics_batch=None) -> (state, metrics)``."""
 
 
 class TrainState(NamedTuple):
@@ -89,7 +92,9 @@ def make_train_step(
     accumulate: int = 1,
     parallel: Parallel = "shard_map",
     per_example: Sequence[str] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    statistics_fraction: float = 1.0,
+    statistics_devices: int = 0,
+) -> Step:
     """Compiles one training step.
 
     A step in which the loss or the norm of the gradient is not finite changes nothing
@@ -101,6 +106,16 @@ def make_train_step(
     others are averaged before the update.  Normalisation layers see a device's
     examples alone, unless they were made with ``axis_name``; their running averages are
     averaged over devices.
+
+    The statistics come out of the gradient's own pass, unless they are to be those of a
+    part of the batch, of a batch of their own, or of devices of their own.  A pass of
+    their own has keys of its own, changes no model state, and is left out at steps
+    where no statistic is due.
+
+    The optimizer is passed ``value``, the loss, and two functions of this batch on all
+    devices, which cost nothing unless they are called: ``value_fn``, the loss at other
+    parameters, and ``fisher_products``, products of vectors with the exact Fisher
+    matrix at these.
 
     Args:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``;
@@ -114,15 +129,23 @@ def make_train_step(
         loss, gradients and statistics are the means over all of them.
       parallel: ``"shard_map"``, or ``"pmap"`` for a mesh of one axis.
       per_example: collections of the model state whose arrays lie along the batch.
+      statistics_fraction: the share of the examples that the statistics are of, in
+        (0, 1]: the first of each device's (of each micro-batch), at least one.  It is a
+        random part if the data are shuffled.
+      statistics_devices: how many devices of the axis, the last ones, evaluate
+        statistics on their own examples, while the others evaluate loss and gradients:
+        of N · b examples m · b are for the m of them.  What stands before an optimizer
+        with ``axis_name`` sees gradients times N / (N − m), and zeros on the m.
 
     Returns:
-      ``train_step(state, batch) -> (state, metrics)``, jitted; it donates ``state``
-      (under ``"pmap"`` it does not).  The metrics are those of the loss function,
-      ``loss``, and ``skipped``.
+      ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
+      it donates ``state`` (under ``"pmap"`` it does not).  The statistics are those of
+      ``statistics_batch`` where it is given, of any size that can be cut evenly.  The
+      metrics are those of the loss function, ``loss``, and ``skipped``.
 
     Raises:
-      ValueError: for a mesh without the axis, and, at the first call, for a batch that
-        cannot be cut evenly.
+      ValueError: for a mesh without the axis, for settings that exclude each other,
+        and, at the first call, for a batch that cannot be cut evenly.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -141,6 +164,11 @@ def make_train_step(
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
       (1, ['loss', 'skipped'])
+
+    Source: a part of the batch for the statistics, Martens & Grosse 2015; workers that
+    evaluate statistics on independent examples, Ba, Grosse & Martens 2017, §3.  There
+    they push statistics whenever they are ready; here all devices keep step, and the
+    gradients' devices wait for the statistics' if these take longer.
     """
     if mesh is not None and axis_name not in mesh.shape:
         raise ValueError(
@@ -153,22 +181,28 @@ def make_train_step(
         raise ValueError(f"parallel={parallel!r} must be 'shard_map' or 'pmap'")
     axis = Axis(None, 1) if mesh is None else Axis(axis_name, mesh.shape[axis_name])
     tx = optax.with_extra_args_support(tx)
-    if layers is not None:
-        evaluate = value_grad_and_curvature(
-            loss_fn, layers, has_aux=True, fisher=fisher
-        )
-    else:
-        evaluate = _without_curvature(loss_fn)
+    evaluate = statistics_pass.make_evaluate(
+        loss_fn,
+        layers,
+        axis,
+        fisher=fisher,
+        accumulate=accumulate,
+        fraction=statistics_fraction,
+        devices=statistics_devices,
+        per_example=per_example,
+    )
 
     def train_step(
-        state: TrainState, batch: Batch
+        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
         if mesh is not None:
             rng = jax.random.fold_in(rng, axis.position())
+        else:
+            _check_batch("statistics_batch", statistics_batch, axis, accumulate)
         due = None if layers is None else refresh(state.opt_state)
-        loss, (new_model_state, metrics), grads, curvature = _accumulated(
-            evaluate, accumulate, state, batch, rng, due
+        new_model_state, loss, metrics, grads, curvature = evaluate(
+            state.params, state.model_state, batch, statistics_batch, rng, due
         )
         loss, metrics = collectives.mean((loss, metrics), axis)
         new_model_state = _combined(new_model_state, per_example, axis)
@@ -179,13 +213,27 @@ def make_train_step(
             path: statistics if path in split else collectives.mean(statistics, axis)
             for path, statistics in curvature.items()
         }
-        extra = {} if layers is None else {"curvature": curvature}
+        extra: dict[str, Any] = {} if layers is None else {"curvature": curvature}
+        own = batch_functions.StepBatch(
+            loss_fn,
+            axis,
+            accumulate,
+            statistics_devices,
+            state.model_state,
+            batch,
+            rng,
+        )
+        extra |= {
+            "value": loss,
+            "value_fn": functools.partial(batch_functions.mean_loss, own),
+            "fisher_products": functools.partial(
+                batch_functions.mean_products, own, state.params
+            ),
+        }
 
         def update(old: Any) -> Any:
             params, opt_state, _ = old
-            updates, opt_state = tx.update(
-                grads, opt_state, params, value=loss, **extra
-            )
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
         # The norm, not each entry: a gradient whose square overflows is no use either.
@@ -202,76 +250,41 @@ def make_train_step(
 
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
+
+    def check_loss(state: TrainState, batch: Batch) -> None:
+        if statistics_devices:
+            statistics_pass.require_no_collectives(
+                loss_fn,
+                state.params,
+                state.model_state,
+                batch,
+                state.rng,
+                parts=axis.size * accumulate,
+                devices=statistics_devices,
+            )
+
     if parallel == "pmap":
-        return _by_pmap(train_step, mesh, axis, accumulate, per_example)
+        return _by_pmap(train_step, check_loss, mesh, axis, accumulate, per_example)
 
     def sharded_step(
-        state: TrainState, batch: Batch
+        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch(batch, axis.size, accumulate)
+        _check_batch("batch", batch, axis, accumulate)
+        _check_batch("statistics_batch", statistics_batch, axis, accumulate)
+        check_loss(state, batch)
         state_specs = _specs(state, axis_name, per_example)
+        along = PartitionSpec(axis_name)
         return jax.shard_map(
             train_step,
             mesh=mesh,
-            in_specs=(state_specs, PartitionSpec(axis_name)),
+            in_specs=(state_specs, along, along),
             out_specs=(state_specs, PartitionSpec()),
             # Collectives are placed by hand; jax would add its own for what it takes
             # to vary over devices.
             check_vma=False,
-        )(state, batch)
+        )(state, batch, statistics_batch)
 
     return jax.jit(sharded_step, donate_argnums=0)
-
-
-def _without_curvature(loss_fn: LossFn) -> Callable[..., Any]:
-    """``jax.value_and_grad`` with the signature of the function with curvature."""
-    with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
-        del rng, due
-        return (*with_gradient(*args), {})
-
-    return evaluate
-
-
-def _accumulated(
-    evaluate: Callable[..., Any],
-    accumulate: int,
-    state: TrainState,
-    batch: Batch,
-    rng: Array,
-    due: Any,
-) -> tuple[Array, tuple[Any, Any], Params, Any]:
-    """Loss, auxiliary results, gradients and statistics over the micro-batches."""
-
-    def one(model_state: Any, batch: Batch, rng: Array) -> Any:
-        loss_rng, label_rng = jax.random.split(rng)
-        (loss, (model_state, metrics)), grads, curvature = evaluate(
-            state.params, model_state, batch, loss_rng, rng=label_rng, due=due
-        )
-        return model_state, (loss, metrics, grads, curvature)
-
-    if accumulate == 1:
-        model_state, means = one(state.model_state, batch, rng)
-    else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-        shapes = jax.eval_shape(
-            one, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
-        )[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        def add(carry: Any, part: Any) -> Any:
-            model_state, sums = carry
-            model_state, new = one(model_state, *part)
-            return (model_state, jax.tree.map(jnp.add, sums, new)), None
-
-        rngs = jax.random.split(rng, accumulate)
-        (model_state, sums), _ = jax.lax.scan(
-            add, (state.model_state, zeros), (parts, rngs)
-        )
-        means = jax.tree.map(lambda x: x / accumulate, sums)
-    loss, metrics, grads, curvature = means
-    return loss, (model_state, metrics), grads, curvature
 
 
 def _combined(model_state: Any, per_example: Sequence[str], axis: Axis) -> Any:
@@ -301,12 +314,13 @@ def _specs(state: TrainState, axis_name: str, per_example: Sequence[str]) -> Tra
 
 
 def _by_pmap(
-    train_step: Callable[..., Any],
+    train_step: Step,
+    check_loss: Callable[[TrainState, Batch], None],
     mesh: Mesh,
     axis: Axis,
     accumulate: int,
     per_example: Sequence[str],
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Step:
     """The step under ``jax.pmap``, with the same states and batches outside."""
     if len(mesh.shape) > 1 or per_example:
         raise ValueError(
@@ -315,12 +329,17 @@ def _by_pmap(
         )
     compiled: dict[Any, Any] = {}
 
+    def shares(batch: Batch) -> Batch:
+        return jax.tree.map(lambda x: x.reshape(axis.size, -1, *x.shape[1:]), batch)
+
     def pmapped_step(
-        state: TrainState, batch: Batch
+        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch(batch, axis.size, accumulate)
+        _check_batch("batch", batch, axis, accumulate)
+        _check_batch("statistics_batch", statistics_batch, axis, accumulate)
         tree = jax.tree.structure(state)
         if tree not in compiled:
+            check_loss(state, batch)
             axes = jax.tree.map(
                 lambda spec: 0 if spec else None,
                 sharding.specs(state, str(axis.name)),
@@ -329,22 +348,21 @@ def _by_pmap(
             compiled[tree] = jax.pmap(
                 train_step,
                 str(axis.name),
-                in_axes=(axes, 0),
+                in_axes=(axes, 0, 0),
                 out_axes=(axes, None),
                 devices=list(mesh.devices.ravel()),
             )
-        shares = jax.tree.map(lambda x: x.reshape(axis.size, -1, *x.shape[1:]), batch)
-        return compiled[tree](state, shares)
+        return compiled[tree](state, shares(batch), shares(statistics_batch))
 
     return pmapped_step
 
 
-def _check_batch(batch: Batch, devices: int, accumulate: int) -> None:
+def _check_batch(name: str, batch: Batch, axis: Axis, accumulate: int) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
-        if not x.ndim or x.shape[0] % (devices * accumulate):
+        if not x.ndim or x.shape[0] % (axis.size * accumulate):
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} has shape {list(x.shape)}; its "
-                f"leading size must be a multiple of {devices} devices × "
+                f"{name}{jax.tree_util.keystr(path)} has shape {list(x.shape)}; its "
+                f"leading size must be a multiple of {axis.size} devices × "
                 f"accumulate={accumulate}"
             )
 

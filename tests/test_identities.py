@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import lbopt
 from lbopt import linalg
-from lbopt.curvature import kronecker, linear_maps
+from lbopt.curvature import doubly_factored, kronecker, linear_maps
+from lbopt.curvature.fisher_products import fisher_products
+from lbopt.transforms.quadratic_model import scale_by_quadratic_model
 from tests import oracles
 from tests.oracles import quick_jit
 
@@ -493,6 +496,146 @@ def test_12_mean_and_sum_over_locations_damp_alike():
     assert error(rows, paper) < EXACT
 
 
+# ------------------------------------------------------------------ 13: three factors
+
+MAP = (4, 3)  # locations, channels
+
+
+class OnMap(Problem):
+    """A dense layer that reads a flattened map, under squared loss."""
+
+    def __init__(self, maps):
+        flattened = jnp.asarray(maps).reshape(len(maps), -1)
+        super().__init__(nn.Sequential((dense(2),)), flattened)
+        self.maps = np.asarray(maps)
+
+    def layers(self, sharing="expand"):
+        shape = self.maps.shape[1:]
+        return lbopt.trace_layers(
+            self.loss,
+            self.params,
+            self.x,
+            self.y,
+            weight_sharing=sharing,
+            doubly_factored={"layers_0": shape},
+            strict=True,
+        )
+
+
+def rectified(seed, *shape):
+    """Maps as a rectifier makes them; a few are zero in some places."""
+    return np.maximum(np.random.default_rng(seed).normal(size=shape) + 0.5, 0)
+
+
+def unit_rows(seed, n, size):
+    x = np.random.default_rng(seed).normal(size=(n, size))
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def product_design(sizes=None):
+    """Maps κ ψᵀ of every pair of 3 unit vectors κ and 5 ψ, scaled if asked to."""
+    kappa, psi = unit_rows(0, 3, MAP[0]), unit_rows(1, 5, MAP[1])
+    maps = np.einsum("it,jc->ijtc", kappa, psi).reshape(15, *MAP)
+    return maps if sizes is None else maps * sizes[:, None, None]
+
+
+def three_products(statistics):
+    return np.kron(np.kron(statistics.k, statistics.c), statistics.g)
+
+
+def kernel_and_bias_fishers(problem):
+    fisher = problem.fisher("layers_0")
+    return fisher[:-2, :-2], fisher[-2:, -2:]
+
+
+def test_13_product_design_of_unit_rank_one_maps_is_exact():
+    problem = OnMap(product_design())
+    statistics = problem.curvature()["layers_0"]
+    kernel, bias = kernel_and_bias_fishers(problem)
+    assert error(three_products(statistics), kernel) < EXACT
+    assert error(statistics.bias, bias) < EXACT
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        product_design() + 0.5 * product_design()[::-1],
+        product_design(np.linspace(0.5, 2, 15)),
+        product_design()[:9],
+    ],
+    ids=["rank two", "sizes vary", "not a product"],
+)
+def test_13_control_other_designs_are_inexact(maps):
+    problem = OnMap(maps)
+    statistics = problem.curvature()["layers_0"]
+    kernel, bias = kernel_and_bias_fishers(problem)
+    assert error(three_products(statistics), kernel) > INEXACT
+    assert error(statistics.bias, bias) < EXACT
+
+
+def three_factors(damping):
+    """Random statistics, and the inverses that the block makes of them."""
+    k, c, g = spd(0, MAP[0], 3), spd(1, MAP[1], 2), 7 * spd(2, 5, 4)
+    block = doubly_factored.doubly_factored_block(*MAP, 5, True, jnp.float64)
+    statistics = doubly_factored.BiasedDoublyFactors(*map(jnp.asarray, (k, c, g, g)))
+    return block, (k, c, g), block.invert(block.pack(statistics), damping)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_13_three_mode_inverse_is_the_dense_solve(damping):
+    block, factors, inverses = three_factors(damping)
+    kernel, bias = np.asarray(normal(3, 12, 5)), np.asarray(normal(4, 5))
+    leaves = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
+    natural = block.precondition(inverses, leaves)
+    nu = [np.trace(m) / len(m) for m in factors]
+    k, c, g = (
+        m + v * (damping / np.prod(nu)) ** (1 / 3) * np.eye(len(m))
+        for m, v in zip(factors, nu, strict=True)
+    )
+    expected = np.linalg.solve(np.kron(np.kron(k, c), g), kernel.ravel())
+    assert error(np.ravel(natural["kernel"]), expected) < EXACT
+    # The bias has one factor, which takes the whole damping.
+    alone = np.linalg.solve(factors[2] + damping * np.eye(5), bias)
+    assert error(natural["bias"], alone) < EXACT
+
+
+@pytest.mark.parametrize("shape", [(9, 20), (20, 9)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_13_power_iteration_is_the_singular_value_decomposition(shape, sign):
+    maps = sign * rectified(0, 6, *shape)
+    kappa, psi = doubly_factored.rank_one(jnp.asarray(maps))
+    for i, a in enumerate(maps):
+        u, s, vt = np.linalg.svd(a)
+        for half, vector in ((kappa[i], u[:, 0]), (psi[i], vt[0])):
+            # The same for either sign of the pair.
+            moment = s[0] * np.outer(vector, vector)
+            assert error(np.outer(half, half), moment) < EXACT
+
+
+def test_13_trace_is_never_overstated():
+    problem = OnMap(rectified(0, 7, *MAP))
+    statistics = problem.curvature()["layers_0"]
+    trace = np.trace(statistics.k) * np.trace(statistics.c)
+    sigma = np.linalg.svd(problem.maps, compute_uv=False)[:, 0]
+    assert error(trace, np.mean(sigma) ** 2) < EXACT
+    assert trace < np.mean(sigma**2) < np.mean(np.sum(problem.maps**2, (1, 2)))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5)])
+def test_13_a_map_of_vectors_is_the_ordinary_factor_where_sizes_are_equal(shape, equal):
+    rows = unit_rows(0, 7, 5) * (3.0 if equal else np.linspace(0.5, 2, 7)[:, None])
+    statistics = OnMap(rows.reshape(7, *shape)).curvature()["layers_0"]
+    sizes = np.linalg.norm(rows, axis=-1)
+    vectors, number = (statistics.k, statistics.c)[:: 1 if shape[1] == 1 else -1]
+    # E[a aᵀ / |a|] and E|a|
+    assert error(vectors, np.einsum("n,ni,nj->ij", 1 / sizes, rows, rows) / 7) < EXACT
+    assert error(number, np.full((1, 1), sizes.mean())) < EXACT
+    ordinary = rows.T @ rows / 7
+    apart = error(np.kron(statistics.k, statistics.c), ordinary)
+    assert apart < EXACT if equal else apart > INEXACT
+
+
 # ------------------------------------------------------------------ 14, 15: π and KL
 
 
@@ -539,6 +682,17 @@ def test_14_factored_damping_dominates_exact_damping():
     least = np.linalg.eigvalsh(factored - exact)[0]
     assert least > -EXACT * np.linalg.norm(exact)
     assert np.linalg.eigvalsh(factored - exact)[-1] > INEXACT
+
+
+def test_14_factored_damping_of_three_factors_dominates_exact_damping():
+    damping = 0.3
+    _, (k, c, g), inverses = three_factors(damping)
+    k_inv, c_inv, g_inv, _ = (np.linalg.inv(x) for x in inverses)
+    factored = np.kron(np.kron(k_inv, c_inv), g_inv)
+    exact = np.kron(np.kron(k, c), g) + damping * np.eye(len(factored))
+    values = np.linalg.eigvalsh(factored - exact)
+    assert values[0] > -EXACT * np.linalg.norm(exact)
+    assert values[-1] > INEXACT
 
 
 def test_14_large_damping_gives_the_gradient():
@@ -783,6 +937,135 @@ def test_16_control_zero_padding_is_not_shifted():
     # The padding is 0, not the shift: the two nets are not the same function at all.
     first, second = cnn_pair("SAME", True)
     assert error(second.predictions, first.predictions) > INEXACT
+
+
+# ------------------------------------------------------------------ 17: quadratic model
+
+
+def quadratic_model_step(problem, tx):
+    """A step of the whole batch, from the loss alone."""
+
+    @quick_jit
+    def step(params, state):
+        batch = problem.x, problem.y
+        loss, grads = jax.value_and_grad(problem.loss)(params, *batch)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=loss,
+            value_fn=lambda p: problem.loss(p, *batch),
+            fisher_products=lambda vectors: fisher_products(
+                problem.loss, params, vectors, *batch
+            ),
+        )
+        return grads, updates, state
+
+    return step
+
+
+def times(p):
+    """A fixed preconditioner of all parameters together."""
+
+    def update(updates, params):
+        del params
+        vector, unravel = ravel_pytree(updates)
+        return unravel(jnp.asarray(p) @ vector)
+
+    return optax.stateless(update)
+
+
+def whole_jacobian(problem):
+    """Of all parameters, in the order of ``ravel_pytree``: ``[n, events, p]``."""
+    n = len(problem.x)
+    leaves = jax.tree.leaves(problem.jacobians)
+    events = problem.predictions.size // n
+    return np.concatenate([x.reshape(n, events, -1) for x in leaves], -1)
+
+
+def whole(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def conjugate_gradients(a, b, p, x):
+    """The points of the preconditioned method for ``a x = b``, one a dimension."""
+    points, r = [], b - a @ x
+    d = p @ r
+    for _ in b:
+        alpha = (r @ p @ r) / (d @ a @ d)
+        x, r_last, r = x + alpha * d, r, r - alpha * a @ d
+        d = p @ r + (r @ p @ r) / (r_last @ p @ r_last) * d
+        points.append(x)
+    return np.asarray(points)
+
+
+def regression_errors(damping, momentum=True):
+    """How far all steps are from conjugate gradients', and the last from the end."""
+    problem, decay = Problem(Linear((2,)), normal(0, 9, 3)), 0.2
+    p = spd(4, 8)
+    tx = scale_by_quadratic_model(
+        times(p),
+        damping=damping,
+        damping_floor=damping,
+        weight_decay=decay,
+        momentum=momentum,
+    )
+    step = quadratic_model_step(problem, tx)
+    jac = whole_jacobian(problem).reshape(-1, 8)  # the outputs are linear in θ
+    a = jac.T @ jac / len(problem.x) + decay * np.eye(8)
+    b = jac.T @ np.ravel(problem.y) / len(problem.x)
+    params, state, points = problem.params, tx.init(problem.params), []
+    for _ in range(8):
+        _, updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+        points.append(whole(params))
+    expected = conjugate_gradients(a, b, p, whole(problem.params))
+    return error(points, expected), error(points[-1], np.linalg.solve(a, b))
+
+
+def test_17_steps_on_a_quadratic_are_preconditioned_conjugate_gradients():
+    assert max(regression_errors(1e-14)) < EXACT
+
+
+def test_17_control_without_momentum_or_with_damping_they_are_not():
+    assert min(regression_errors(1e-14, momentum=False)) > 1e-3
+    assert min(regression_errors(0.3)) > 1e-3
+
+
+def test_17_predicted_change_is_half_the_slope_along_the_step():
+    problem = Problem(Linear((4, 3), (nn.tanh,)), normal(0, 7, 6), "categorical")
+    damping, decay = 0.5, 1e-2
+    tx = scale_by_quadratic_model(
+        optax.identity(), damping=damping, weight_decay=decay, damping_period=1
+    )
+    step = quadratic_model_step(problem, tx)
+    start = problem.params
+    _, last, state = step(start, tx.init(start))
+    problem.params = optax.apply_updates(start, last)
+    state = state._replace(damping=jnp.asarray(damping))
+    grads, updates, state = step(problem.params, state)
+    # The model with the dense Fisher matrix, whose minimum among all combinations of
+    # the two directions the step is.
+    c = oracles.exact_fisher(
+        whole_jacobian(problem), problem.predictions, problem.distribution
+    ) + (damping + decay) * np.eye(len(whole(start)))
+    g = whole(grads) + decay * whole(problem.params)
+    model = lambda d: g @ d + d @ c @ d / 2  # noqa: E731
+    d = whole(updates)
+    assert error(state.predicted, model(d)) < EXACT
+    assert error(state.predicted, g @ d / 2) < EXACT
+    assert np.all(np.abs(np.asarray(state.lengths)) > INEXACT)
+    for direction in (g, whole(last)):
+        slope = abs(direction @ (g + c @ d))
+        assert slope < EXACT * np.linalg.norm(direction) * np.linalg.norm(g)
+        assert model(d) < min(model(1.01 * d), model(d + 0.01 * direction))
+    # ρ compares it with what the loss and its penalty did.
+    h = lambda p: (  # noqa: E731
+        problem.loss(p, problem.x, problem.y)
+        + decay / 2 * optax.tree.norm(p, squared=True)
+    )
+    after = optax.apply_updates(problem.params, updates)
+    assert error(state.ratio, (h(after) - h(problem.params)) / model(d)) < EXACT
 
 
 # ------------------------------------------------------------------ 19: averages

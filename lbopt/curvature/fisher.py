@@ -16,76 +16,22 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
-from lbopt.curvature import capture, discovery, registry
+from lbopt.curvature import capture, registry
+from lbopt.curvature.likelihood import (
+    Outputs,
+    count_terms,
+    listen,
+    single_outputs,
+)
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.in_place import update_if
 
 Fisher: TypeAlias = Literal["empirical", "sampled", "exact"]
-Distribution: TypeAlias = Literal["categorical", "normal", "bernoulli"]
 Curvature: TypeAlias = dict[str, Any]
 """The statistics of each layer by its path."""
-
-_DISTRIBUTIONS = ("categorical", "normal", "bernoulli")
-
-
-class _Likelihood(nn.Module):
-    """Carries the model's outputs past the interceptor."""
-
-    distribution: str
-    terms: int | None
-
-    def __call__(self, outputs: Array) -> Array:
-        return outputs
-
-
-def likelihood(
-    outputs: Array, distribution: Distribution, *, terms: int | None = None
-) -> Array:
-    r"""States that the loss is a negative log-likelihood of ``outputs``.
-
-    An identity, called by a loss on the model's outputs, outside any transform:
-
-    * ``categorical``: logits of a softmax over the last axis,
-    * ``bernoulli``: logits of independent sigmoids,
-    * ``normal``: means of a Gaussian of unit variance; the loss is
-      :math:`\tfrac12 \lVert f - y \rVert^2`.
-
-    Needed for ``fisher="sampled"`` and ``"exact"`` only.
-
-    Args:
-      outputs: what the distribution is parametrised by, ``[batch, ...]``.
-      distribution: its name.
-      terms: how many terms the loss averages, if not the batch size (for example
-        batch × tokens).
-
-    Returns:
-      ``outputs``.
-
-    Raises:
-      ValueError: for an unknown distribution.
-
-    Examples:
-      >>> import jax.numpy as jnp, lbopt
-      >>> lbopt.likelihood(jnp.zeros((2, 3)), "categorical").shape
-      (2, 3)
-    """
-    if distribution not in _DISTRIBUTIONS:
-        raise ValueError(
-            f"distribution={distribution!r} must be one of {_DISTRIBUTIONS}"
-        )
-    return _Likelihood(distribution, terms, parent=None)(outputs)
-
-
-class _Outputs(NamedTuple):
-    """What a call of ``likelihood`` passed."""
-
-    value: Array
-    distribution: str
-    terms: int | None
 
 
 def value_grad_and_curvature(
@@ -133,6 +79,100 @@ def value_grad_and_curvature(
       >>> curvature["layers_0"].a.shape  # 5 inputs and the bias
       (6, 6)
     """
+    run = _tapped_pass(loss_fn, layers, has_aux, fisher, batch_size)
+
+    def evaluate(
+        params: Params, *args: Any, rng: Any = None, due: Any = None
+    ) -> tuple[Any, Params, Curvature]:
+        tapped = run(params, args, rng, due)
+        grads, sums = tapped.pull_loss()
+        if fisher != "empirical":
+            sums = tapped.pull_model()
+        return tapped.value, grads, tapped.means(sums)
+
+    return evaluate
+
+
+def curvature_only(
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    has_aux: bool = False,
+    fisher: Fisher = "sampled",
+    batch_size: int | None = None,
+) -> Callable[..., Curvature]:
+    r"""The layers' curvature statistics alone, for examples of their own.
+
+    .. math:: A = \frac{1}{nS} \sum a a^\top, \qquad G = n \sum \delta \delta^\top
+
+    over a batch that need not be the gradient's: a forward and a backward pass (one for
+    each output coordinate of ``"exact"``) that under ``jit`` makes no gradients but
+    those that a diagonal block is made from.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``.
+      layers: what ``trace_layers`` found in it.
+      has_aux: whether it returns ``(loss, aux)``.
+      fisher: which Fisher matrix.
+      batch_size: as for ``value_grad_and_curvature``.
+
+    Returns:
+      ``f(params, *args, rng=None, due=None) -> curvature``, likewise.
+
+    Raises:
+      ValueError: for an unknown ``fisher``.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
+      >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((8, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params, x):
+      ...     f = lbopt.likelihood(model.apply({"params": params}, x), "normal")
+      ...     return jnp.sum(f**2) / (2 * len(x))
+      >>> layers = lbopt.trace_layers(loss_fn, params, x)
+      >>> f = lbopt.curvature_only(loss_fn, layers)
+      >>> f(params, x[:1], rng=jax.random.key(1))["layers_0"].g.shape  # 1/8 of x
+      (3, 3)
+
+    Source: sampled labels, on a random eighth of the minibatch: Martens & Grosse 2015;
+    on independent minibatches of other machines: Ba, Grosse & Martens 2017, §3.
+    """
+    run = _tapped_pass(loss_fn, layers, has_aux, fisher, batch_size)
+
+    def evaluate(
+        params: Params, *args: Any, rng: Any = None, due: Any = None
+    ) -> Curvature:
+        tapped = run(params, args, rng, due)
+        sums = tapped.pull_loss()[1] if fisher == "empirical" else tapped.pull_model()
+        return tapped.means(sums)
+
+    return evaluate
+
+
+class _TappedPass(NamedTuple):
+    """One forward pass with every layer tapped, and what may be pulled back through it.
+
+    Attributes:
+      value: the loss or ``(loss, aux)``.
+      pull_loss: gives the loss's gradient and the layers' sums by path.
+      pull_model: gives the sums of the model's own predictive distribution.
+      means: from sums to statistics.
+    """
+
+    value: Any
+    pull_loss: Callable[[], tuple[Params, dict[str, Any]]]
+    pull_model: Callable[[], dict[str, Any]]
+    means: Callable[[dict[str, Any]], Curvature]
+
+
+def _tapped_pass(
+    loss_fn: Callable[..., Any],
+    layers: Any,
+    has_aux: bool,
+    fisher: Any,
+    batch_size: int | None,
+) -> Callable[..., _TappedPass]:
+    """``run(params, args, rng, due)``, which runs the loss with taps."""
     if fisher not in ("empirical", "sampled", "exact"):
         raise ValueError(f"fisher={fisher!r} must be 'empirical', 'sampled' or 'exact'")
     if not isinstance(layers, Layers):
@@ -142,9 +182,7 @@ def value_grad_and_curvature(
     loss_fn = registry.unjitted(loss_fn)
     used = layers.preconditioned
 
-    def evaluate(
-        params: Params, *args: Any, rng: Any = None, due: Any = None
-    ) -> tuple[Any, Params, Curvature]:
+    def run(params: Params, args: Sequence[Any], rng: Any, due: Any) -> _TappedPass:
         if fisher == "sampled" and rng is None:
             raise ValueError(
                 "fisher='sampled' draws labels: pass rng=, a key that is new at every "
@@ -155,11 +193,11 @@ def value_grad_and_curvature(
         probes = capture.make_probes(
             [layer.tapped for layer in taps], [wanted[layer.path] for layer in taps]
         )
-        outputs: list[_Outputs] = []
+        outputs: list[Outputs] = []
 
         def tapped_loss(p: Params) -> tuple[tuple[Array, list[Array]], Any]:
             with (
-                nn.intercept_methods(_listen(outputs)),
+                nn.intercept_methods(listen(outputs)),
                 nn.intercept_methods(probes.interceptor),
             ):
                 result = loss_fn(p, *args)
@@ -171,7 +209,7 @@ def value_grad_and_curvature(
             tapped_loss, probes.insert(params), has_aux=True
         )
         probes.require_all_reached()
-        n = _terms(outputs, batch_size, args)
+        n = count_terms(outputs, batch_size, args)
 
         def collect(cotangents: tuple[Array, list[Array]]) -> tuple[Params, Any]:
             grads, sums = probes.remove(pull_back(cotangents)[0])
@@ -183,44 +221,27 @@ def value_grad_and_curvature(
                 for path, layer in used.items()
             }
 
-        zero = [jnp.zeros_like(x) for x in kept]
-        grads, sums = collect((jnp.ones_like(loss), zero))
-        if fisher != "empirical":
-            one = _single(outputs, loss_fn, fisher)._replace(value=kept[0])
+        def pull_loss() -> tuple[Params, dict[str, Any]]:
+            return collect((jnp.ones_like(loss), [jnp.zeros_like(x) for x in kept]))
+
+        def pull_model() -> dict[str, Any]:
+            one = single_outputs(
+                outputs, registry.name_of(loss_fn), f"fisher={fisher!r}"
+            )._replace(value=kept[0])
             none = jnp.zeros_like(loss)
             pull = lambda signal: collect((none, [signal / n]))[1]  # noqa: E731
-            sums = (
-                pull(_sampled_signal(one, rng))
-                if fisher == "sampled"
-                # Without a tap a block sees its gradient summed over the batch.
-                else _summed_exactly(one, pull, one_by_one=len(taps) < len(used))
-            )
-        curvature = {
-            path: _mean(used[path].block, s, n, wanted[path])
-            for path, s in sums.items()
-        }
-        return ((loss, aux) if has_aux else loss), grads, curvature
+            if fisher == "sampled":
+                return pull(_sampled_signal(one, rng))
+            # Without a tap a block sees its gradient summed over the batch.
+            return _summed_exactly(one, pull, one_by_one=len(taps) < len(used))
 
-    return evaluate
+        def means(sums: dict[str, Any]) -> Curvature:
+            return {p: _mean(used[p].block, s, n, wanted[p]) for p, s in sums.items()}
 
+        value = (loss, aux) if has_aux else loss
+        return _TappedPass(value, pull_loss, pull_model, means)
 
-def _listen(outputs: list[_Outputs]) -> Callable[..., Any]:
-    """An interceptor that notes what ``likelihood`` is called on."""
-    trace = get_opaque_trace_state(convention="flax")
-
-    def interceptor(next_fun, args, kwargs, context):
-        if isinstance(context.module, _Likelihood):
-            module = context.module
-            if get_opaque_trace_state(convention="flax") != trace:
-                raise ValueError(
-                    f"lbopt.likelihood(outputs, {module.distribution!r}) is called "
-                    "inside a jit, vmap, scan or checkpoint inside the loss; call it "
-                    "outside, once, on the outputs of the whole batch"
-                )
-            outputs.append(_Outputs(args[0], module.distribution, module.terms))
-        return next_fun(*args, **kwargs)
-
-    return interceptor
+    return run
 
 
 def _wanted(used: dict[str, Layer], due: Any) -> dict[str, Any]:
@@ -265,41 +286,7 @@ def _mean(block: blocks.CurvatureBlock, sums: Any, n: int, due: Any) -> Any:
     return block.statistics(means)
 
 
-def _terms(
-    outputs: Sequence[_Outputs], batch_size: int | None, args: Sequence[Any]
-) -> int:
-    """How many terms the loss averages."""
-    stated = {o.terms for o in outputs if o.terms is not None}
-    if batch_size is not None:
-        stated.add(batch_size)
-    if len(stated) > 1:
-        raise ValueError(
-            f"the loss's number of terms is stated as {sorted(stated)}; state it once, "
-            "by batch_size= or by likelihood(..., terms=)"
-        )
-    n = next(iter(stated), None) or discovery.infer_batch_size(args)
-    if n is None:
-        raise ValueError(
-            "no argument of the loss looks like a batch (arrays that share a leading "
-            "size); pass batch_size= to value_grad_and_curvature"
-        )
-    return n
-
-
-def _single(
-    outputs: Sequence[_Outputs], loss_fn: Callable[..., Any], fisher: Fisher
-) -> _Outputs:
-    if len(outputs) != 1:
-        name = registry.name_of(loss_fn)
-        raise ValueError(
-            f"fisher={fisher!r} needs lbopt.likelihood(outputs, ...) called once, but "
-            f"loss_fn={name} calls it {len(outputs)} times; call it on the model's "
-            "outputs, outside any jit, vmap, scan or checkpoint inside the loss"
-        )
-    return outputs[0]
-
-
-def _sampled_signal(outputs: _Outputs, rng: Array) -> Array:
+def _sampled_signal(outputs: Outputs, rng: Array) -> Array:
     """The gradient of −log p(y | outputs) with y drawn from the model."""
     f = jax.lax.stop_gradient(outputs.value)
     if outputs.distribution == "categorical":
@@ -312,7 +299,7 @@ def _sampled_signal(outputs: _Outputs, rng: Array) -> Array:
 
 
 def _summed_exactly(
-    outputs: _Outputs, pull: Callable[[Array], Any], one_by_one: bool
+    outputs: Outputs, pull: Callable[[Array], Any], one_by_one: bool
 ) -> Any:
     r"""The sums of the expected Fisher, one backward pass an output coordinate.
 

@@ -192,6 +192,33 @@ def test_has_aux():
         plain = problem.evaluate(fisher=fisher, rng=rng)
         assert_equal((loss, grads, curvature), plain)
         assert_close(aux, {"x": jnp.sum(problem.args[0])})
+    by_default = alone(with_aux, with_aux.trace())(jax.random.key(0), None)
+    assert_close(by_default, plain[2])  # sampled
+
+
+def alone(problem, layers, **options):
+    """The statistics alone, compiled; takes ``rng`` and ``due``."""
+    f = lbopt.curvature_only(
+        problem.loss_fn, layers, has_aux=problem.has_aux, **options
+    )
+    return jax.jit(lambda rng, due: f(problem.params, *problem.args, rng=rng, due=due))
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
+def test_the_statistics_alone_are_the_same(fisher):
+    problem = problem_of("categorical", Scaled())  # a tap, and a block without one
+    layers, rng = problem.trace(), jax.random.key(3)
+    full = problem.evaluate(layers, fisher=fisher, rng=rng)[2]
+    f = alone(problem, layers, fisher=fisher)
+    mask = all_due(problem, layers)
+    # Two programs, which add the same few numbers up: some units in the last place.
+    assert_close(f(rng, mask), full, rtol=1e-6, atol=1e-7)
+    assert all(np.any(x) for x in jax.tree.leaves(full))
+    off = {**mask, "dense": mask["dense"]._replace(g=jnp.asarray(False))}
+    expected = full["dense"]._replace(g=jnp.zeros_like(full["dense"].g))
+    curvature = f(rng, off)
+    assert not np.any(curvature["dense"].g)
+    assert_close(curvature, {**full, "dense": expected}, rtol=1e-6, atol=1e-7)
 
 
 # ---------------------------------------------------------------------- what is due
@@ -314,6 +341,15 @@ def test_how_many_matrix_products_each_fisher_takes():
         jax.random.key(0),
     )
     assert sampled == empirical + 1
+    # Alone: 2 forward, 1 to the hidden layer backward, and no kernel gradients.
+    f = lbopt.curvature_only(problem.loss_fn, layers, fisher="sampled")
+    only = dots(
+        lambda p, args, rng: f(p, *args, rng=rng),
+        problem.params,
+        problem.args,
+        jax.random.key(0),
+    )
+    assert only == sampled - 3 == 3 + 2 * len(layers)
 
 
 def test_nothing_due_costs_nothing():
@@ -365,75 +401,9 @@ def test_the_sampled_fisher_needs_a_key():
     f = lbopt.value_grad_and_curvature(
         problem.loss_fn, problem.trace(), fisher="sampled"
     )
-    with pytest.raises(ValueError, match="fisher='sampled' draws labels: pass rng="):
-        f(problem.params, *problem.args)
-
-
-@pytest.mark.parametrize("calls", [0, 2])
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
-def test_likelihood_is_called_once(calls, fisher):
-    model = Mlp()
-
-    def loss_fn(params, x, y):
-        f = model.apply({"params": params}, x)
-        for _ in range(calls):
-            f = lbopt.likelihood(f, "categorical")
-        return cross_entropy(f, y)
-
-    problem = classify(model)._replace(loss_fn=loss_fn)
-    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), fisher=fisher)
-    message = rf"fisher='{fisher}'.*once.*loss_fn=loss_fn calls it {calls} times"
-    with pytest.raises(ValueError, match=message):
-        f(problem.params, *problem.args, rng=jax.random.key(0))
-
-
-@pytest.mark.parametrize("transform", ["jit", "vmap", "map", "checkpoint"])
-@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-def test_likelihood_is_called_outside_transforms(transform, fisher):
-    wrap = {
-        "jit": jax.jit,
-        "vmap": jax.vmap,
-        "map": lambda f: functools.partial(jax.lax.map, f),
-        "checkpoint": jax.checkpoint,
-    }[transform]
-    model = Mlp()
-
-    def loss_fn(params, x, y):
-        f = model.apply({"params": params}, x)
-        f = wrap(lambda f: lbopt.likelihood(f, "categorical", terms=BATCH))(f)
-        return cross_entropy(f, y)
-
-    problem = classify(model)._replace(loss_fn=loss_fn)
-    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), fisher=fisher)
-    message = r"lbopt.likelihood\(outputs, 'categorical'\) is called inside a jit, vmap"
-    with pytest.raises(ValueError, match=message):
-        f(problem.params, *problem.args, rng=jax.random.key(0))
-
-
-def test_the_number_of_terms_is_stated_once():
-    model = Mlp()
-
-    def loss_fn(params, x, y):
-        f = model.apply({"params": params}, x)
-        return cross_entropy(lbopt.likelihood(f, "categorical", terms=4), y)
-
-    problem = classify(model)._replace(loss_fn=loss_fn)
-    f = lbopt.value_grad_and_curvature(loss_fn, problem.trace(), batch_size=BATCH)
-    with pytest.raises(ValueError, match=r"stated as \[4, 8\]; state it once"):
-        f(problem.params, *problem.args)
-
-
-def test_a_loss_without_a_batch_needs_its_size():
-    x, y = inputs(), labels()
-    problem = classify(Mlp())
-
-    def loss_fn(params):
-        return problem.loss_fn(params, x, y)
-
-    closed = Problem(loss_fn, problem.params, ())
-    with pytest.raises(ValueError, match=r"pass batch_size= to value_grad_and_curv"):
-        closed.evaluate()
-    assert_close(closed.evaluate(batch_size=BATCH), problem.evaluate())
+    for function in (f, lbopt.curvature_only(problem.loss_fn, problem.trace())):
+        with pytest.raises(ValueError, match="fisher='sampled' draws labels: pass rn"):
+            function(problem.params, *problem.args)
 
 
 def test_due_from_another_model():

@@ -1,0 +1,338 @@
+"""What a device evaluates at one step, and which examples its statistics are of.
+
+By default the statistics come out of the gradient's own forward pass.  They have a pass
+of their own, which is left out at a step where none is due, if they are to be those of
+
+* the first part of each device's examples,
+* another batch,
+* examples that devices of their own see, while the others evaluate gradients.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbopt._typing import Array, Params
+from lbopt.batch_functions import accumulated, zeros_of
+from lbopt.collectives import Axis
+from lbopt.curvature.fisher import (
+    Curvature,
+    Fisher,
+    curvature_only,
+    value_grad_and_curvature,
+)
+from lbopt.curvature.registry import Layers
+
+
+class Evaluated(NamedTuple):
+    """What a device evaluated: means over its micro-batches.
+
+    Attributes:
+      model_state: the model's other collections after the last micro-batch.
+      loss: the loss.
+      metrics: the loss function's metrics.
+      grads: the gradient, like the parameters.
+      curvature: the statistics of each layer by its path; empty without layers.
+    """
+
+    model_state: Any
+    loss: Any
+    metrics: Any
+    grads: Any
+    curvature: Any
+
+
+def make_evaluate(
+    loss_fn: Callable[..., Any],
+    layers: Layers | None,
+    axis: Axis,
+    *,
+    fisher: Fisher,
+    accumulate: int,
+    fraction: float,
+    devices: int,
+    per_example: Sequence[str],
+) -> Callable[..., Evaluated]:
+    """The evaluation of one step on one device.
+
+    Args:
+      loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``.
+      layers: what ``trace_layers`` found; None for no curvature.
+      axis: the devices.
+      fisher: which Fisher matrix.
+      accumulate: micro-batches that a device's examples are cut into.
+      fraction: the share of each micro-batch, its first examples and at least one, that
+        the statistics are of.
+      devices: how many devices, the last ones, evaluate statistics and nothing else.
+      per_example: collections of the model state whose arrays lie along the batch.
+
+    Returns:
+      ``evaluate(params, model_state, batch, statistics_batch, rng, due)`` with the
+      device's examples, its key, and the mask from ``refresh``.  Of devices of their
+      own the results are scaled so that their means over all devices are the means over
+      those that evaluated them.
+
+    Raises:
+      ValueError: for settings out of range or at odds with each other; at a call, for
+        a ``statistics_batch`` that they leave no use for.
+    """
+    _check_settings(layers, axis, fraction, devices, per_example)
+    alone = together = plain = _without_curvature(loss_fn)
+    if layers is not None:
+        kind: Any = {"has_aux": True, "fisher": fisher}
+        together = value_grad_and_curvature(loss_fn, layers, **kind)
+        alone = curvature_only(loss_fn, layers, **kind)
+    shortened = functools.partial(_shortened, fraction, per_example)
+
+    def evaluate(
+        params: Params,
+        model_state: Any,
+        batch: Any,
+        statistics_batch: Any,
+        rng: Array,
+        due: Any,
+    ) -> Evaluated:
+        if statistics_batch is not None:
+            _check_use(layers, fraction, devices, per_example)
+        elif fraction == 1 and not devices:
+            return _gradients(
+                together, accumulate, params, model_state, batch, rng, due
+            )
+
+        def gradients() -> Evaluated:
+            return _gradients(plain, accumulate, params, model_state, batch, rng)
+
+        def statistics() -> Curvature:
+            own = batch if statistics_batch is None else statistics_batch
+            return _statistics(
+                alone, accumulate, shortened, params, model_state, own, rng, due
+            )
+
+        if devices:
+            return _apart(gradients, statistics, model_state, axis, devices)
+        return gradients()._replace(curvature=statistics())
+
+    return evaluate
+
+
+def require_no_collectives(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    model_state: Any,
+    batch: Any,
+    rng: Array,
+    *,
+    parts: int,
+    devices: int,
+) -> None:
+    """Refuses a loss that waits for devices which do not evaluate it.
+
+    To be called outside ``shard_map`` and ``pmap``, where its collectives have no axis.
+
+    Args:
+      loss_fn: as for ``make_evaluate``.
+      params: the parameters.
+      model_state: the model's other collections.
+      batch: the examples of all devices.
+      rng: a key.
+      parts: how many micro-batches they are, of all devices together.
+      devices: how many evaluate statistics alone, for the message.
+
+    Raises:
+      ValueError: if it names a mesh axis.
+      NameError: of the loss's own.
+    """
+    part = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype), batch
+    )
+    try:
+        jax.eval_shape(loss_fn, params, model_state, part, rng)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"statistics_devices={devices}, but the loss combines numbers over devices "
+            f"itself ({str(error).split('.')[0]}), and would wait for those that "
+            "evaluate something else. Make its layers without axis_name (BatchNorm "
+            "then sees a device's examples alone), or use statistics_fraction or a "
+            "statistics_batch instead"
+        ) from error
+
+
+def _without_curvature(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.value_and_grad`` with the signature of the function with curvature."""
+    with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
+        del rng, due
+        return (*with_gradient(*args), {})
+
+    return evaluate
+
+
+def _gradients(
+    evaluate: Callable[..., Any],
+    accumulate: int,
+    params: Params,
+    model_state: Any,
+    batch: Any,
+    rng: Array,
+    due: Any = None,
+) -> Evaluated:
+    """Loss and gradients, and the statistics of the same pass if it has any."""
+
+    def one(model_state: Any, batch: Any, rng: Array) -> Any:
+        loss_rng, label_rng = jax.random.split(rng)
+        (loss, (model_state, metrics)), grads, curvature = evaluate(
+            params, model_state, batch, loss_rng, rng=label_rng, due=due
+        )
+        return model_state, (loss, metrics, grads, curvature)
+
+    model_state, means = accumulated(one, accumulate, model_state, batch, rng)
+    return Evaluated(model_state, *means)
+
+
+def _statistics(
+    evaluate: Callable[..., Curvature],
+    accumulate: int,
+    shortened: Callable[[Any, Any], tuple[Any, Any]],
+    params: Params,
+    model_state: Any,
+    batch: Any,
+    rng: Array,
+    due: Any,
+) -> Curvature:
+    """The statistics of a pass of their own; zeros without one where none is due."""
+
+    def one(model_state: Any, batch: Any, rng: Array) -> Any:
+        # The first of the two is the key of the loss in the gradient pass.
+        _, own_rng = jax.random.split(rng)
+        loss_rng, label_rng = jax.random.split(own_rng)
+        few = shortened(model_state, batch)
+        curvature = evaluate(params, *few, loss_rng, rng=label_rng, due=due)
+        return model_state, curvature
+
+    def run() -> Curvature:
+        return accumulated(one, accumulate, model_state, batch, rng)[1]
+
+    some = jnp.any(jnp.asarray(jax.tree.leaves(due)))
+    return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
+
+
+def _apart(
+    gradients: Callable[[], Evaluated],
+    statistics: Callable[[], Curvature],
+    model_state: Any,
+    axis: Axis,
+    devices: int,
+) -> Evaluated:
+    """Statistics on the last devices, gradients on the others."""
+    others = axis.size - devices
+    is_other = axis.position() < others
+
+    def only_gradients() -> Evaluated:
+        return gradients()._replace(curvature=zeros_of(jax.eval_shape(statistics)))
+
+    def only_statistics() -> Evaluated:
+        nothing = jax.eval_shape(gradients)._replace(model_state=None)
+        return zeros_of(nothing)._replace(
+            model_state=model_state, curvature=statistics()
+        )
+
+    def scaled(tree: Any, evaluating: int) -> Any:
+        return jax.tree.map(lambda x: x * (axis.size / evaluating), tree)
+
+    def state_of_others(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return scaled(jnp.where(is_other, x, 0), others)
+        return _first_of_devices(x, axis)
+
+    found = jax.lax.cond(is_other, only_gradients, only_statistics)
+    return Evaluated(
+        model_state=jax.tree.map(state_of_others, found.model_state),
+        loss=scaled(found.loss, others),
+        metrics=scaled(found.metrics, others),
+        grads=scaled(found.grads, others),
+        curvature=scaled(found.curvature, devices),
+    )
+
+
+def _first_of_devices(x: Array, axis: Axis) -> Array:
+    """The first device's array, on all of them."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _first_of_devices(jax.random.key_data(x), axis)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.lax.all_gather(x, axis.name)[0]
+
+
+def _shortened(
+    fraction: float, per_example: Sequence[str], model_state: Any, batch: Any
+) -> tuple[Any, Any]:
+    """The model state and the batch of the first examples."""
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x[: max(1, round(fraction * len(x)))] if x.ndim else x, tree
+        )
+
+    if per_example:
+        model_state = {
+            key: first(value) if key in per_example else value
+            for key, value in model_state.items()
+        }
+    return model_state, first(batch)
+
+
+def _check_settings(
+    layers: Layers | None,
+    axis: Axis,
+    fraction: float,
+    devices: int,
+    per_example: Sequence[str],
+) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"statistics_fraction={fraction!r} must be above 0 and at most 1, the "
+            "share of the batch that the statistics are of"
+        )
+    if layers is None and (fraction < 1 or devices):
+        raise ValueError(
+            f"statistics_fraction={fraction!r} and statistics_devices={devices!r} need "
+            "layers; pass what lbopt.trace_layers returns, or leave them out"
+        )
+    if not isinstance(devices, int) or not 0 <= devices < axis.size:
+        if devices and axis.name is None:
+            raise ValueError(f"statistics_devices={devices!r} needs a mesh; pass mesh=")
+        raise ValueError(
+            f"statistics_devices={devices!r} must be a number of devices from 0 to "
+            f"{axis.size - 1}, below the {axis.size} of the mesh axis {axis.name!r}"
+        )
+    if devices and (fraction < 1 or per_example):
+        raise ValueError(
+            f"statistics_devices={devices} goes neither with "
+            f"statistics_fraction={fraction!r} (those devices use all their examples) "
+            f"nor with per_example={tuple(per_example)!r} collections (they would not "
+            "be renewed there); leave out one or the other"
+        )
+
+
+def _check_use(
+    layers: Layers | None, fraction: float, devices: int, per_example: Sequence[str]
+) -> None:
+    if layers is None:
+        raise ValueError("statistics_batch is given, but layers=None: nobody uses it")
+    if fraction < 1 or devices:
+        raise ValueError(
+            f"statistics_batch is given, but statistics_fraction={fraction!r} and "
+            f"statistics_devices={devices} take the statistics from the batch; leave "
+            "out one or the other"
+        )
+    if per_example:
+        raise ValueError(
+            "statistics_batch is given, but the model state has "
+            f"per_example={tuple(per_example)!r} collections, which lie along the "
+            "batch; use statistics_fraction instead"
+        )

@@ -1,0 +1,347 @@
+r"""Step size, momentum and damping from a quadratic model of the loss.
+
+.. math:: M(\delta) = h(\theta) + \nabla h^\top \delta
+          + \tfrac12\, \delta^\top \big(F + (\lambda + \eta_w) I\big)\, \delta
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float
+
+from lbopt import collectives
+from lbopt._typing import Array, Count, Params, Scalar, Updates
+from lbopt.collectives import Axis
+from lbopt.transforms.diagonal_bfgs import precise
+
+# Directions are taken for parallel where the square of the sine between them, which is
+# a difference of rounded numbers, is below so many ε.
+_PARALLEL = 100
+# Steps are zero in float32 long before; a λ that overflows would never come back.
+_LARGEST = 1e12
+
+
+class QuadraticModelState(NamedTuple):
+    """State of ``scale_by_quadratic_model``; ``()`` where there is no momentum.
+
+    Attributes:
+      count: steps taken.
+      damping: λ of the coming step.
+      last: δ₀, the last update.
+      preconditioner: the preconditioner's state.
+      lengths: α and μ of the last step, ``[2]``; without momentum α alone, ``[1]``.
+      predicted: M(δ) − M(0) of the last step.
+      ratio: ρ of the last decision on λ; 1 before the first, 0 where ρ was no number.
+      rejected: steps not taken because a number was not finite.
+    """
+
+    count: Any
+    damping: Any
+    last: Any
+    preconditioner: Any
+    lengths: Any
+    predicted: Any
+    ratio: Any
+    rejected: Any
+
+
+def scale_by_quadratic_model(
+    preconditioner: optax.GradientTransformation,
+    *,
+    damping: Scalar = 150.0,
+    weight_decay: Scalar = 0.0,
+    momentum: bool = True,
+    damping_period: Count | int = 5,
+    damping_decay: Scalar = 19 / 20,
+    damping_floor: Scalar = 1e-8,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Steps to the minimum of a quadratic model in two directions.
+
+    The directions are the preconditioned gradient :math:`\Delta = -P \nabla h` and the
+    last update δ₀.  With :math:`C = F + (\lambda + \eta_w) I` and the exact Fisher
+    matrix F of the batch,
+
+    .. math::
+      \delta = \alpha \Delta + \mu \delta_0, \qquad
+      \begin{pmatrix} \alpha \\ \mu \end{pmatrix} = -
+      \begin{pmatrix} \Delta^\top C \Delta & \Delta^\top C \delta_0 \\
+      \Delta^\top C \delta_0 & \delta_0^\top C \delta_0 \end{pmatrix}^{-1}
+      \begin{pmatrix} \nabla h^\top \Delta \\ \nabla h^\top \delta_0 \end{pmatrix},
+      \qquad M(\delta) - M(0) = \tfrac12 \nabla h^\top \delta
+
+    where h has the penalty :math:`\tfrac{\eta_w}{2} \lVert \theta \rVert^2` in it.  At
+    the first step, and where the directions are parallel, Δ stands alone.  On a fixed
+    quadratic these are the steps of preconditioned conjugate gradients.
+
+    Every T steps the model is compared with the loss, on the same batch (Levenberg,
+    Marquardt):
+
+    .. math::
+      \rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta) - M(0)}, \qquad
+      \lambda \leftarrow \begin{cases} \omega^T \lambda & \rho > \tfrac34 \\
+      \omega^{-T} \lambda & \rho < \tfrac14 \\ \lambda & \text{otherwise} \end{cases}
+
+    The step's length and sign are decided here: **no transformation that changes the
+    step may follow**, neither ``optax.scale_by_learning_rate`` nor a decay nor a clip.
+
+    Where the loss, the gradient, C, α, μ, or the new loss at a decision is not finite,
+    the parameters and δ₀ stay as they are, and λ grows by ω⁻ᵀ.  The preconditioner
+    gets zeros for a gradient that is not finite.
+
+    Args:
+      preconditioner: any transformation that makes a gradient into one of the same
+        sign, such as ``scale_by_kfac``.  It gets all extra arguments, and
+        ``damping=``, which is λ + η_w.
+      damping: the first λ, in units of the curvature of the loss.
+      weight_decay: η_w, which is added to the loss here and must not be in it.
+      momentum: whether δ₀ is a direction; without it only α is sought.
+      damping_period: T, steps between the decisions on λ.
+      damping_decay: ω, in (0, 1]; 1 keeps λ.
+      damping_floor: the smallest λ.
+      axis_name: the mesh axis over whose devices the gradient, the losses and the
+        products are averaged first, needed where the preconditioner has one; None where
+        they are averages already.
+
+    Returns:
+      A transformation whose ``update`` takes ``value=``, the batch's loss;
+      ``value_fn=``, that loss, and it alone, as a function of the parameters, with the
+      same random numbers, which is called at the decisions on λ; and
+      ``fisher_products=``, a function from a list of trees to the matrix of their
+      products with F, such as
+      ``lambda vectors: lbopt.fisher_products(loss_fn, params, vectors, batch)``.
+
+    Raises:
+      ValueError: for settings out of range, and, at ``update``, for a missing argument.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lbopt.transforms.quadratic_model import scale_by_quadratic_model
+      >>> f = jnp.array([1.0, 3.0, 10.0])
+      >>> loss_fn = lambda w: jnp.sum(f * w**2) / 2
+      >>> def products(vectors):
+      ...     return jnp.array([[jnp.sum(u * f * v) for v in vectors] for u in vectors])
+      >>> functions = {"value_fn": loss_fn, "fisher_products": products}
+      >>> tx = scale_by_quadratic_model(optax.identity(), damping=1e-6)
+      >>> w = jnp.array([1.0, -2.0, 0.5])
+      >>> state = tx.init(w)
+      >>> for _ in range(3):
+      ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+      ...     updates, state = tx.update(grads, state, w, value=loss, **functions)
+      ...     w = optax.apply_updates(w, updates)
+      >>> bool(loss_fn(w) < 1e-8)  # as many steps as there are parameters
+      True
+
+    Source: Martens & Grosse 2015, §6.4 (α), §6.5 (λ), §7 (μ), whose settings for deep
+    autoencoders are the defaults here.  As there, λ is part of the M in ρ, which
+    tensorflow/kfac takes out; and one λ serves C and the preconditioner, where the
+    paper tunes a second one (§6.6).  The paper leaves open parallel directions and
+    numbers that are not finite; a ρ that is no number counts as a failure, as in
+    kfac-jax.
+    """
+    _check(preconditioner, damping, weight_decay, damping_period)
+    _check_adaptation(damping_decay, damping_floor)
+    precondition = optax.with_extra_args_support(preconditioner)
+    axis = Axis(axis_name, 1)
+
+    def init_fn(params: Params) -> QuadraticModelState:
+        return QuadraticModelState(
+            count=jnp.zeros([], jnp.int32),
+            damping=jnp.asarray(damping, float),
+            last=precise(optax.tree.zeros_like(params)) if momentum else (),
+            preconditioner=precondition.init(params),
+            lengths=jnp.zeros([2 if momentum else 1]),
+            predicted=jnp.zeros([]),
+            ratio=jnp.ones([]),
+            rejected=jnp.zeros([], jnp.int32),
+        )
+
+    def objective(updates: Updates, params: Params, value: Any) -> tuple[Any, Any, Any]:
+        """The gradient with the penalty, the loss, and whether both are finite."""
+        g, loss = collectives.mean((precise(updates), value), axis)
+        g = jax.tree.map(lambda g, p: g + weight_decay * p, g, precise(params))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(g, squared=True))
+        return jax.tree.map(lambda g: jnp.where(finite, g, 0), g), loss, finite
+
+    def solve(
+        g: Updates, directions: Sequence[Updates], amount: Array, products: Array
+    ) -> tuple[Array, Array, Array]:
+        """α and μ, the change that they promise, and whether C and both are finite."""
+        c = collectives.mean(products, axis) + amount * _with_each_other(directions)
+        slopes = jnp.stack([optax.tree.vdot(g, v) for v in directions])
+        lengths = _minimum(c, slopes)
+        predicted = jnp.vdot(slopes, lengths) / 2
+        return lengths, predicted, jnp.all(jnp.isfinite(c)) & jnp.isfinite(predicted)
+
+    def rise(value_fn: Any, params: Params, step: Updates, loss: Any) -> Array:
+        """h(θ + δ) − h(θ), with no cancellation in the penalty."""
+        after = collectives.mean(value_fn(optax.apply_updates(params, step)), axis)
+        w, d = precise(params), precise(step)
+        penalty = optax.tree.vdot(w, d) + optax.tree.norm(d, squared=True) / 2
+        return jnp.asarray(after, float) - loss + weight_decay * penalty
+
+    def update_fn(
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Scalar | None = None,
+        value_fn: Callable[[Params], Any] | None = None,
+        fisher_products: Callable[[Any], Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, QuadraticModelState]:
+        if (
+            params is None
+            or value is None
+            or value_fn is None
+            or fisher_products is None
+        ):
+            raise ValueError(_missing(params, value, value_fn, fisher_products))
+        g, loss, finite = objective(updates, params, value)
+        amount = state.damping + weight_decay
+        extra_args |= {"value": loss, "damping": amount}
+        z, inner = precondition.update(g, state.preconditioner, params, **extra_args)
+        natural = jax.tree.map(jnp.negative, z)
+        directions = [natural, state.last] if momentum else [natural]
+        products = _checked(fisher_products(directions), len(directions))
+        lengths, predicted, solved = solve(g, directions, amount, products)
+        step = _combination(lengths, directions)
+        rounded = jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
+        decides = (state.count + 1) % damping_period == 0
+        change = jax.lax.cond(
+            decides,
+            lambda: rise(value_fn, params, rounded, loss).astype(predicted.dtype),
+            lambda: jnp.zeros_like(predicted),
+        )
+        sound = finite & solved & jnp.isfinite(change)
+        judged = decides | ~sound
+        ratio = _ratio(change, predicted, sound)
+        adapted = _levenberg_marquardt(
+            state.damping, ratio, damping_decay**damping_period, damping_floor
+        )
+
+        def chosen(flag: Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(
+                lambda new, old: jnp.where(flag, new, old).astype(old.dtype), new, old
+            )
+
+        nothing = optax.tree.zeros_like
+        return chosen(sound, rounded, nothing(updates)), QuadraticModelState(
+            count=optax.safe_increment(state.count),
+            damping=chosen(judged, adapted, state.damping),
+            last=chosen(sound, step, state.last) if momentum else (),
+            preconditioner=inner,
+            lengths=chosen(sound, lengths, nothing(state.lengths)),
+            predicted=chosen(sound, predicted, nothing(state.predicted)),
+            ratio=chosen(judged, ratio, state.ratio),
+            rejected=state.rejected + ~sound,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_each_other(vectors: Sequence[Updates]) -> Float[Array, "k k"]:
+    """The inner products of every pair."""
+    rows = [[optax.tree.vdot(u, v) for v in vectors] for u in vectors]
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _combination(lengths: Float[Array, " k"], vectors: Sequence[Updates]) -> Updates:
+    return jax.tree.map(
+        lambda *parts: sum(a * x for a, x in zip(lengths, parts, strict=True)), *vectors
+    )
+
+
+def _minimum(c: Float[Array, "k k"], slopes: Float[Array, " k"]) -> Float[Array, " k"]:
+    """The multiples of one or two directions at which the quadratic is smallest."""
+    diagonal = jnp.diagonal(c)
+    # In units in which C has a diagonal of ones, or of zeros for a direction that is
+    # zero, no product of small numbers underflows.
+    positive = diagonal > 0
+    unit = jnp.where(positive, 1 / jnp.sqrt(jnp.where(positive, diagonal, 1)), 0)
+    slopes = unit * slopes
+    if len(slopes) == 1:
+        return -unit * slopes
+    cosine = c[0, 1] * unit[0] * unit[1]
+    squared_sine = (1 - cosine) * (1 + cosine)
+    independent = squared_sine > _PARALLEL * jnp.finfo(c.dtype).eps
+    both = (slopes - cosine * slopes[::-1]) / jnp.where(independent, squared_sine, 1)
+    alone = slopes * jnp.array([1, 0])
+    return -unit * jnp.where(independent, both, alone)
+
+
+def _ratio(change: Array, predicted: Array, sound: Array) -> Array:
+    """ρ, and 0, which is a failure, where it is no number."""
+    ratio = change / jnp.where(predicted == 0, 1, predicted)
+    return jnp.where(sound & (predicted != 0), ratio, 0)
+
+
+def _levenberg_marquardt(
+    damping: Array, ratio: Array, factor: Scalar, floor: Scalar
+) -> Array:
+    """λ after a decision."""
+    good, bad = ratio > 3 / 4, ratio < 1 / 4
+    multiple = jnp.where(good, factor, jnp.where(bad, 1 / factor, 1))
+    return jnp.clip(damping * multiple, floor, _LARGEST)
+
+
+def _checked(products: Any, k: int) -> Array:
+    if jnp.shape(products) != (k, k):
+        raise ValueError(
+            f"fisher_products returned shape {list(jnp.shape(products))} for {k} trees;"
+            f" return the matrix of their products, [{k}, {k}], as "
+            "lbopt.fisher_products does"
+        )
+    return jnp.asarray(products)
+
+
+def _missing(params: Any, value: Any, value_fn: Any, fisher_products: Any) -> str:
+    wanted = {
+        "params": params,
+        "value=": value,
+        "value_fn=": value_fn,
+        "fisher_products=": fisher_products,
+    }
+    missing = ", ".join(name for name, given in wanted.items() if given is None)
+    return (
+        f"scale_by_quadratic_model.update needs {missing}; call tx.update(grads, state,"
+        " params, value=loss, value_fn=lambda p: loss_fn(p, batch), "
+        "fisher_products=lambda vectors: lbopt.fisher_products(loss_fn, params, "
+        "vectors, batch))"
+    )
+
+
+def _check(
+    preconditioner: Any, damping: Any, weight_decay: Any, damping_period: Any
+) -> None:
+    if not hasattr(preconditioner, "update"):
+        raise ValueError(
+            f"preconditioner={preconditioner!r} must be a transformation such as "
+            "lbopt.scale_by_kfac(layers)"
+        )
+    if isinstance(damping, (int, float)) and not damping > 0:
+        raise ValueError(f"damping={damping} must be positive; 150 is a usual start")
+    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
+        raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 is none")
+    # optax.inject_hyperparams hands numbers over as arrays.
+    if not isinstance(damping_period, jax.Array) and (
+        not isinstance(damping_period, int) or damping_period < 1
+    ):
+        raise ValueError(
+            f"damping_period={damping_period!r} must be a whole number of steps, ≥ 1"
+        )
+
+
+def _check_adaptation(damping_decay: Any, damping_floor: Any) -> None:
+    if isinstance(damping_decay, (int, float)) and not 0 < damping_decay <= 1:
+        raise ValueError(
+            f"damping_decay={damping_decay} must lie in (0, 1]; 19/20 is usual, and 1 "
+            "keeps λ"
+        )
+    if isinstance(damping_floor, (int, float)) and not damping_floor > 0:
+        raise ValueError(
+            f"damping_floor={damping_floor} must be positive; 1e-8 is usual"
+        )

@@ -1,0 +1,89 @@
+"""What an optimizer may ask of a step's batch, on one device and on several."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lbopt
+from lbopt import training
+from tests.problems import assert_close
+from tests.test_statistics_pass import (
+    LAYERS,
+    MODEL_STATE,
+    PARAMS,
+    RNG,
+    batch_of,
+    gradient_by_hand,
+    loss_fn,
+    mean_of,
+    mesh_of,
+    parts_of,
+    spread,
+)
+
+ELSEWHERE = jax.tree.map(lambda x: x + 0.1, PARAMS)
+
+
+def asking():
+    """A transformation whose state has what the functions of the batch give."""
+
+    def update(updates, state, params=None, *, value, value_fn, **extra_args):
+        del state
+        products = extra_args["fisher_products"]([params, ELSEWHERE])
+        return updates, (value, value_fn(params), value_fn(ELSEWHERE), products)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: (*(jnp.zeros([]),) * 3, jnp.zeros((2, 2))), update
+    )
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(None, 1), (None, 2), (4, 2)])
+def test_the_functions_of_a_batch(devices, accumulate):
+    mesh = mesh_of(devices)
+    tx = asking()
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(loss_fn, tx, mesh=mesh, accumulate=accumulate)
+    batch = batch_of(0, size=32)
+    state, metrics = train_step(state, batch)
+    value, here, elsewhere, products = state.opt_state
+    parts = parts_of(batch, (devices or 1) * accumulate)
+    expected = gradient_by_hand(ELSEWHERE, MODEL_STATE, parts)[0]
+    assert_close(here, value)  # the same keys
+    assert_close(elsewhere - here, expected - metrics["plain"], atol=1e-5)
+    assert abs(expected - metrics["plain"]) > 1e-2
+    vectors = [PARAMS, ELSEWHERE]
+    each = [
+        lbopt.fisher_products(
+            loss_fn, PARAMS, vectors, MODEL_STATE, part, RNG, has_aux=True
+        )
+        for part in parts
+    ]
+    assert_close(products, mean_of(each), rtol=1e-4)
+
+
+def test_the_loss_is_refused_where_not_all_devices_have_a_share():
+    mesh = mesh_of(2)
+    tx = optax.chain(lbopt.scale_by_kfac(LAYERS, **spread(2)), asking())
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_fn, tx, LAYERS, mesh, statistics_devices=1
+    )
+    message = r"fisher_products is refused with statistics_devices=1.*statistics_fraction or a"
+    with pytest.raises(ValueError, match=message):
+        train_step(state, batch_of(0))
+
+
+def test_a_step_that_asks_for_both():
+    tx = lbopt.scale_by_quadratic_model(
+        lbopt.scale_by_kfac(LAYERS), damping=0.1, damping_period=2
+    )
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG)
+    train_step = training.make_train_step(loss_fn, tx, LAYERS)
+    losses = []
+    for _ in range(8):
+        state, metrics = train_step(state, batch_of(0))
+        losses.append(float(metrics["plain"]))
+    assert losses[-1] < losses[0] / 4
+    assert int(state.opt_state.rejected) == 0
+    assert float(state.opt_state.damping) < 0.1  # the model is trusted

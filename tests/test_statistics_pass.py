@@ -1,0 +1,498 @@
+"""Statistics of a part of the batch, of a batch and of devices of their own."""
+
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lbopt
+from lbopt import sharding, statistics_pass, training
+from lbopt.collectives import Axis
+from lbopt.curvature import fisher
+from tests.oracles import quick_jit
+from tests.problems import (
+    CLASSES,
+    WIDTH,
+    all_finite,
+    assert_close,
+    cross_entropy,
+    inputs,
+    labels,
+)
+
+SIZE = 16
+RNG = jax.random.key(5)
+
+
+class Net(nn.Module):
+    """A dense layer, batch normalisation, a head."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(WIDTH, name="dense")(x)
+        x = nn.BatchNorm(
+            use_running_average=False,
+            momentum=0.9,
+            axis_name=self.axis_name,
+            name="norm",
+        )(x)
+        return nn.Dense(CLASSES, name="head")(nn.tanh(x))
+
+
+def loss_of(model):
+    def loss_fn(params, model_state, batch, rng):
+        logits, updated = model.apply(
+            {"params": params, **model_state}, batch["x"], mutable=["batch_stats"]
+        )
+        loss = cross_entropy(lbopt.likelihood(logits, "categorical"), batch["y"])
+        # A term like dropout: another key, another loss.
+        return loss + jax.random.normal(rng), (updated, {"plain": loss})
+
+    return loss_fn
+
+
+loss_fn = loss_of(Net())
+VARIABLES = Net().init(jax.random.key(1), inputs())
+PARAMS, MODEL_STATE = VARIABLES["params"], {"batch_stats": VARIABLES["batch_stats"]}
+
+
+def batch_of(seed, size=SIZE):
+    return {"x": inputs(seed, batch=size), "y": labels(size)}
+
+
+LAYERS = lbopt.trace_layers(
+    loss_fn, PARAMS, MODEL_STATE, batch_of(0), RNG, has_aux=True, strict=True
+)
+
+
+def mesh_of(devices):
+    return None if devices is None else sharding.make_mesh(jax.devices()[:devices])
+
+
+def spread(devices):
+    return {} if devices is None else {"axis_name": "data", "axis_size": devices}
+
+
+# ---------------------------------------------------------------------------- by hand
+
+
+def parts_of(batch, count):
+    """The shares of devices or micro-batches, in order."""
+    split = jax.tree.map(lambda x: np.split(np.asarray(x), count), batch)
+    return [{key: value[i] for key, value in split.items()} for i in range(count)]
+
+
+def mean_of(trees):
+    return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+
+
+gradient = quick_jit(jax.value_and_grad(loss_fn, has_aux=True))
+statistics = quick_jit(
+    lbopt.curvature_only(loss_fn, LAYERS, has_aux=True, fisher="empirical")
+)
+
+
+def gradient_by_hand(params, model_state, parts):
+    """Loss without its noise, model state and gradient: the means over the parts."""
+    found = [gradient(params, model_state, part, RNG) for part in parts]
+    return mean_of([(aux[1]["plain"], aux[0], grads) for (_, aux), grads in found])
+
+
+def statistics_by_hand(params, model_state, parts):
+    return mean_of([statistics(params, model_state, part, RNG) for part in parts])
+
+
+# ------------------------------------------------------------- of which examples
+
+
+def keeping_all(**options):
+    """A transformation whose state has the last gradient and the last statistics."""
+    return optax.chain(
+        optax.trace(0.0), lbopt.scale_by_kfac(LAYERS, factor_decay=0.0, **options)
+    )
+
+
+def assert_kept(state, grads, curvature):
+    """Sums in another order: some units in the last place of the largest entry."""
+    kept, factors = state.opt_state[0].trace, state.opt_state[1].factors
+    assert_close(kept, grads, rtol=1e-5, atol=1e-6)
+    packed = {path: LAYERS[path].block.pack(curvature[path]) for path in curvature}
+    flat = jax.tree.map(lambda x: x.reshape(-1), (factors, packed))
+    assert_close(*flat, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(None, 2), (2, 1)])
+def test_a_fraction_is_the_first_examples_of_every_part(devices, accumulate):
+    tx, mesh = keeping_all(), mesh_of(devices)
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_fn, tx, LAYERS, mesh, accumulate=accumulate, statistics_fraction=0.5
+    )
+    parts = parts_of(batch_of(0), (devices or 1) * accumulate)
+    first = [{key: x[:4] for key, x in part.items()} for part in parts]  # of 8
+    loss, _, grads = gradient_by_hand(PARAMS, MODEL_STATE, parts)
+    state, metrics = train_step(state, batch_of(0))
+    assert_close(metrics["plain"], loss)
+    assert_kept(state, grads, statistics_by_hand(PARAMS, MODEL_STATE, first))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "few"), [(0.1, 2), (0.12, 2), (0.01, 1), (1.0, 16)]
+)
+def test_a_fraction_is_rounded_and_never_nothing(fraction, few):
+    _, batch = statistics_pass._shortened(fraction, (), {}, batch_of(0))
+    assert len(batch["x"]) == len(batch["y"]) == few
+
+
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "parallel"), [(2, 2, "shard_map"), (2, 1, "pmap")]
+)
+def test_a_batch_of_its_own(devices, accumulate, parallel):
+    tx, mesh = keeping_all(), mesh_of(devices)
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_fn, tx, LAYERS, mesh, accumulate=accumulate, parallel=parallel
+    )
+    batch, other = batch_of(0, size=32), batch_of(7, size=16)
+    count = devices * accumulate
+    parts, others = parts_of(batch, count), parts_of(other, count)
+    loss, _, grads = gradient_by_hand(PARAMS, MODEL_STATE, parts)
+    state, metrics = train_step(state, batch, other)
+    assert_close(metrics["plain"], loss)
+    assert_kept(state, grads, statistics_by_hand(PARAMS, MODEL_STATE, others))
+
+
+def test_a_fraction_of_what_the_model_carries_along_the_batch():
+    def carrying(params, model_state, batch, rng):
+        own = {"batch_stats": model_state["batch_stats"]}
+        mixed = {**batch, "x": (batch["x"] + model_state["carried"]["x"]) / 2}
+        loss, (updated, metrics) = loss_fn(params, own, mixed, rng)
+        return loss, ({**updated, "carried": {"x": batch["x"]}}, metrics)
+
+    evaluate = statistics_pass.make_evaluate(
+        carrying,
+        LAYERS,
+        Axis(None, 1),
+        fisher="empirical",
+        accumulate=1,
+        fraction=0.5,
+        devices=0,
+        per_example=("carried",),
+    )
+    batch, before = batch_of(0), {"x": batch_of(1)["x"]}
+    due = lbopt.refresh(keeping_all().init(PARAMS))
+    found = quick_jit(evaluate)(
+        PARAMS, {**MODEL_STATE, "carried": before}, batch, None, RNG, due
+    )
+    few = {"x": ((batch["x"] + before["x"]) / 2)[:8], "y": batch["y"][:8]}
+    assert_close(found.curvature, statistics(PARAMS, MODEL_STATE, few, RNG), rtol=1e-5)
+    assert_close(found.model_state["carried"]["x"], batch["x"])
+
+
+# --------------------------------------------------------------- devices of their own
+
+# The same sums in another order, amplified by the inverses of three steps; relative to
+# the largest entry.
+ROUNDING = 1e-4
+
+
+def kfac(**options):
+    return lbopt.kfac(0.05, LAYERS, damping=1e-2, stats_period=2, **options)
+
+
+def run_by_hand(devices, own, steps):
+    """On one device: the last ``own`` parts are for the statistics, the others not."""
+    tx = kfac()
+    params, model_state, opt_state, losses = PARAMS, MODEL_STATE, tx.init(PARAMS), []
+    update = quick_jit(tx.update)
+    for step in range(steps):
+        parts = parts_of(batch_of(step, size=8 * devices), devices)
+        curvature = statistics_by_hand(params, model_state, parts[-own:])
+        loss, model_state, grads = gradient_by_hand(params, model_state, parts[:-own])
+        updates, opt_state = update(grads, opt_state, params, curvature=curvature)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return (params, model_state), losses
+
+
+@pytest.mark.parametrize(
+    ("own", "parallel", "placement"),
+    [(1, "shard_map", "comm"), (2, "pmap", "memory")],
+)
+def test_the_last_devices_evaluate_the_statistics(own, parallel, placement):
+    devices = 4
+    mesh = mesh_of(devices)
+    tx = kfac(**spread(devices), placement=placement)
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_fn, tx, LAYERS, mesh, parallel=parallel, statistics_devices=own
+    )
+    expected, losses = run_by_hand(devices, own, steps=3)
+    for step, loss in enumerate(losses):
+        state, metrics = train_step(state, batch_of(step, size=8 * devices))
+        np.testing.assert_allclose(metrics["plain"], loss, rtol=ROUNDING)
+        if step == 0:
+            early = jax.tree.map(np.asarray, state.params)
+    found = (state.params, state.model_state)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(b).max())
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), early, expected[0])
+    assert min(jax.tree.leaves(moved)) > 10 * ROUNDING  # something is at stake
+
+    # What they see is in the statistics alone.
+    bad = batch_of(3, size=8 * devices)
+    bad["x"] = bad["x"].at[-1].set(jnp.nan)
+    state, _ = train_step(state, batch_of(3, size=8 * devices))  # none is due here
+    state, metrics = train_step(state, bad)
+    assert metrics["skipped"] == 0
+    rejected = optax.tree.get(state.opt_state, "rejected").tolist()
+    assert rejected == [2, 2, 1]  # every statistic of dense, head and norm
+    assert all_finite((state.params, state.model_state, state.opt_state))
+
+
+def test_what_is_no_average_comes_from_the_first_device():
+    model = nn.Sequential([nn.Dense(CLASSES)])
+    params = model.init(jax.random.key(1), inputs())["params"]
+
+    def counting(params, model_state, batch, rng):
+        state = {
+            "steps": model_state["steps"] + 1,
+            "odd": ~model_state["odd"],
+            "key": rng,
+            "mean": jnp.mean(batch["x"]),
+        }
+        f = model.apply({"params": params}, batch["x"])
+        return cross_entropy(f, batch["y"]), (state, {})
+
+    start = {
+        "steps": jnp.zeros([], jnp.int32),
+        "odd": jnp.asarray(False),
+        "key": RNG,
+        "mean": jnp.zeros([]),
+    }
+    batch, mesh = batch_of(0), mesh_of(2)
+    layers = lbopt.trace_layers(counting, params, start, batch, RNG, has_aux=True)
+    tx = lbopt.scale_by_kfac(layers, **spread(2))
+    train_step = training.make_train_step(
+        counting, tx, layers, mesh, statistics_devices=1
+    )
+    state = training.init_state(tx, params, start, RNG, mesh)
+    for step in range(3):
+        state, _ = train_step(state, batch)
+        assert [int(x.data) for x in state.model_state["steps"].addressable_shards] == [
+            step + 1,
+            step + 1,
+        ]
+    assert state.model_state["odd"]
+    keys = [
+        np.asarray(x.data)
+        for x in jax.random.key_data(state.model_state["key"]).addressable_shards
+    ]
+    np.testing.assert_array_equal(*keys)
+    assert_close(state.model_state["mean"], jnp.mean(batch["x"][: SIZE // 2]))
+
+
+# ------------------------------------------------------------------ what a pass costs
+
+
+@pytest.mark.parametrize("settings", ["fraction", "devices"])
+def test_a_pass_of_which_nothing_is_due_is_left_out(settings):
+    passes = []
+
+    def counted(params, model_state, batch, rng):
+        jax.debug.callback(lambda: passes.append(None))
+        return loss_fn(params, model_state, batch, rng)
+
+    devices = 2 if settings == "devices" else None
+    own = {
+        "devices": {"statistics_devices": 1},
+        "fraction": {"statistics_fraction": 0.5},
+    }
+    mesh = mesh_of(devices)
+    tx = lbopt.scale_by_kfac(LAYERS, stats_period=3, **spread(devices))
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(counted, tx, LAYERS, mesh, **own[settings])
+    counts = []
+    for step in range(4):
+        state, _ = train_step(state, batch_of(step))
+        jax.effects_barrier()
+        counts.append(len(passes))
+    assert np.diff([0, *counts]).tolist() == [2, 1, 1, 2]
+
+
+def test_layers_that_combine_devices_may_have_a_pass_of_their_own():
+    # Its collectives are inside a conditional that all devices decide alike.
+    tx = lbopt.kfac(0.05, LAYERS, stats_period=2, **spread(2))
+    mesh = mesh_of(2)
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_of(Net("data")), tx, LAYERS, mesh, statistics_fraction=0.5
+    )
+    for step in range(3):
+        state, metrics = train_step(state, batch_of(step))
+    assert metrics["skipped"] == 0
+    assert all_finite((state.params, state.opt_state))
+
+
+def test_no_key_is_used_twice(monkeypatch):
+    seen = {"loss": [], "labels": []}
+
+    def note(name, rng):
+        jax.debug.callback(
+            lambda data: seen[name].append(tuple(data.tolist())),
+            jax.random.key_data(rng),
+        )
+
+    def noting(params, model_state, batch, rng):
+        note("loss", rng)
+        return loss_fn(params, model_state, batch, rng)
+
+    plain = fisher._sampled_signal
+
+    def noting_signal(outputs, rng):
+        note("labels", rng)
+        return plain(outputs, rng)
+
+    monkeypatch.setattr(fisher, "_sampled_signal", noting_signal)
+    evaluate = statistics_pass.make_evaluate(
+        noting,
+        LAYERS,
+        Axis(None, 1),
+        fisher="sampled",
+        accumulate=2,
+        fraction=0.5,
+        devices=0,
+        per_example=(),
+    )
+    due = lbopt.refresh(keeping_all().init(PARAMS))
+    quick_jit(evaluate)(PARAMS, MODEL_STATE, batch_of(0), None, RNG, due)
+    jax.effects_barrier()
+    assert len(seen["loss"]) == 4  # two micro-batches, two passes
+    assert len(seen["labels"]) == 2
+    assert len(set(seen["loss"] + seen["labels"])) == 6
+
+
+# --------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("parallel", ["shard_map", "pmap"])
+def test_a_loss_that_waits_for_other_devices(parallel):
+    mesh = mesh_of(2)
+    tx = lbopt.scale_by_kfac(LAYERS, **spread(2))
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_of(Net("data")),
+        tx,
+        LAYERS,
+        mesh,
+        parallel=parallel,
+        statistics_devices=1,
+    )
+    message = (
+        r"statistics_devices=1, but the loss combines.*unbound axis name: data.*"
+        "without axis_name"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_step(state, batch_of(0))
+
+
+def test_an_unknown_name_in_a_loss_is_its_own():
+    def broken(*args):
+        return nowhere
+
+    with pytest.raises(NameError, match="name 'nowhere' is not defined"):
+        statistics_pass.require_no_collectives(
+            broken, PARAMS, MODEL_STATE, batch_of(0), RNG, parts=2, devices=1
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"statistics_fraction": 0.0}, r"statistics_fraction=0.0 must be above 0 and"),
+        ({"statistics_fraction": 1.5}, r"statistics_fraction=1.5 must be above 0 and"),
+        (
+            {"statistics_fraction": float("nan")},
+            r"statistics_fraction=nan must be abov",
+        ),
+        ({"statistics_devices": 4}, r"statistics_devices=4 must be .* from 0 to 3"),
+        ({"statistics_devices": -1}, r"statistics_devices=-1 must be a number of dev"),
+        ({"statistics_devices": 1, "mesh": None}, r"statistics_devices=1 needs a mesh"),
+        (
+            {"statistics_devices": 1, "statistics_fraction": 0.5},
+            r"statistics_devices=1 goes neither with statistics_fraction=0.5",
+        ),
+        (
+            {"statistics_devices": 1, "per_example": ("carried",)},
+            r"statistics_devices=1 goes .*per_example=\('carried',\) collections",
+        ),
+        (
+            {"statistics_fraction": 0.5, "layers": None},
+            r"statistics_fraction=0.5 and statistics_devices=0 need layers",
+        ),
+        (
+            {"statistics_devices": 1, "layers": None},
+            r"statistics_fraction=1.0 and statistics_devices=1 need layers",
+        ),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    settings = {"layers": LAYERS, "mesh": mesh_of(4), **settings}
+    with pytest.raises(ValueError, match=message):
+        training.make_train_step(loss_fn, optax.identity(), **settings)
+
+
+def test_half_a_device():
+    check = inspect.unwrap(statistics_pass._check_settings)
+    with pytest.raises(ValueError, match=r"statistics_devices=0.5 must be a number of"):
+        check(LAYERS, Axis("data", 4), 1.0, 0.5, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": None}, r"statistics_batch is given, but layers=None"),
+        (
+            {"statistics_fraction": 0.5},
+            r"statistics_batch is given, but .*fraction=0.5",
+        ),
+        ({"statistics_devices": 1}, r"statistics_batch is given, but .*devices=1 take"),
+        (
+            {"per_example": ("batch_stats",), "mesh": None},
+            r"statistics_batch is given, but .*per_example=\('batch_stats',\)",
+        ),
+    ],
+)
+def test_a_batch_of_its_own_that_is_of_no_use(options, message):
+    options = {"layers": LAYERS, "mesh": mesh_of(2), **options}
+    tx = optax.identity()
+    if options["layers"] is not None:
+        tx = lbopt.scale_by_kfac(LAYERS)
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, options["mesh"])
+    train_step = training.make_train_step(loss_fn, tx, **options)
+    with pytest.raises(ValueError, match=message):
+        train_step(state, batch_of(0), batch_of(1))
+
+
+@pytest.mark.parametrize(
+    ("devices", "parallel"), [(None, "shard_map"), (2, "shard_map"), (2, "pmap")]
+)
+def test_a_batch_of_its_own_that_cannot_be_cut(devices, parallel):
+    mesh = mesh_of(devices)
+    tx = lbopt.scale_by_kfac(LAYERS, **spread(devices))
+    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
+    train_step = training.make_train_step(
+        loss_fn, tx, LAYERS, mesh, parallel=parallel, accumulate=2
+    )
+    message = (
+        r"statistics_batch\['x'\] has shape \[7, 4\]; its leading size must be a "
+        rf"multiple of {devices or 1} devices × accumulate=2"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_step(state, batch_of(0), batch_of(1, size=7))
