@@ -11,7 +11,7 @@ from benchmarks.program_bytes import Collective, Counts, sent, step_bytes
 from lbopt import sharding, training
 from lbopt.collectives import Axis
 from lbopt.curvature.registry import Layers
-from lbopt.transforms import inversion
+from lbopt.transforms import unit_classes
 
 _FLOAT = 4
 # Of one image of 224×224: 4.1 G multiplications forward, twice as many backward; and
@@ -69,7 +69,7 @@ def turns_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
     """
     axis = Axis("data", owners.devices)
     turns: dict[tuple[int, int], list[int]] = {}
-    for units in inversion.classes_of(owners):
+    for units in unit_classes.classes_of(owners):
         size = _padded(units.factor.size, axis)
         turns.setdefault((3, size), []).append(units.queues.shape[1])
         if units.gathered:
@@ -104,7 +104,7 @@ def planned(
     ]
     for size in statistics if adaptive else [sum(statistics)]:
         counts[Collective("reduce-scatter", size, 2)] += 1
-    for units in inversion.classes_of(owners):
+    for units in unit_classes.classes_of(owners):
         size = _padded(units.factor.size, axis)
         counts[Collective("all-to-all", size, 3)] += 1
         if units.gathered:

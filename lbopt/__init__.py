@@ -1,19 +1,27 @@
 """Large-batch training with curvature, as optax transformations."""
 
 from lbopt import presets, schedules, sharding, training
-from lbopt.curvature.fisher import likelihood, value_grad_and_curvature
-from lbopt.curvature.refresh import refresh
+from lbopt.background import BackgroundInversion
+from lbopt.curvature.fisher import curvature_only, value_grad_and_curvature
+from lbopt.curvature.fisher_products import fisher_products
+from lbopt.curvature.likelihood import likelihood
+from lbopt.curvature.refresh import inverse_age, refresh
 from lbopt.curvature.registry import trace_layers
 from lbopt.optimizers import kfac, lars, nlcg, sp_ngd
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.lars import scale_by_lars
 from lbopt.transforms.nlcg import scale_by_nlcg
 from lbopt.transforms.norm_constraint import clip_by_kl
+from lbopt.transforms.quadratic_model import scale_by_quadratic_model
 from lbopt.transforms.rescale import rescale_weights
 from lbopt.transforms.reshard import reshard
 
 __all__ = [
+    "BackgroundInversion",
     "clip_by_kl",
+    "curvature_only",
+    "fisher_products",
+    "inverse_age",
     "kfac",
     "lars",
     "likelihood",
@@ -25,6 +33,7 @@ __all__ = [
     "scale_by_kfac",
     "scale_by_lars",
     "scale_by_nlcg",
+    "scale_by_quadratic_model",
     "schedules",
     "sharding",
     "sp_ngd",

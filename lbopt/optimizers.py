@@ -28,7 +28,8 @@ def kfac(
     kl_clip: ScalarOrSchedule | None = None,
     factor_decay: Scalar = 0.95,
     stats_period: Count | int = 1,
-    inverse_period: Count | int = 1,
+    inverse_period: Count | int | None = 1,
+    inverse_delay: int | None = None,
     stagger: bool = False,
     block_size: int | None = None,
     axis_name: str | None = None,
@@ -58,7 +59,9 @@ def kfac(
         divergence; see ``clip_by_kl``.  None for no bound.
       factor_decay: decay of the factors' running average.
       stats_period: steps from one statistic to the next.
-      inverse_period: steps from one inversion to the next.
+      inverse_period: steps from one inversion to the next; None for inversion in the
+        background.
+      inverse_delay: steps until an inverse has effect; None for at once.
       stagger: spread the inversions over the steps of their period.
       block_size: the largest factor that is not cut into diagonal blocks.
       axis_name: the mesh axis of the devices; this and the rest as for
@@ -103,6 +106,7 @@ def kfac(
         factor_decay=factor_decay,
         stats_period=stats_period,
         inverse_period=inverse_period,
+        inverse_delay=inverse_delay,
         stagger=stagger,
         block_size=block_size,
         axis_name=axis_name,

@@ -75,6 +75,19 @@ def periodic(**options):
     )
 
 
+def delayed(**options):
+    return lbopt.kfac(
+        0.05,
+        layers(),
+        damping=1e-2,
+        inverse_period=3,
+        inverse_delay=2,
+        stagger=True,
+        block_size=7,
+        **options,
+    )
+
+
 class Course(NamedTuple):
     """What a run left behind."""
 
@@ -163,6 +176,20 @@ def test_staggered_periods_on_several_devices(devices, placement):
     # Every inverse is renewed once in a period of 3.
     steps = np.asarray(course.state.opt_state[1].refresh.inverse_step)
     assert set(steps) == {STEPS - 3, STEPS - 2, STEPS - 1}
+
+
+@pytest.mark.parametrize(
+    ("devices", "parallel", "placement"),
+    [(2, "shard_map", "memory"), (4, "pmap", "comm"), (8, "shard_map", 0.5)],
+)
+def test_delayed_inverses_on_several_devices(devices, parallel, placement):
+    reference = on_one_device(delayed)
+    course = run(delayed, devices, parallel, placement=placement)
+    assert_same(course, reference)
+    for state in (course.state, reference.state):
+        # The turns of step 7 have effect at step 9, the last; those of 8 and 9 later.
+        steps = np.asarray(state.opt_state[1].refresh.inverse_step)
+        assert set(steps) == {STEPS - 5, STEPS - 4, STEPS - 3}
 
 
 def test_accumulated_micro_batches_are_one_batch():

@@ -13,6 +13,7 @@ last two values and is halved when it does not,
   \qquad X \sim Y \iff \frac{\lVert X - Y \rVert_F}{\lVert Y \rVert_F} < \alpha
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -131,22 +132,67 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
       True
     """
     masks: dict[str, Any] = {}
+    for node in _curvature_states(opt_state):
+        # Without the mark that says how they lie on devices, if there is one.
+        factors = getattr(node.factors, "shards", node.factors)
+        tree = jax.tree.structure(factors)
+        due = node.refresh.due
+        masks.update(jax.tree.unflatten(tree, [due[i] for i in range(tree.num_leaves)]))
+    return masks
+
+
+def inverse_age(opt_state: OptState) -> dict[str, Any]:
+    """How old the inverses in a state are.
+
+    Args:
+      opt_state: the state of any optax chain that holds a curvature transform.
+
+    Returns:
+      For each layer's path its statistics' type with a number in the place of each
+      array: the steps from that whose factor the inverse was made from to the last, of
+      its oldest copy; where there is no inverse yet the steps taken.
+
+    Raises:
+      ValueError: if no curvature transform is in the state.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
+      >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((8, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> layers = lbopt.trace_layers(loss_fn, params, x)
+      >>> tx = lbopt.scale_by_kfac(layers, inverse_period=5)
+      >>> _, grads, curvature = lbopt.value_grad_and_curvature(loss_fn, layers)(
+      ...     params, x)
+      >>> state = tx.init(params)
+      >>> for step in range(4):  # inverses are made at step 0; the last step is 3
+      ...     _, state = tx.update(grads, state, curvature=curvature)
+      >>> int(lbopt.inverse_age(state)["layers_0"].a)
+      3
+    """
+    ages: dict[str, Any] = {}
+    for node in _curvature_states(opt_state):
+        leaves, tree = jax.tree.flatten(node.traces)
+        ends = list(itertools.accumulate(x.size for x in leaves))
+        parts = jnp.split(node.refresh.inverse_step, ends[:-1])
+        oldest = [node.count - 1 - jnp.min(steps) for steps in parts]
+        ages.update(jax.tree.unflatten(tree, oldest))
+    return ages
+
+
+def _curvature_states(opt_state: OptState) -> list[Any]:
+    """The states of the curvature transforms in a chain's."""
 
     def has_refresh(node: Any) -> bool:
         return isinstance(getattr(node, "refresh", None), Refresh)
 
-    for node in jax.tree.leaves(opt_state, is_leaf=has_refresh):
-        if has_refresh(node):
-            # Without the mark that says how they lie on devices, if there is one.
-            factors = getattr(node.factors, "shards", node.factors)
-            tree = jax.tree.structure(factors)
-            due = node.refresh.due
-            masks.update(
-                jax.tree.unflatten(tree, [due[i] for i in range(tree.num_leaves)])
-            )
-    if not masks:
+    nodes = jax.tree.leaves(opt_state, is_leaf=has_refresh)
+    found = [node for node in nodes if has_refresh(node)]
+    if not found:
         raise ValueError(
             f"opt_state={type(opt_state).__name__} holds no curvature transform; pass "
-            "the state of a chain with lbopt.scale_by_kfac in it, or leave due= out"
+            "the state of a chain with lbopt.scale_by_kfac in it; without one leave "
+            "due= out"
         )
-    return masks
+    return found

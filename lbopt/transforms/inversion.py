@@ -4,43 +4,33 @@ Units whose factors are of one kind and size are a class, served by loops that a
 holds once, whatever the number of devices.  Over several devices a step has three
 parts: shares of the units that are due are collected on the desks of their owners;
 every device inverts its own, without waiting for the others; and the inverses are
-handed out to every device, or stay where they are.
+handed out to every device, or stay where they are.  With a delay the third part comes
+some steps after the others, and until then the desks are a part of the state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float
 
 from lbopt import collectives
 from lbopt._typing import Array
 from lbopt.collectives import Axis
-from lbopt.curvature.factor import Factor
 from lbopt.in_place import update_if
 from lbopt.sharding import Owners
 from lbopt.transforms import desk
-
-
-class UnitClass(NamedTuple):
-    """Units that one loop serves.
-
-    Attributes:
-      factor: their kind.
-      numbers: their numbers, ``[class]``.
-      statistics: the statistics that they are copies of, in order.
-      queues: the positions in the class of each device's units, padded with the size of
-        the class, ``[devices, longest]``.
-      gathered: whether every device gets the inverses.
-    """
-
-    factor: Factor
-    numbers: np.ndarray
-    statistics: list[int]
-    queues: np.ndarray
-    gathered: bool
+from lbopt.transforms.unit_classes import (
+    Turns,
+    UnitClass,
+    classes_of,
+    count_of,
+    most_of,
+    put,
+    repeat,
+    turns_of,
+)
 
 
 class Inverted(NamedTuple):
@@ -49,60 +39,14 @@ class Inverted(NamedTuple):
     Attributes:
       accepted: which units have a new inverse, ``[units]``.
       rounds: the most units that one device had to invert of each class, ``[classes]``.
-      due: units of each class that were due, ``[classes]``.
+      handed_rounds: the most that one device had to hand out, likewise.
+      handed: units of each class that were handed out, ``[classes]``.
     """
 
     accepted: Any
     rounds: Any
-    due: Any
-
-
-class _Turns(NamedTuple):
-    """Which units of a class are due, device by device.
-
-    Attributes:
-      due: flags, ``[class]``.
-      positions: positions in the class, those that are due first, ``[devices,
-        longest]``.
-      lengths: how many are due, ``[devices]``.
-    """
-
-    due: Array
-    positions: Array
-    lengths: Array
-
-
-def classes_of(owners: Owners) -> list[UnitClass]:
-    """The classes of an owner table's units.
-
-    Args:
-      owners: the table.
-
-    Returns:
-      The classes, in the order of their first units.
-    """
-    found: dict[Any, list[int]] = {}
-    for number, unit in enumerate(owners.units):
-        key = (unit.factor.invert, unit.factor.shape, owners.gathered[number])
-        found.setdefault(key, []).append(number)
-    classes = []
-    for numbers in found.values():
-        lists: list[list[int]] = [[] for _ in range(owners.devices)]
-        for position, number in enumerate(numbers):
-            lists[owners.owner[number]].append(position)
-        longest = max(map(len, lists))
-        none = len(numbers)
-        first = owners.units[numbers[0]]
-        classes.append(
-            UnitClass(
-                factor=first.factor,
-                numbers=np.asarray(numbers),
-                statistics=sorted({owners.units[i].statistic for i in numbers}),
-                queues=np.asarray([x + [none] * (longest - len(x)) for x in lists]),
-                gathered=owners.gathered[numbers[0]],
-            )
-        )
-    return classes
+    handed_rounds: Any
+    handed: Any
 
 
 def invert(
@@ -133,16 +77,17 @@ def invert(
       what was found out.
     """
     classes = classes_of(owners)
-    turns = [_turns_of(units, due[units.numbers]) for units in classes]
-    found = Inverted(
-        jnp.zeros(len(owners.units), bool),
-        jnp.stack([jnp.max(t.lengths) for t in turns]),
-        jnp.stack([jnp.sum(t.due) for t in turns]),
-    )
+    turns = turns_of(classes, due)
     travels = jnp.result_type(*factors) if gather_dtype is None else gather_dtype
+    accepted = jnp.zeros(len(owners.units), bool)
+    found = Inverted(
+        accepted,
+        most_of(turns),
+        most_of(turns),
+        count_of(turns),
+    )
     if axis.name is None:
         renewed = list(inverses)
-        accepted = found.accepted
         for units, turn in zip(classes, turns, strict=True):
             shares = jnp.concatenate([factors[i] for i in units.statistics])
             old = [inverses[i] for i in units.statistics]
@@ -155,44 +100,90 @@ def invert(
         return renewed, kept, found._replace(accepted=accepted)
 
     def renew(carry: Any) -> Any:
-        inverses, kept, accepted = carry
-        everything = range(len(owners.units))
-        plan = desk.lay_out(owners, everything, lambda f: max(f.size, f.wire))
+        plan = desk_of_all(owners)
         buffer = jnp.zeros(plan.length, jnp.result_type(*factors))
-        for units, turn in zip(classes, turns, strict=True):
-            shares = jnp.concatenate([factors[i] for i in units.statistics])
-            buffer = _collect(units, turn, shares, buffer, plan, axis)
-        for units, turn in zip(classes, turns, strict=True):
-            buffer = _work(units, turn, damping, buffer, plan, axis)
-        renewed = list(inverses)
-        for units, turn in zip(classes, turns, strict=True):
-            if units.gathered:
-                old = [inverses[i] for i in units.statistics]
-                new, sound = _hand_out(
-                    owners, units, turn, buffer, plan, old, axis, travels
-                )
-                for i, inverse in zip(units.statistics, new, strict=True):
-                    renewed[i] = inverse
-            else:
-                kept, sound = _put_away(owners, units, turn, buffer, plan, kept, axis)
-            accepted = accepted.at[units.numbers].set(sound)
-        return renewed, kept, accepted
+        buffer = _begin(classes, turns, factors, damping, buffer, plan, axis)
+        return _deliver(owners, classes, turns, buffer, plan, carry, axis, travels)
 
-    start = (list(inverses), kept, found.accepted)
+    start = (list(inverses), kept, accepted)
     inverses, kept, accepted = update_if(jnp.any(due), renew, start)
     return inverses, kept, found._replace(accepted=accepted)
 
 
-def _turns_of(units: UnitClass, due: Bool[Array, " class"]) -> _Turns:
-    flags = jnp.append(due, False)[units.queues]
-    order = jnp.argsort(~flags, axis=1, stable=True)
-    positions = jnp.take_along_axis(jnp.asarray(units.queues), order, 1)
-    return _Turns(due, positions, jnp.sum(flags, 1, dtype=jnp.int32))
+def invert_later(
+    owners: Owners,
+    factors: Sequence[Float[Array, "_ _"]],
+    inverses: Sequence[Any],
+    kept: Float[Array, " length"] | None,
+    waiting: Float[Array, " room"],
+    due: Bool[Array, " units"],
+    ready: Bool[Array, " units"],
+    first: Bool[Array, " units"],
+    damping: Float[Array, " units"],
+    axis: Axis,
+    gather_dtype: Any = None,
+) -> tuple[Sequence[Any], Any, Float[Array, " room"], Inverted]:
+    """Inverts the units that are due, and delivers inverses that were made before.
+
+    Args:
+      owners: as for ``invert``.
+      factors: likewise.
+      inverses: likewise.
+      kept: likewise.
+      waiting: this device's desk of inverses that are not delivered yet.
+      due: which units are to be inverted.
+      ready: which inverses on the desks are to be delivered before that.
+      first: which of those that are due are to be delivered at once.
+      damping: as for ``invert``.
+      axis: likewise.
+      gather_dtype: likewise.
+
+    Returns:
+      ``inverses``, ``kept`` and ``waiting``, and what was found out; accepted are units
+      that were delivered and are finite.
+    """
+    classes, plan = classes_of(owners), desk_of_all(owners)
+    travels = jnp.result_type(*factors) if gather_dtype is None else gather_dtype
+
+    def turn(number: Array, carry: Any) -> Any:
+        waiting, delivered = carry
+        begun = due & (number == 1)
+        handed = jnp.where(number == 1, first, ready)
+
+        def begin(waiting: Array) -> Array:
+            turns = turns_of(classes, begun)
+            return _begin(classes, turns, factors, damping, waiting, plan, axis)
+
+        def deliver(delivered: Any) -> Any:
+            turns = turns_of(classes, handed)
+            return _deliver(
+                owners, classes, turns, waiting, plan, delivered, axis, travels
+            )
+
+        waiting = update_if(jnp.any(begun), begin, waiting)
+        return waiting, update_if(jnp.any(handed), deliver, delivered)
+
+    # A loop of two turns, so that the program holds each part once.
+    nothing = jnp.zeros(len(owners.units), bool)
+    start = (waiting, (list(inverses), kept, nothing))
+    waiting, (inverses, kept, accepted) = jax.lax.fori_loop(0, 2, turn, start)
+    before, after = (
+        turns_of(classes, ready),
+        turns_of(classes, first),
+    )
+    found = Inverted(
+        accepted,
+        most_of(turns_of(classes, due)),
+        most_of(before) + most_of(after),
+        count_of(before) + count_of(after),
+    )
+    return inverses, kept, waiting, found
 
 
-def _repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
-    """``body(0, ...)`` to ``body(count - 1, ...)``."""
-    return jax.lax.fori_loop(jnp.zeros_like(count), count, body, start)
+def desk_of_all(owners: Owners) -> desk.Desk:
+    """The plan of the desks on which all units are inverted."""
+    everything = range(len(owners.units))
+    return desk.lay_out(owners, everything, lambda f: max(f.size, f.wire))
 
 
 # -------------------------------------------------------------------- on one device
@@ -201,7 +192,7 @@ def _repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
 def _invert_here(
     owners: Owners,
     units: UnitClass,
-    turn: _Turns,
+    turn: Turns,
     rows: Float[Array, "class size"],
     damping: Array,
     old: list[Any],
@@ -219,43 +210,64 @@ def _invert_here(
 
     def renew(carry: Any) -> Any:
         wires = jnp.zeros_like(rows, shape=(size, f.wire))
-        wires = _repeat(turn.lengths[0], one, wires)
+        wires = repeat(turn.lengths[0], one, wires)
         sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
-        return _put(owners, units, carry[0], wires, sound), sound
+        return put(owners, units, carry[0], wires, sound), sound
 
     return update_if(turn.lengths[0] > 0, renew, (old, jnp.zeros(size, bool)))
-
-
-def _put(
-    owners: Owners, units: UnitClass, old: list[Any], wires: Array, sound: Array
-) -> list[Any]:
-    """Inverses with the sound ones of new ones put in; copies in any shape."""
-    new, first = [], 0
-    for statistic, inverse in zip(units.statistics, old, strict=True):
-        count = sum(owners.units[i].statistic == statistic for i in units.numbers)
-        rows = slice(first, first + count)
-        first += count
-
-        def put(
-            old: Any, wires: Array = wires[rows], sound: Array = sound[rows]
-        ) -> Any:
-            def choose(new: Array, before: Array) -> Array:
-                flags = sound.reshape(-1, *[1] * (new.ndim - 1))
-                chosen = jnp.where(flags, new, before.reshape(new.shape))
-                return chosen.astype(before.dtype).reshape(before.shape)
-
-            return jax.tree.map(choose, units.factor.expand(wires), old)
-
-        new.append(update_if(jnp.any(sound[rows]), put, inverse))
-    return new
 
 
 # --------------------------------------------------------------- over several devices
 
 
+def _begin(
+    classes: Sequence[UnitClass],
+    turns: Sequence[Turns],
+    factors: Sequence[Array],
+    damping: Array,
+    buffer: Float[Array, " length"],
+    plan: desk.Desk,
+    axis: Axis,
+) -> Float[Array, " length"]:
+    """The desks with the inverses of the units that are due."""
+    for units, turn in zip(classes, turns, strict=True):
+        shares = jnp.concatenate([factors[i] for i in units.statistics])
+        buffer = _collect(units, turn, shares, buffer, plan, axis)
+    for units, turn in zip(classes, turns, strict=True):
+        buffer = _work(units, turn, damping, buffer, plan, axis)
+    return buffer
+
+
+def _deliver(
+    owners: Owners,
+    classes: Sequence[UnitClass],
+    turns: Sequence[Turns],
+    buffer: Float[Array, " length"],
+    plan: desk.Desk,
+    carry: Any,
+    axis: Axis,
+    travels: Any,
+) -> tuple[list[Any], Any, Bool[Array, " units"]]:
+    """The inverses, those kept, and the accepted, with what the desks have for them."""
+    inverses, kept, accepted = carry
+    renewed = list(inverses)
+    for units, turn in zip(classes, turns, strict=True):
+        if units.gathered:
+            old = [inverses[i] for i in units.statistics]
+            new, sound = _hand_out(
+                owners, units, turn, buffer, plan, old, axis, travels
+            )
+            for i, inverse in zip(units.statistics, new, strict=True):
+                renewed[i] = inverse
+        else:
+            kept, sound = _put_away(owners, units, turn, buffer, plan, kept, axis)
+        accepted = accepted.at[units.numbers].set(accepted[units.numbers] | sound)
+    return renewed, kept, accepted
+
+
 def _collect(
     units: UnitClass,
-    turn: _Turns,
+    turn: Turns,
     shares: Float[Array, "class share"],
     buffer: Float[Array, " length"],
     plan: desk.Desk,
@@ -275,12 +287,12 @@ def _collect(
         after = jnp.where(mine, received.astype(buffer.dtype), before)
         return jax.lax.dynamic_update_slice(buffer, after, (at,))
 
-    return _repeat(jnp.max(turn.lengths), one, buffer)
+    return repeat(jnp.max(turn.lengths), one, buffer)
 
 
 def _work(
     units: UnitClass,
-    turn: _Turns,
+    turn: Turns,
     damping: Float[Array, " units"],
     buffer: Float[Array, " length"],
     plan: desk.Desk,
@@ -298,13 +310,13 @@ def _work(
         wire = f.invert(packed, amounts[position])
         return jax.lax.dynamic_update_slice(buffer, wire, (at,))
 
-    return _repeat(turn.lengths[me], one, buffer)
+    return repeat(turn.lengths[me], one, buffer)
 
 
 def _hand_out(
     owners: Owners,
     units: UnitClass,
-    turn: _Turns,
+    turn: Turns,
     buffer: Float[Array, " length"],
     plan: desk.Desk,
     old: list[Any],
@@ -329,13 +341,13 @@ def _hand_out(
             position = turn.positions[devices[i], k]
             return wires.at[position].set(whole.astype(wires.dtype))
 
-        return _repeat(jnp.sum(valid, dtype=jnp.int32), pass_on, wires)
+        return repeat(jnp.sum(valid, dtype=jnp.int32), pass_on, wires)
 
     def renew(carry: Any) -> Any:
         wires = jnp.zeros_like(buffer, shape=(size, f.wire))
-        wires = _repeat(jnp.max(turn.lengths), one, wires)
+        wires = repeat(jnp.max(turn.lengths), one, wires)
         sound = turn.due & jnp.all(jnp.isfinite(wires), -1)
-        return _put(owners, units, carry[0], wires, sound), sound
+        return put(owners, units, carry[0], wires, sound), sound
 
     # Not even room is made for the inverses of a class of which nothing is due.
     return update_if(jnp.any(turn.due), renew, (old, jnp.zeros(size, bool)))
@@ -344,7 +356,7 @@ def _hand_out(
 def _put_away(
     owners: Owners,
     units: UnitClass,
-    turn: _Turns,
+    turn: Turns,
     buffer: Float[Array, " length"],
     plan: desk.Desk,
     kept: Float[Array, " kept"],
@@ -367,5 +379,5 @@ def _put_away(
         return kept, sound.at[position].set(finite.astype(jnp.int32))
 
     start = (kept, jnp.zeros(len(units.numbers), jnp.int32))
-    kept, sound = _repeat(turn.lengths[me], one, start)
+    kept, sound = repeat(turn.lengths[me], one, start)
     return kept, collectives.total(sound, axis) > 0

@@ -7,6 +7,7 @@ with the factors' running averages A and G.  The transformation is a pipeline of
 curvature blocks' functions: statistics → factors → inverses → natural gradient.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,22 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Int
 
 from lbopt import sharding
 from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture, unit_wise
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import inversion, kfac_state, validation
+from lbopt.transforms import kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
-from lbopt.transforms.placement import precondition_on_owners
+from lbopt.transforms.natural_gradient import precondition, put
 from lbopt.transforms.statistics import Findings, Running, fold
-
-# A block whose inverse was not finite tries again with this many times the damping.
-_DAMPING_GROWTH = 10.0
 
 
 def scale_by_kfac(
@@ -39,7 +35,8 @@ def scale_by_kfac(
     norm_damping: Scalar = 1.0,
     factor_decay: Scalar = 0.95,
     stats_period: Count | int = 1,
-    inverse_period: Count | int = 1,
+    inverse_period: Count | int | None = 1,
+    inverse_delay: int | None = None,
     stagger: bool = False,
     stale_threshold: Scalar | None = None,
     block_size: int | None = None,
@@ -73,7 +70,13 @@ def scale_by_kfac(
       norm_damping: what λ is multiplied by for normalisation layers.
       factor_decay: β, in [0, 1); 0 keeps the last statistic alone.
       stats_period: steps from one statistic to the next.
-      inverse_period: steps from one inversion to the next.
+      inverse_period: steps from one inversion to the next; None where the first alone
+        are made here, and later ones come from ``BackgroundInversion``.
+      inverse_delay: s, steps until an inverse has effect: that of the factors of step t
+        at step t + s, at most a period later.  No step waits for an inversion then, and
+        the compiler may put it beside other work; the price is a second buffer of
+        inverses, split over the devices.  The first inverses have effect at once, and
+        with None or 0 all have.
       stagger: spread the inversions of each device evenly over the steps of
         ``inverse_period`` instead of inverting everything at once; the first step
         inverts all.
@@ -96,7 +99,8 @@ def scale_by_kfac(
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``, the statistics of
-      ``value_grad_and_curvature``.
+      ``value_grad_and_curvature``, and ``damping=``, a λ for this step in the place of
+      the setting.
 
     Raises:
       ValueError: for settings out of range.
@@ -113,11 +117,13 @@ def scale_by_kfac(
     statistic to one device; here each device keeps a share of every statistic, which
     moves the same bytes without padding them to the largest owner.  Where only one
     factor of a layer is renewed, only that one is inverted, with π from the latest
-    traces of both.
+    traces of both.  Inverses that have effect later are those of Ba et al., §3, whose
+    workers are asynchronous: there the delay is what it happens to be.
     """
     validation.check_settings(
         layers, damping, factor_decay, stats_period, inverse_period, stale_threshold
     )
+    validation.check_delay(inverse_delay, inverse_period, stale_threshold, stagger)
     validation.check_sizes(block_size, axis_name, axis_size, norm_damping)
     validation.check_placement(placement)
     axis = Axis(axis_name, 1 if axis_name is None else int(axis_size))
@@ -136,7 +142,9 @@ def scale_by_kfac(
 
     def init_fn(params: Params) -> KfacState:
         own = validation.present_layers(known, params)
-        return kfac_state.init_state(own, owners_of(own), axis, adaptive)
+        return kfac_state.init_state(
+            own, owners_of(own), axis, adaptive, bool(inverse_delay)
+        )
 
     def update_fn(
         updates: Updates,
@@ -146,7 +154,7 @@ def scale_by_kfac(
         curvature: Mapping[str, Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, KfacState]:
-        del params, extra_args
+        del params
         axis.require()
         # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
         own = {path: known[path] for path in sorted(plain(state.factors))}
@@ -157,22 +165,29 @@ def scale_by_kfac(
         state, findings = _average(
             own, state, statistics, factor_decay, stale_threshold, axis
         )
-        if adaptive:
+        if inverse_period is None:
+            turn = jnp.zeros(len(owners.units), bool)
+        elif adaptive:
             turn = findings.accepted[np.asarray([u.statistic for u in owners.units])]
         else:
             turn = clocks.is_due(state.count, inverse_period, np.asarray(owners.phase))
-        value = damping(state.count) if callable(damping) else damping
-        amounts = _amounts(own, state, value, norm_damping)
-        state, inverted = _invert(own, owners, state, turn, amounts, axis, gather_dtype)
-        updates, natural = _precondition(own, owners, state, updates, axis)
+        value = extra_args.get("damping", damping)
+        value = value(state.count) if callable(value) else value
+        amounts = renewal.amounts(own, state, value, norm_damping)
+        invert = renewal.invert
+        if inverse_delay:
+            invert = functools.partial(renewal.invert_later, delay=inverse_delay)
+        state, inverted = invert(own, owners, state, turn, amounts, axis, gather_dtype)
+        updates, natural = precondition(own, owners, state, updates, axis)
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
+            damping=amounts.astype(state.damping.dtype),
             refresh=_clocks(state, findings, stats_period, adaptive),
             report=kfac_state.report(
                 own, owners, due, inverted, not adaptive, axis, gather_dtype
             ),
         )
-        return _put(own, updates, natural), state
+        return put(own, updates, natural), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -188,11 +203,15 @@ def _average(
     """Folds the statistics that are due and finite into the factors."""
     due, renewals = state.refresh.due, state.refresh.renewals
     weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
-    kinds = _kinds(own)
+    kinds = kfac_state.kinds(own)
     factors, tree = jax.tree.flatten(plain(state.factors))
     before = jax.tree.leaves(plain(state.before))
     running = [
-        Running(_rows(x, f, axis), _rows(b, f, axis) if before else (), t)
+        Running(
+            kfac_state.rows(x, f, axis),
+            kfac_state.rows(b, f, axis) if before else (),
+            t,
+        )
         for x, b, t, f in zip(
             factors,
             before or factors,
@@ -223,7 +242,7 @@ def _average(
         factors=rebuilt([r.factor for r in running]),
         before=rebuilt([r.before for r in running]) if before else (),
         traces=jax.tree.unflatten(tree, [r.traces for r in running]),
-        rejected=state.rejected + _by_layer(due & ~findings.accepted, own),
+        rejected=state.rejected + kfac_state.by_layer(due & ~findings.accepted, own),
         refresh=state.refresh._replace(
             renewals=renewals + findings.accepted,
             statistic_step=jnp.where(
@@ -232,80 +251,6 @@ def _average(
         ),
     )
     return state, findings
-
-
-def _invert(
-    own: Mapping[str, Layer],
-    owners: Owners,
-    state: KfacState,
-    turn: Bool[Array, " units"],
-    amounts: Float[Array, " units"],
-    axis: Axis,
-    gather_dtype: Any,
-) -> tuple[KfacState, inversion.Inverted]:
-    """Renews the inverses whose turn it is."""
-    layer_of = np.asarray([unit.layer for unit in owners.units])
-    known = (_by_layer(state.refresh.renewals == 0, own) == 0)[layer_of]
-    due = known & (turn | (state.refresh.inverse_step < 0))
-    factors = jax.tree.leaves(plain(state.factors))
-    nothing = [None] * len(factors)
-    inverses, kept, inverted = inversion.invert(
-        owners,
-        [_rows(x, f, axis) for x, f in zip(factors, _kinds(own), strict=True)],
-        [
-            x
-            for path, layer in own.items()
-            for x in state.inverses.get(path, nothing[: len(layer.block.factors)])
-        ],
-        kfac_state.local(state.kept),
-        due,
-        amounts,
-        axis,
-        gather_dtype,
-    )
-    remaining = iter(inverses)
-    by_path = {
-        path: layer.block.inverses(*(next(remaining) for _ in layer.block.factors))
-        for path, layer in own.items()
-    }
-    by_path = {path: by_path[path] for path in state.inverses}
-    failed = _any_by_layer(due & ~inverted.accepted, layer_of, own)
-    renewed = _any_by_layer(inverted.accepted, layer_of, own)
-    boost = jnp.where(renewed, 1.0, state.boost)
-    state = state._replace(
-        inverses=by_path,
-        kept=kfac_state.as_in(state.kept, kept),
-        boost=jnp.where(failed, state.boost * _DAMPING_GROWTH, boost),
-        rejected=state.rejected + failed,
-        refresh=state.refresh._replace(
-            inverse_step=jnp.where(
-                inverted.accepted, state.count, state.refresh.inverse_step
-            )
-        ),
-    )
-    return state, inverted
-
-
-def _amounts(
-    own: Mapping[str, Layer], state: KfacState, value: Any, norm_damping: Scalar
-) -> Float[Array, " units"]:
-    """What is added to the diagonal of each unit."""
-    amounts = []
-    for number, (path, layer) in enumerate(own.items()):
-        block, traces = layer.block, state.traces[path]
-        mine = value * state.boost[number]
-        if block.kind in unit_wise.BLOCKS:
-            mine = mine * norm_damping
-        # A factor's parts share its mean eigenvalue.
-        means = [
-            jnp.sum(t.reshape(-1, f.parts), -1) / f.order
-            for t, f in zip(traces, block.factors, strict=True)
-        ]
-        copies = block.dampings(type(traces)(*means), mine.astype(_dtype(traces)))
-        amounts += [
-            jnp.repeat(x, f.parts) for x, f in zip(copies, block.factors, strict=True)
-        ]
-    return jnp.concatenate(amounts)
 
 
 def _clocks(
@@ -327,91 +272,3 @@ def _clocks(
         # A statistic that was refused stays due.
         due=(coming >= refresh.statistic_step + interval) | never,
     )
-
-
-def _precondition(
-    own: Mapping[str, Layer],
-    owners: Owners,
-    state: KfacState,
-    updates: Updates,
-    axis: Axis,
-) -> tuple[Updates, dict[str, dict[str, Array]]]:
-    """The mean gradients of what has no curvature here, and the natural gradients."""
-    kept = {path: layer for path, layer in own.items() if path not in state.inverses}
-    gradients = {path: _gradients(layer, updates) for path, layer in kept.items()}
-    updates = sharding.mean_of_others(updates, kept.values(), axis)
-    natural = {
-        path: layer.block.precondition(state.inverses[path], _gradients(layer, updates))
-        for path, layer in own.items()
-        if path in state.inverses
-    }
-    if kept:
-        natural |= precondition_on_owners(
-            own, owners, kfac_state.local(state.kept), gradients, axis
-        )
-    return updates, {
-        path: _as_they_lie(layer, natural[path], updates) for path, layer in own.items()
-    }
-
-
-def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:
-    """One layer's gradients, copies first, in the type of its curvature."""
-    location, axes = layer.tapped.location, layer.tapped.axes
-    arrays = capture.lookup(updates, location)
-    dtype = layer.block.sums[0].dtype
-    return {
-        name: capture.copies_first(arrays[name], axes).astype(dtype)
-        for name in location.names
-    }
-
-
-def _as_they_lie(
-    layer: Layer, natural: Mapping[str, Array], updates: Updates
-) -> dict[str, Array]:
-    """One layer's arrays as they lie in the parameters."""
-    location, axes = layer.tapped.location, layer.tapped.axes
-    arrays = capture.lookup(updates, location)
-    return {
-        name: capture.copies_back(natural[name], axes).astype(arrays[name].dtype)
-        for name in location.names
-    }
-
-
-def _put(
-    own: Mapping[str, Layer], updates: Updates, natural: Mapping[str, dict[str, Array]]
-) -> Updates:
-    """The updates with each layer's arrays replaced by its natural gradient."""
-    replaced: dict[tuple[Any, ...], dict[str, Array]] = {}
-    for path, layer in own.items():
-        replaced.setdefault(layer.tapped.location.keys, {}).update(natural[path])
-    return capture.insert(updates, replaced)
-
-
-def _kinds(own: Mapping[str, Layer]) -> list[Any]:
-    """The kind of each statistic's factor."""
-    return [f for layer in own.values() for f in layer.block.factors]
-
-
-def _rows(x: Array, factor: Any, axis: Axis) -> Array:
-    """This device's part of a factor, a row for each copy."""
-    return x.reshape(-1, axis.share(factor.size))
-
-
-def _by_layer(
-    flags: Bool[Array, " statistics"], own: Mapping[str, Layer]
-) -> Int[Array, " layers"]:
-    """Sums flags of statistics for each layer."""
-    layer_of = [i for i, x in enumerate(own.values()) for _ in x.block.factors]
-    counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, np.asarray(layer_of), len(own))
-
-
-def _any_by_layer(
-    flags: Bool[Array, " units"], layer_of: np.ndarray, own: Mapping[str, Layer]
-) -> Bool[Array, " layers"]:
-    counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, layer_of, len(own)) > 0
-
-
-def _dtype(tree: Any) -> Any:
-    return jax.tree.leaves(tree)[0].dtype

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from lbopt._typing import Array
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import desk, inversion
+from lbopt.transforms import desk, inversion, unit_classes
 
 KINDS = ("A", "G", "F")
 """Kinds of statistics in reports: inputs, output gradients, and all others."""
@@ -36,6 +36,24 @@ class Report(NamedTuple):
     inverse_bytes: Any
 
 
+class Pending(NamedTuple):
+    """Inverses that were made and do not have effect yet.
+
+    Attributes:
+      desks: the desks of the units' owners, ``[length]``; with an axis ``[axis_size,
+        length]``, marked ``Sharded``.
+      step: the step whose factors a unit's was made from, ``[units]``; ``NONE`` where
+        nothing is under way, ``AGAIN`` where it was lost: it is made at the next step,
+        and has effect at once.
+    """
+
+    desks: Any
+    step: Any
+
+
+NONE, AGAIN = -1, -2
+
+
 class KfacState(NamedTuple):
     """State of ``scale_by_kfac``; layers by path, numbered in alphabetical order.
 
@@ -50,6 +68,9 @@ class KfacState(NamedTuple):
       inverses: damped inverses, whole, of the layers whose every device has them.
       kept: the other layers' inverses, on the desks of their owners (see ``desk``),
         ``[axis_size, length]``, marked ``Sharded``; ``()`` if there are none.
+      pending: inverses that have effect later; ``()`` without a delay.
+      damping: what the last step added to the diagonals that it inverted, or would
+        have, ``[units]``.
       boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
       rejected: how often a layer's statistic or inverse was not finite and was refused.
       report: what the last update did.
@@ -62,13 +83,19 @@ class KfacState(NamedTuple):
     refresh: Any
     inverses: Any
     kept: Any
+    pending: Any
+    damping: Any
     boost: Any
     rejected: Any
     report: Any
 
 
 def init_state(
-    own: Mapping[str, Layer], owners: Owners, axis: Axis, adaptive: bool
+    own: Mapping[str, Layer],
+    owners: Owners,
+    axis: Axis,
+    adaptive: bool,
+    delayed: bool = False,
 ) -> KfacState:
     """The state before the first step.
 
@@ -77,6 +104,7 @@ def init_state(
       owners: who inverts what.
       axis: the devices.
       adaptive: whether refreshing is.
+      delayed: whether inverses have effect later than they are made.
 
     Returns:
       The state; no two of its arrays share a buffer.
@@ -98,6 +126,12 @@ def init_state(
     gathered = {u.path for u, g in zip(owners.units, owners.gathered, strict=True) if g}
     dtype = next(iter(own.values())).block.sums[0].dtype
     kept = () if all(owners.gathered) else Sharded(desk.identities(owners, dtype))
+    pending: Any = ()
+    if delayed:
+        room = inversion.desk_of_all(owners).length
+        desks: Any = jnp.zeros((axis.size, room), dtype)
+        desks = desks.reshape(-1) if axis.name is None else Sharded(desks)
+        pending = Pending(desks, jnp.full(len(owners.units), NONE, jnp.int32))
     traces = {
         path: jax.tree.map(
             lambda x, f: jnp.zeros(x.size // f.size, x.dtype),
@@ -118,6 +152,8 @@ def init_state(
             if path in gathered
         },
         kept=kept,
+        pending=pending,
+        damping=jnp.zeros(len(owners.units), dtype),
         boost=jnp.ones(len(own)),
         rejected=jnp.zeros(len(own), jnp.int32),
         report=Report(
@@ -134,17 +170,38 @@ def plain(tree: Any) -> Any:
     return tree.shards if isinstance(tree, Sharded) else tree
 
 
-def local(kept: Any) -> Any:
+def local(desks: Any) -> Any:
     """This device's desk under ``shard_map`` or ``pmap``; None if there is none."""
-    # The axis of devices, of size 1 under shard_map, is gone under pmap.
-    return kept.shards.reshape(-1) if isinstance(kept, Sharded) else None
+    if isinstance(desks, Sharded):
+        # The axis of devices, of size 1 under shard_map, is gone under pmap.
+        return desks.shards.reshape(-1)
+    return None if isinstance(desks, tuple) else desks
 
 
-def as_in(kept: Any, new: Any) -> Any:
+def as_in(desks: Any, new: Any) -> Any:
     """A device's new desk in the shape of the old one in its state."""
-    if not isinstance(kept, Sharded):
-        return kept
-    return Sharded(new.reshape(kept.shards.shape))
+    if isinstance(desks, Sharded):
+        return Sharded(new.reshape(desks.shards.shape))
+    return desks if new is None else new
+
+
+def kinds(own: Mapping[str, Layer]) -> list[Any]:
+    """The kind of each statistic's factor."""
+    return [f for layer in own.values() for f in layer.block.factors]
+
+
+def rows(x: Array, factor: Any, axis: Axis) -> Array:
+    """This device's part of a factor, a row for each copy."""
+    return x.reshape(-1, axis.share(factor.size))
+
+
+def by_layer(
+    flags: Bool[Array, " statistics"], own: Mapping[str, Layer]
+) -> Int[Array, " layers"]:
+    """Sums flags of statistics for each layer."""
+    layer_of = [i for i, x in enumerate(own.values()) for _ in x.block.factors]
+    counts = flags.astype(jnp.int32)
+    return jax.ops.segment_sum(counts, np.asarray(layer_of), len(own))
 
 
 def report(
@@ -177,25 +234,26 @@ def report(
             kinds.append(KINDS.index({"a": "A", "g": "G"}.get(name, "F")))
             rows = x.size // f.size
             sizes.append(rows * axis.share(f.size) * axis.size * x.dtype.itemsize)
-    per_round, per_unit = [], []
-    for units in inversion.classes_of(owners):
+    away, back = [], []
+    for units in unit_classes.classes_of(owners):
         f, path = units.factor, owners.units[units.numbers[0]].path
         dtype = own[path].block.sums[0].dtype
-        away = jnp.dtype(dtype).itemsize * axis.share(f.size)
-        back = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(f.wire)
-        per_round.append(axis.size * (away + units.gathered * back))
-        per_unit.append(units.gathered * back)
+        away.append(jnp.dtype(dtype).itemsize * axis.share(f.size))
+        wire = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(f.wire)
+        back.append(units.gathered * wire)
     remote = float(axis.name is not None)
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
     moved = remote * jnp.asarray(sizes, jnp.float32) * sent
-    handed = inverted.rounds * jnp.asarray(per_round, jnp.float32)
-    handed += inverted.due * jnp.asarray(per_unit, jnp.float32)
+    # To the owners and back a row for each device; and a row for each unit to all.
+    rows = axis.size * inverted.rounds * jnp.asarray(away, jnp.float32)
+    returned = axis.size * inverted.handed_rounds + inverted.handed
+    rows += returned * jnp.asarray(back, jnp.float32)
     kind = np.asarray(kinds)
     return Report(
         statistics=jax.ops.segment_sum(due.astype(jnp.int32), kind, len(KINDS)),
         statistic_bytes=jax.ops.segment_sum(moved, kind, len(KINDS)),
         inversions=jnp.sum(inverted.accepted, dtype=jnp.int32),
-        inverse_bytes=remote * jnp.sum(handed),
+        inverse_bytes=remote * jnp.sum(rows),
     )
 
 

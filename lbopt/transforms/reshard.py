@@ -13,7 +13,7 @@ from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import desk
-from lbopt.transforms.kfac_state import KfacState, plain
+from lbopt.transforms.kfac_state import AGAIN, KfacState, Pending, plain
 from lbopt.transforms.placement import inverses_on_desk
 
 
@@ -29,6 +29,8 @@ def reshard(
 
     Factors are put together and cut anew; inverses are taken from the desks of their
     owners and laid on others.  In between everything is keyed by its layer alone.
+    Inverses under way (``inverse_delay``) are made anew at the next step, and have
+    effect at once.
 
     Args:
       state: an optimizer's state or a whole training state, its arrays of the global
@@ -81,15 +83,15 @@ def _whole(own: Mapping[str, Layer], state: KfacState) -> KfacState:
     """The state as one device has it."""
     inverses = dict(state.inverses)
     if isinstance(state.kept, Sharded):
-        owners = _owners(own, state)
+        owners = owners_in(own, state)
         plan = desk.kept_desk(owners)
         owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
         for path in own.keys() - inverses.keys():
             numbers = state.kept.shards[owner[path]]
             inverses[path] = inverses_on_desk(own[path], owners, plan, numbers)
     return state._replace(
-        factors=_joined(own, state.factors),
-        before=_joined(own, state.before),
+        factors=joined(own, state.factors),
+        before=joined(own, state.before),
         inverses=inverses,
         kept=(),
     )
@@ -102,26 +104,37 @@ def _split(own: Mapping[str, Layer], whole: KfacState, like: KfacState) -> KfacS
         axis = Axis("data", _devices(like))
     kept: Any = ()
     if isinstance(like.kept, Sharded):
-        kept = Sharded(_on_desks(own, _owners(own, like), whole.inverses))
+        kept = Sharded(_on_desks(own, owners_in(own, like), whole.inverses))
     return whole._replace(
         factors=_cut(own, whole.factors, axis),
         before=_cut(own, whole.before, axis),
         inverses={path: whole.inverses[path] for path in like.inverses},
         kept=kept,
+        pending=_begun_anew(whole.pending, like.pending),
     )
+
+
+def _begun_anew(pending: Any, like: Any) -> Any:
+    """Empty desks; what was under way on the old ones is to be made again."""
+    if pending == ():
+        return pending
+    step = jnp.where(pending.step >= 0, AGAIN, pending.step)
+    desks = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.desks)
+    return Pending(desks, step)
 
 
 def _devices(state: KfacState) -> int:
     return jax.tree.leaves(state.factors)[0].shape[0]
 
 
-def _owners(own: Mapping[str, Layer], state: KfacState) -> Owners:
+def owners_in(own: Mapping[str, Layer], state: KfacState) -> Owners:
     """Who keeps which inverses; that does not depend on the period of inversion."""
+    devices = _devices(state) if isinstance(state.factors, Sharded) else 1
     units = sharding.units_of(own)
-    return sharding.owners_of(units, _devices(state), gathered=list(state.inverses))
+    return sharding.owners_of(units, devices, gathered=list(state.inverses))
 
 
-def _joined(own: Mapping[str, Layer], factors: Any) -> Any:
+def joined(own: Mapping[str, Layer], factors: Any) -> Any:
     """Factors out of their shares."""
     if not isinstance(factors, Sharded):
         return factors

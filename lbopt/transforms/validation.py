@@ -143,7 +143,8 @@ def check_settings(
         ("inverse_period", inverse_period),
     ):
         # optax.inject_hyperparams hands numbers over as arrays.
-        if not isinstance(period, jax.Array) and (
+        outside = name == "inverse_period" and period is None
+        if not (outside or isinstance(period, jax.Array)) and (
             not isinstance(period, int) or period < 1
         ):
             raise ValueError(f"{name}={period!r} must be a whole number of steps, ≥ 1")
@@ -166,6 +167,37 @@ def check_settings(
                 f"sets the times itself: it needs {name}={needed}, not {value}; pass "
                 "stale_threshold=None to use averages and periods"
             )
+
+
+def check_delay(
+    inverse_delay: Any, inverse_period: Any, stale_threshold: Any, stagger: Any
+) -> None:
+    """Refuses a delay of inverses by which they would never have effect.
+
+    Raises:
+      ValueError: naming it and what it may be.
+    """
+    if inverse_period is None and (inverse_delay or stagger):
+        raise ValueError(
+            f"inverse_period=None leaves inversion to lbopt.BackgroundInversion: "
+            f"inverse_delay={inverse_delay} and stagger={stagger} have no meaning; "
+            "leave them out, or give a period"
+        )
+    if inverse_delay is None:
+        return
+    if not isinstance(inverse_delay, int) or inverse_delay < 0:
+        raise ValueError(
+            f"inverse_delay={inverse_delay!r} must be a whole number of steps, ≥ 0; "
+            "name it in static_args= of optax.inject_hyperparams"
+        )
+    longest: Any = 1 if stale_threshold is not None else inverse_period
+    # optax.inject_hyperparams hands periods over as arrays, in a jit unknown ones.
+    if not isinstance(longest, jax.core.Tracer) and inverse_delay > longest:
+        raise ValueError(
+            f"inverse_delay={inverse_delay} is longer than the {longest} steps after "
+            "which an inverse may be begun anew; lengthen inverse_period, or shorten "
+            "the delay"
+        )
 
 
 def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:

@@ -155,32 +155,6 @@ def most_due(due, devices):
     ]
 
 
-def test_units_of_one_kind_and_size_are_a_class():
-    classes = inversion.classes_of(owners_of(UNITS, 3))
-    assert [c.numbers.tolist() for c in classes] == CLASSES
-    assert [c.statistics for c in classes] == [[0, 2], [1, 5], [3], [4]]
-    owner = owners_of(UNITS, 3).owner
-    for ids, units in zip(CLASSES, classes, strict=True):
-        assert units.gathered
-        for device, queue in enumerate(units.queues.tolist()):
-            own = [ids[k] for k in queue if k < len(ids)]
-            assert own == [i for i in ids if owner[i] == device]
-
-
-def test_gathered_units_and_others_are_classes_apart():
-    owners = owners_of(UNITS, 3, gathered=["layer0", "layer1", "layer3"])
-    classes = inversion.classes_of(owners)
-    found = [(c.numbers.tolist(), c.gathered) for c in classes]
-    assert found == [
-        ([0, 1, 2], True),
-        ([3], True),
-        ([4, 5], False),
-        ([6], True),
-        ([7, 8], False),
-        ([9, 10], False),
-    ]
-
-
 @pytest.mark.parametrize("devices", [None, 1, 4])
 @pytest.mark.parametrize("due", [EVERY, SOME, ~SOME, ~EVERY])
 def test_what_is_due_is_inverted_and_nothing_else(devices, due):
@@ -189,7 +163,8 @@ def test_what_is_due_is_inverted_and_nothing_else(devices, due):
     inverses, found = inverted(devices, packed, due)
     assert found.accepted.tolist() == due.tolist()
     assert found.rounds.tolist() == most_due(due, devices)
-    assert found.due.tolist() == [sum(due[i] for i in ids) for ids in CLASSES]
+    assert found.handed_rounds.tolist() == found.rounds.tolist()
+    assert found.handed.tolist() == [sum(due[i] for i in ids) for ids in CLASSES]
     for i, inverse in enumerate(dense_inverses(inverses)):
         expected = expected_inverse(i, dense, due[i])
         # What was not due is untouched.
@@ -271,3 +246,62 @@ def test_a_kept_inverse_that_is_not_finite_is_refused():
     owners, kept, found = kept_by_owners(packed, EVERY)
     assert (np.asarray(found.accepted) == sound).all()
     assert_kept(owners, kept, dense, sound)
+
+
+# ---------------------------------------------------------------- what comes later
+
+
+@pytest.mark.parametrize("devices", [None, 4])
+def test_what_is_made_waits_until_it_is_delivered(devices):
+    dense, packed = matrices()
+    owners = owners_of(UNITS, devices or 1)
+    axis = Axis(None if devices is None else AXIS, devices or 1)
+    damping, none = jnp.asarray(DAMPING, jnp.float32), jnp.zeros(len(UNITS), bool)
+    first = np.arange(len(UNITS)) < 3  # of which unit 1 is not due
+
+    def course(factors):
+        def step(inverses, waiting, due, ready, first):
+            inverses, _, waiting, found = inversion.invert_later(
+                owners,
+                factors,
+                inverses,
+                None,
+                waiting,
+                due,
+                ready,
+                first,
+                damping,
+                axis,
+            )
+            return (inverses, waiting), found
+
+        room = inversion.desk_of_all(owners).length
+        start = (identities(), jnp.zeros(room))
+        due = jnp.asarray(SOME)
+        begun, found = step(*start, due, none, due & first)
+        still, nothing = step(*begun, none, none, none)
+        # What is ready is delivered before all is made anew.
+        done, later = step(*still, ~none, due & ~first, none)
+        return begun[0], still[0], done[0], found, nothing, later
+
+    if devices is None:
+        rows = [jnp.asarray(x) for x in by_statistic(packed)]
+        results = quick_jit(course)(rows)
+    else:
+        results = on_devices(devices, course, shares_of(packed, devices))
+        results = jax.tree.map(lambda x: np.asarray(x)[0], results)
+    begun, still, done, found, nothing, later = results
+    for inverses, there in ((begun, SOME & first), (still, SOME & first), (done, SOME)):
+        for i, inverse in enumerate(dense_inverses(inverses)):
+            expected = expected_inverse(i, dense, there[i])
+            np.testing.assert_allclose(inverse, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert np.asarray(found.accepted).tolist() == (SOME & first).tolist()
+    assert not np.any(nothing.accepted)
+    assert np.asarray(later.accepted).tolist() == (SOME & ~first).tolist()
+    assert found.rounds.tolist() == most_due(SOME, devices)
+    assert found.handed_rounds.tolist() == most_due(SOME & first, devices)
+    assert nothing.rounds.tolist() == nothing.handed.tolist() == [0] * len(CLASSES)
+    assert later.rounds.tolist() == most_due(EVERY, devices)
+    assert later.handed.tolist() == [
+        sum((SOME & ~first)[i] for i in ids) for ids in CLASSES
+    ]

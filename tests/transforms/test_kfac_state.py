@@ -27,7 +27,8 @@ def prepared(axis):
 
 def reported(due, accepted, rounds, units, *, joint, axis=TWO, gather_dtype=None):
     own, owners = prepared(axis)
-    inverted = Inverted(jnp.asarray(accepted), jnp.asarray(rounds), jnp.asarray(units))
+    rounds = jnp.asarray(rounds)
+    inverted = Inverted(jnp.asarray(accepted), rounds, rounds, jnp.asarray(units))
     found = kfac_state.report(
         own, owners, jnp.asarray(due), inverted, joint, axis, gather_dtype
     )
@@ -62,6 +63,20 @@ def test_inverses_in_half_precision():
     )
     away, back = 2 * 16 + 6, 2 * 16 + 3 * 8 + 6 + 3
     assert found.inverse_bytes == away * FLOAT + back * HALF
+
+
+def test_what_is_delivered_later_is_sent_later():
+    own, owners = prepared(TWO)
+    due = jnp.zeros(4, bool)
+    some, none = jnp.asarray([2, 1]), jnp.asarray([0, 0])
+    units = jnp.asarray([3, 1])
+    begun = Inverted(due, some, none, none)
+    delivered = Inverted(due, none, some, units)
+    bytes_of = [
+        float(kfac_state.report(own, owners, due, found, True, TWO, None).inverse_bytes)
+        for found in (begun, delivered)
+    ]
+    assert bytes_of == [(2 * 16 + 6) * FLOAT, (2 * 16 + 3 * 8 + 6 + 3) * FLOAT]
 
 
 def test_alone_only_what_is_due_travels():
