@@ -133,6 +133,8 @@ def build_schedule(
         after = optax.join_schedules([optax.constant_schedule(0.0), cosine], [rising])
     elif config.schedule == "polynomial":
         after = optax.polynomial_schedule(peak_value, 0.0, 2, steps)
+    elif config.schedule == "exponential":
+        after = _by_half_epochs(peak_value, config.decay_rate, data)
     else:
         after = lbopt.schedules.staircase(
             peak_value, config.decay_epochs, steps_per_epoch=data.steps_per_epoch
@@ -144,6 +146,11 @@ def build_schedule(
         init_value=config.warmup_start,
         shape=config.warmup_shape,
     )
+
+
+def _by_half_epochs(value: float, factor: float, data: pipeline.Data) -> optax.Schedule:
+    """A number that is multiplied by a factor after each half of an epoch."""
+    return optax.exponential_decay(value, data.steps(0.5), factor, staircase=True)
 
 
 def build_optimizer(
@@ -175,6 +182,9 @@ def build_optimizer(
         return lbopt.sp_ngd(rate, layers, **settings, **spread), layers
     rate = build_schedule(config, data, peak_value)
     if config.optimizer == "kfac":
+        decay = settings.pop("kl_clip_decay")
+        if settings["kl_clip"] is not None and decay < 1:
+            settings["kl_clip"] = _by_half_epochs(settings["kl_clip"], decay, data)
         return lbopt.kfac(rate, layers, **settings, **spread), layers
     if config.optimizer == "lars":
         after_kfac = settings.pop("after_kfac")
@@ -269,7 +279,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         tx,
         layers,
         mesh,
-        fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else "empirical",
+        fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
         accumulate=config.accumulate,
         per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
     )

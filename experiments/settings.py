@@ -18,6 +18,8 @@ class Kfac:
     damping: float = 1e-3
     weight_decay: float = 0.0
     kl_clip: float | None = 0.01
+    kl_clip_decay: float = 1.0
+    """What `kl_clip` is multiplied by after each half of an epoch."""
     factor_decay: float = 0.95
     stats_period: int = 1
     inverse_period: int = 5
@@ -126,13 +128,19 @@ class Config:
     """Devices that share each step; on a CPU virtual ones are made."""
     accumulate: int = 1
     """Parts that a device evaluates one after the other."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Labels of the curvature's gradients: the data's, or drawn from the model; SP-NGD
+    has a setting of its own."""
     placement: Literal["comm", "memory"] = "comm"
     """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0
-    schedule: Literal["cosine", "polynomial", "staircase"] = "cosine"
-    """How the learning rate falls: over the run, as (1 - step/steps)^2, or by steps."""
+    schedule: Literal["cosine", "polynomial", "staircase", "exponential"] = "cosine"
+    """How the learning rate falls: over the run, as (1 - step/steps)^2, or by steps: a
+    few, or one each half of an epoch."""
     decay_epochs: tuple[float, ...] = ()
     """Epochs after which a staircase falls to a tenth."""
+    decay_rate: float = 1.0
+    """What schedule=exponential multiplies by after each half of an epoch."""
     warmup_epochs: float = 0.8
     """Epochs in which the learning rate rises."""
     warmup_start: float = 0.0
@@ -185,6 +193,11 @@ class Config:
             )
         if self.schedule == "staircase" and not self.decay_epochs:
             raise ValueError("decay_epochs must name the epochs of schedule=staircase")
+        for name in ("decay_rate", f"{self.optimizer}.kl_clip_decay"):
+            if not 0 < values.get(name, 1.0) <= 1:
+                raise ValueError(
+                    f"{name} must be in (0, 1] (1: off), got {values[name]}"
+                )
         if not 0 <= (p := self.random_erasing) <= 1:
             raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
         if not 0 <= (alpha := self.mixup_alpha) < math.inf:

@@ -7,7 +7,11 @@ from lbopt.curvature.fisher_products import fisher_products
 from lbopt.curvature.likelihood import likelihood
 from lbopt.curvature.refresh import inverse_age, refresh
 from lbopt.curvature.registry import trace_layers
-from lbopt.optimizers import kfac, lars, nlcg, sp_ngd
+from lbopt.optimizers.kfac import distributed_kfac, kfac
+from lbopt.optimizers.lars import lars
+from lbopt.optimizers.nlcg import nlcg
+from lbopt.optimizers.sp_ngd import sp_ngd
+from lbopt.transforms.average import average_params, averaged_params
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.lars import scale_by_lars
 from lbopt.transforms.nlcg import scale_by_nlcg
@@ -18,8 +22,11 @@ from lbopt.transforms.reshard import reshard
 
 __all__ = [
     "BackgroundInversion",
+    "average_params",
+    "averaged_params",
     "clip_by_kl",
     "curvature_only",
+    "distributed_kfac",
     "fisher_products",
     "inverse_age",
     "kfac",

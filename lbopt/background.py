@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
@@ -131,6 +131,11 @@ class BackgroundInversion:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def wait(self) -> None:
+        """Waits until what is under way has come; the next call puts it in."""
+        if self._under_way is not None:
+            wait([self._under_way])
 
     def close(self) -> None:
         """Ends the process; what is under way is dropped."""

@@ -30,11 +30,12 @@ ROWS = [
     ["transforms.natural_gradient", "transforms.renewal", "transforms.reshard"],
     ["transforms.outside"],
     ["transforms.kfac"],
-    ["transforms.norm_constraint", "transforms.rescale", "transforms.velocity"],
+    ["transforms.average", "transforms.norm_constraint"],
+    ["transforms.rescale", "transforms.velocity"],
     ["transforms.conjugate_beta", "transforms.diagonal_bfgs"],
     ["transforms.step_control", "transforms.lars"],
     ["transforms.nlcg", "transforms.quadratic_model"],
-    ["optimizers"],
+    ["optimizers.kfac", "optimizers.lars", "optimizers.nlcg", "optimizers.sp_ngd"],
     ["presets.lars", "presets.nlcg", "presets.sp_ngd", "statistics_pass"],
     ["training"],
     ["inversion_worker"],
@@ -42,7 +43,7 @@ ROWS = [
     [""],  # lbopt/__init__.py re-exports all
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
-PACKAGES = {"curvature", "presets", "transforms"}
+PACKAGES = {"curvature", "optimizers", "presets", "transforms"}
 
 
 def name_of(path):

@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_is_replaced():
     with lbopt.BackgroundInversion(course().layers, delay=2) as exchange:
         for _ in range(3):
             run.step(exchange)
-        exchange._under_way.result()  # it has come, and has effect after the next step
+        exchange.wait()  # it has come, and has effect after the next step
         os.kill(exchange._process.pid, signal.SIGKILL)
         run.step(exchange)
         assert run.ages() == [1]

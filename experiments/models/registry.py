@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
-from experiments.models import alexnet, preact_resnet, resnet
+from experiments.models import alexnet, convnet, preact_resnet, resnet
 
-Model = resnet.ResNet | preact_resnet.PreactResNet | alexnet.AlexNet
+Model = resnet.ResNet | preact_resnet.PreactResNet | alexnet.AlexNet | convnet.ConvNet
 
 ModelName = Literal[
     "resnet8",
@@ -21,6 +21,7 @@ ModelName = Literal[
     "preact_resnet32",
     "alexnet",
     "alexnet_bn",
+    "convnet",
 ]
 """What a command line may ask for; `resnet8` is the demo's."""
 
@@ -38,6 +39,7 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
     "preact_resnet32": preact_resnet.PreactResNet32,
     "alexnet": alexnet.AlexNet,
     "alexnet_bn": alexnet.AlexNetBN,
+    "convnet": convnet.ConvNet,
 }
 """Constructors by name.
 

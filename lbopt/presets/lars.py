@@ -52,7 +52,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from lbopt import schedules
-from lbopt.optimizers import lars
+from lbopt.optimizers.lars import lars
 
 
 class LarsPreset(NamedTuple):

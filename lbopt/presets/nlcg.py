@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import optax
 
 from lbopt import schedules
-from lbopt.optimizers import nlcg
+from lbopt.optimizers.nlcg import nlcg
 
 
 def boundaries(epochs: float | int) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ import optax
 
 from lbopt import schedules
 from lbopt.curvature.registry import Layers
-from lbopt.optimizers import sp_ngd
+from lbopt.optimizers.sp_ngd import sp_ngd
 
 
 class SpNgdPreset(NamedTuple):

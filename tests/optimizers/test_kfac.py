@@ -6,17 +6,7 @@ import optax
 import pytest
 
 import lbopt
-from tests.problems import Mlp, assert_close, classify, inputs
-
-
-@pytest.fixture(scope="module")
-def gradients():
-    """A problem, its layers, and gradients and curvature of three batches."""
-    problem = classify(Mlp())
-    layers = problem.trace()
-    f = jax.jit(lbopt.value_grad_and_curvature(problem.loss_fn, layers))
-    batches = [f(problem.params, inputs(i), problem.args[1])[1:] for i in range(3)]
-    return problem.params, layers, jax.tree.map(lambda *x: jnp.stack(x), *batches)
+from tests.problems import assert_close
 
 
 def trajectory(gradients, tx):
@@ -95,3 +85,35 @@ def test_schedules_and_the_mask_of_the_decay(gradients):
 def test_settings_out_of_range(gradients, settings, message):
     with pytest.raises(ValueError, match=message):
         lbopt.kfac(0.1, gradients[1], **settings)
+
+
+# ---------------------------------------------------------------- distributed K-FAC
+
+
+def test_distributed_kfac_is_kfac_with_a_bound_and_stale_inverses(gradients):
+    layers = gradients[1]
+    bound = optax.exponential_decay(1e-2, 1, 0.5, staircase=True)
+    tx = lbopt.distributed_kfac(1.0, layers, kl_clip=bound, inverse_period=2)
+    chain = optax.chain(
+        lbopt.clip_by_kl(lbopt.scale_by_kfac(layers, inverse_period=2), bound, 1.0),
+        optax.trace(0.9),
+        optax.scale(-1.0),
+    )
+    assert_close(trajectory(gradients, tx), trajectory(gradients, chain))
+
+
+def test_a_step_of_distributed_kfac_is_as_long_as_its_bound(gradients):
+    params, layers, batches = gradients
+    c = 1e-2
+    tx = lbopt.distributed_kfac(1.0, layers, kl_clip=c, momentum=0.0)
+    grads, curvature = jax.tree.map(lambda x: x[0], batches)
+    updates, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
+    core = lbopt.scale_by_kfac(layers)
+    natural, _ = core.update(grads, core.init(params), curvature=curvature)
+    # The step is a multiple of the natural gradient, of squared length c in F̂.
+    ratio = optax.tree.norm(updates) / optax.tree.norm(natural)
+    length = ratio**2 * optax.tree.vdot(natural, grads)
+    assert abs(float(length) - c) < 1e-4 * c
+    long = lbopt.distributed_kfac(1e-3, layers, kl_clip=1e3, momentum=0.0)
+    updates, _ = long.update(grads, long.init(params), params, curvature=curvature)
+    assert_close(updates, jax.tree.map(lambda u: -1e-3 * u, natural), rtol=1e-4)

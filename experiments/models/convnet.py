@@ -1,0 +1,58 @@
+"""A small convolutional network without normalisation, after cuda-convnet's `quick`.
+
+    Krizhevsky, `cuda-convnet <https://code.google.com/archive/p/cuda-convnet>`_, 2012:
+        three 5x5 convolutions of 32, 32 and 64 channels and a softmax.
+    Grosse & Martens, `A Kronecker-factored Approximate Fisher Matrix for Convolution
+        Layers <https://arxiv.org/abs/1602.01407>`_, 2016: trained with K-FAC.
+
+Weights start as He's instead of cuda-convnet's tuned deviations, and the windows of the
+pooling do not overlap.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class ConvNet(nn.Module):
+    """Three convolutions, a pooling after each, and the logits.
+
+    Attributes:
+        num_classes: Number of logits.
+        channels: Channels of the convolutions.
+        norm_momentum: Unused; there is nothing to normalise.
+        dtype: Type of activations; parameters and logits are float32.
+    """
+
+    num_classes: int
+    channels: tuple[int, ...] = (32, 32, 64)
+    norm_momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits of a batch of images.
+
+        Args:
+            x: Images `[n, h, w, c]`; each pooling halves height and width.
+            train: Unused; training and evaluation are the same.
+
+        Returns:
+            Logits, float32 `[n, num_classes]`.
+        """
+        del train
+        x = x.astype(self.dtype)
+        for layer, channels in enumerate(self.channels, start=1):
+            conv = nn.Conv(
+                channels,
+                (5, 5),
+                kernel_init=nn.initializers.he_normal(),
+                dtype=self.dtype,
+                name=f"conv{layer}",
+            )
+            pool = nn.max_pool if layer == 1 else nn.avg_pool
+            x = pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+        return nn.Dense(self.num_classes, name="head")(x)

@@ -1,0 +1,1 @@
+"""Ready optimizers: chains of transformations with defaults, no arithmetic."""

@@ -1,0 +1,26 @@
+"""SP-NGD is the chain that its docstring writes out."""
+
+import optax
+import pytest
+
+import lbopt
+from lbopt.transforms.velocity import scale_by_velocity
+from tests.optimizers.test_kfac import trajectory
+from tests.problems import assert_close
+
+
+@pytest.mark.parametrize("rescale", ["always", "shrink_only", None])
+def test_sp_ngd_is_its_chain(gradients, rescale):
+    layers = gradients[1]
+    tx = lbopt.sp_ngd(0.02, layers, momentum=0.5, rescale=rescale)
+    core = lbopt.scale_by_kfac(
+        layers, damping=2.5e-4, factor_decay=0.0, stale_threshold=0.1
+    )
+    last = [lbopt.rescale_weights(layers, shrink_only=rescale == "shrink_only")]
+    chain = optax.chain(core, scale_by_velocity(0.02, 0.5), *(last if rescale else []))
+    assert_close(trajectory(gradients, tx), trajectory(gradients, chain))
+
+
+def test_an_unknown_rescaling(gradients):
+    with pytest.raises(ValueError, match=r"rescale='never' must be 'always', 'shrink"):
+        lbopt.sp_ngd.__wrapped__(0.1, gradients[1], rescale="never")
