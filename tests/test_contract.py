@@ -49,11 +49,24 @@ def core(layers):
     return lbopt.scale_by_kfac(layers, damping=DAMPING)
 
 
+def stale(rate, layers, damping):
+    """With inverses that have effect later, and a bound that is not felt."""
+    return lbopt.distributed_kfac(
+        rate, layers, kl_clip=1e3, damping=damping, inverse_period=2, inverse_delay=1
+    )
+
+
 OPTIMIZERS = {
     "kfac": Optimizer(
         lambda rate, layers: lbopt.kfac(rate, layers, damping=DAMPING),
         lbopt.kfac,
         lambda layers: {"learning_rate": RATE, "layers": layers, "damping": DAMPING},
+    ),
+    "distributed_kfac": Optimizer(
+        lambda rate, layers: stale(rate, layers, DAMPING),
+        lambda learning_rate, layers, damping: stale(learning_rate, layers, damping),
+        lambda layers: {"learning_rate": RATE, "layers": layers, "damping": DAMPING},
+        layerwise=False,
     ),
     "sp_ngd": Optimizer(
         lambda rate, layers: lbopt.sp_ngd(rate, layers, damping=DAMPING),
