@@ -208,11 +208,11 @@ def scale_by_kfac(
                 own,
                 owners,
                 due,
-                before.moments,
                 inverted,
                 not adaptive,
                 axis,
                 gather_dtype,
+                before.moments,
             ),
         )
         return put(own, updates, natural), state

@@ -212,11 +212,11 @@ def report(
     own: Mapping[str, Layer],
     owners: Owners,
     due: Bool[Array, " statistics"],
-    moments: Mapping[str, Any],
     inverted: inversion.Inverted,
     joint: bool,
     axis: Axis,
     gather_dtype: Any,
+    moments: Mapping[str, Any],
 ) -> Report:
     """What ran in an update.
 
@@ -224,11 +224,11 @@ def report(
       own: the layers by path.
       owners: who inverted what.
       due: the statistics that were due.
-      moments: the second moments of gradients, with what was due of them.
       inverted: what inverting found out.
       joint: whether all statistics travel together.
       axis: the devices.
       gather_dtype: type in which inverses travel.
+      moments: the second moments of gradients, with what was due of them.
 
     Returns:
       The report.
