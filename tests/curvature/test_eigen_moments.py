@@ -117,21 +117,19 @@ def matrices(own, groups=1, axes=()):
     return whole if groups > 1 else whole[..., 0, :, :]
 
 
-def mask(layers, seed=0, flag=True, **cut):
+def mask(layers):
     """What an optimizer with random bases wants of every layer that can have them."""
     due = {}
     for number, (path, layer) in enumerate(layers.items()):
         factors = layer.factor_shapes()
         if layer.block.moments is None:
-            due[path] = jax.tree.map(lambda _: flag, factors)
+            due[path] = jax.tree.map(lambda _: True, factors)
             continue
         bases = [
-            jnp.asarray(
-                rotation(seed + 2 * number + i, *layer.tapped.copies, *x.shape[:-1])
-            )
+            jnp.asarray(rotation(2 * number + i, *layer.tapped.copies, *x.shape[:-1]))
             for i, x in enumerate((layer.block.sums.a, layer.block.sums.g))
         ]
-        due[path] = CorrectedDue(flag, flag, flag, *bases)
+        due[path] = CorrectedDue(True, True, True, *bases)
     return due
 
 
