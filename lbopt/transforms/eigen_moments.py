@@ -65,7 +65,7 @@ def init_moments(
 def average(
     own: Mapping[str, Layer],
     state: KfacState,
-    statistics: Mapping[str, Any],
+    squares: Mapping[str, Array],
     factor_decay: Scalar,
     axis: Axis,
 ) -> KfacState:
@@ -73,8 +73,8 @@ def average(
 
     Args:
       own: the layers by path.
-      state: the state, with the bases that the statistics were evaluated in.
-      statistics: this device's statistics by path.
+      state: the state, with the bases that they were evaluated in.
+      squares: this device's second moments by path.
       factor_decay: β.
       axis: the devices.
 
@@ -86,7 +86,7 @@ def average(
         return state
 
     def renew(old: dict[str, Moments]) -> dict[str, Moments]:
-        means = collectives.mean({path: statistics[path].s for path in old}, axis)
+        means = collectives.mean(dict(squares), axis)
         return {path: renewed(*one, means[path]) for path, one in old.items()}
 
     def renewed(s: Array, renewals: Array, due: Array, mean: Array) -> Moments:

@@ -175,14 +175,16 @@ def scale_by_kfac(
         axis.require()
         # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
         own = {path: known[path] for path in sorted(plain(state.factors))}
-        statistics = validation.checked_statistics(own, curvature, state.moments)
+        statistics, squares = validation.checked_statistics(
+            own, curvature, state.moments
+        )
         validation.check_shares(own, plain(state.factors), axis)
         owners = owners_of(own)
         due = state.refresh.due
         state, findings = _average(
             own, state, statistics, factor_decay, stale_threshold, axis
         )
-        state = eigen_moments.average(own, state, statistics, factor_decay, axis)
+        state = eigen_moments.average(own, state, squares, factor_decay, axis)
         if inverse_period is None:
             turn = jnp.zeros(len(owners.units), bool)
         elif adaptive:

@@ -7,7 +7,7 @@ import jax
 import jax.core
 import optax
 
-from lbopt._typing import Params
+from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
 from lbopt.curvature import capture
 from lbopt.curvature.eigen_moments import CorrectedStatistics
@@ -69,7 +69,7 @@ def checked_statistics(
     own: Mapping[str, Layer],
     curvature: Mapping[str, Any] | None,
     moments: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """The curvature that ``update`` was given.
 
     Args:
@@ -78,7 +78,7 @@ def checked_statistics(
       moments: the second moments of those whose eigenvalues are corrected.
 
     Returns:
-      The statistics of these layers.
+      The statistics of these layers' factors; and the new second moments.
 
     Raises:
       ValueError: if there are none, or they are those of another model.
@@ -89,7 +89,7 @@ def checked_statistics(
             "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
             "tx.update(grads, state, params, curvature=curvature)"
         )
-    checked = {}
+    checked, squares = {}, {}
     for path, layer in own.items():
         if path not in curvature:
             raise ValueError(
@@ -99,7 +99,9 @@ def checked_statistics(
         statistics, factors = curvature[path], layer.factor_shapes()
         if path in moments:
             _check_moments(path, statistics, moments[path].s)
-        elif type(statistics) is not type(factors):
+            squares[path] = statistics.s
+            statistics = type(factors)(statistics.a, statistics.g)
+        if type(statistics) is not type(factors):
             raise ValueError(
                 f"curvature[{path!r}] is a {type(statistics).__name__}, not a "
                 f"{type(factors).__name__}; make it with the same layers as the "
@@ -115,7 +117,7 @@ def checked_statistics(
                     "as the optimizer"
                 )
         checked[path] = statistics
-    return checked
+    return checked, squares
 
 
 def _check_moments(path: str, statistics: Any, s: Any) -> None:
