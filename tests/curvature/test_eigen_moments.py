@@ -268,6 +268,29 @@ def test_expected_moments_are_those_of_every_coordinate():
     assert error(found, expected) < EXACT
 
 
+def by_example(apply, params, x):
+    return jax.vmap(lambda x: apply({"params": params}, x))(x)
+
+
+def compiled(apply, params, x):
+    return jax.jit(lambda params, x: apply({"params": params}, x))(params, x)
+
+
+@pytest.mark.parametrize("run", [by_example, compiled])
+def test_a_loss_may_map_or_compile_its_model(run):
+    setting = setting_of(Linear(), jnp.asarray(normal(3, BATCH, 4)))
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.sum(jnp.cosh(run(Linear().apply, params, x)), -1))
+
+    due = mask(setting.layers)
+    layers = lbopt.trace_layers(loss_fn, setting.params, *setting.args)
+    own = Setting(
+        loss_fn=loss_fn, params=setting.params, args=setting.args, layers=layers
+    )
+    assert_close(own.curvature(due), setting.curvature(due), rtol=EXACT, atol=EXACT)
+
+
 class Linear(nn.Module):
     """One dense layer."""
 

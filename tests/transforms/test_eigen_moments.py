@@ -268,6 +268,18 @@ def test_settings_that_do_not_fit(warm, settings, message):
         inspect.unwrap(lbopt.scale_by_kfac)(warm[0].layers, **settings)
 
 
+def test_inversion_in_the_background_would_leave_them_behind(warm):
+    setting, _, state, _, _ = warm
+    message = (
+        r"second moments in its eigenbases .* invert in the step, with inverse_del"
+    )
+    with (
+        lbopt.BackgroundInversion(setting.layers) as exchange,
+        pytest.raises(ValueError, match=message),
+    ):
+        exchange(state)
+
+
 # ------------------------------------------------------------------ beside others
 
 
