@@ -241,8 +241,11 @@ class Probes(NamedTuple):
         if not self.needs_number(number):
             return given
         copy = _number_in(variables[self.copy_name(number)])
-        kept = len(layer.copies)
-        return [x.reshape(-1, *x.shape[kept:])[copy] for x in given]
+        each = [x.reshape(-1, *x.shape[len(layer.copies) :]) for x in given]
+        # Without its number a copy gets none of them, and its statistic is refused.
+        lost = len(each[0])
+        copy = jnp.where(copy > 0, copy - 1, lost)
+        return [x.at[copy].get(mode="fill", fill_value=jnp.nan) for x in each]
 
     def interceptor(
         self, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any
@@ -364,18 +367,18 @@ def _full(shape: jax.ShapeDtypeStruct, layer: Tapped, value: float) -> Array:
 
 
 def _numbered_zeros(layer: Tapped) -> Array:
-    """Zeros for each copy of a layer whose signs spell the copy's number."""
+    """Zeros for each copy of a layer whose signs spell the copy's number, from 1."""
     # Arrays beside the parameters reach whatever a loss adds up over all of them, norms
     # and penalties; zeros change nothing there, of either sign.
     count = math.prod(layer.copies)
-    bits = np.arange(max(1, (count - 1).bit_length()))
-    signs = np.where((np.arange(count)[:, None] >> bits) & 1, -0.0, 0.0)
+    bits = np.arange(count.bit_length())
+    signs = np.where((np.arange(1, count + 1)[:, None] >> bits) & 1, -0.0, 0.0)
     zeros = jnp.asarray(signs.reshape(*layer.copies, 1, len(bits)), jnp.float32)
     return copies_back(zeros, layer.axes)
 
 
 def _number_in(zeros: Float[Array, "one bits"]) -> Array:
-    """The number that the signs of one copy's zeros spell."""
+    """The number that the signs of one copy's zeros spell; 0 if they were lost."""
     bits = jnp.signbit(jax.lax.stop_gradient(zeros[0]))
     return jnp.sum(bits << jnp.arange(len(bits)))
 

@@ -365,6 +365,22 @@ def test_a_penalty_on_all_parameters_does_not_see_the_bases(norm):
     assert_close((loss, grads), expected, rtol=EXACT, atol=EXACT)
 
 
+def test_a_copy_that_lost_its_number_has_no_moments():
+    plain = setting_of(Lifted((0,)), jnp.asarray(normal(3, BATCH, 4)))
+
+    def loss_fn(params, x):
+        return plain.loss_fn(jax.tree.map(lambda p: p + 0.0, params), x)
+
+    due = mask(plain.layers)
+    f = lbopt.value_grad_and_curvature(loss_fn, plain.layers)
+    loss, grads, found = quick_jit(lambda p, x: f(p, x, due=due))(
+        plain.params, *plain.args
+    )
+    assert np.isnan(found["body/dense"].s).all()
+    expected = quick_jit(jax.value_and_grad(loss_fn))(plain.params, *plain.args)
+    assert_close((loss, grads), expected, rtol=EXACT, atol=EXACT)
+
+
 # ------------------------------------------------------------------ bases and solves
 
 
