@@ -275,10 +275,10 @@ def _wanted(
         # optax.partition) wants the statistics of that part alone.
         absent = jax.tree.map(lambda _: due is None, factors)
         mask = absent if due is None else due.get(path, absent)
-        corrected = isinstance(mask, eigen_moments.CorrectedDue)
-        if type(mask) is not type(factors) and not (
-            corrected and layer.block.moments is not None
-        ):
+        kinds = [type(factors)]
+        if layer.block.moments is not None:
+            kinds.append(eigen_moments.CorrectedDue)
+        if type(mask) not in kinds:
             raise ValueError(
                 f"due[{path!r}] is a {type(mask).__name__}, not a "
                 f"{type(factors).__name__} of flags; pass lbopt.refresh(opt_state) of "
