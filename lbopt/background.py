@@ -294,6 +294,12 @@ def _curvature_state(state: Any) -> KfacState:
             "not one; pass the state of an optimizer made with "
             "lbopt.scale_by_kfac(..., inverse_period=None)"
         )
+    if found[0].moments:
+        raise ValueError(
+            "the state has second moments in its eigenbases (eigenvalues='corrected'), "
+            "which new bases would leave behind; invert in the step, with "
+            "inverse_delay= to take it off the critical path"
+        )
     if not all(x.is_fully_addressable for x in jax.tree.leaves(found[0])):
         raise ValueError(
             "the state lies on devices of several processes, of which each sees its "

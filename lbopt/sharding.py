@@ -418,6 +418,7 @@ def configured(
     *,
     exact_damping: bool = False,
     block_size: int | None = None,
+    corrected: bool = False,
 ) -> dict[str, Layer]:
     """Layers with the variant of their blocks that an optimizer's settings ask for.
 
@@ -425,6 +426,7 @@ def configured(
       layers: layers by path.
       exact_damping: as for ``scale_by_kfac``.
       block_size: likewise.
+      corrected: whether blocks that may have eigenvalues of their own are to.
 
     Returns:
       The layers by path.
@@ -434,7 +436,8 @@ def configured(
         make = layer.block.variant
         if make is None:
             return layer
-        block = make(exact_damping, block_size)
+        in_bases = corrected and layer.block.moments is not None
+        block = make(exact_damping or in_bases, block_size)
         return layer._replace(tapped=layer.tapped._replace(block=block))
 
     return {path: one(layer) for path, layer in layers.items()}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lbopt._typing import Array, Params
 from lbopt.batch_functions import accumulated, zeros_of
 from lbopt.collectives import Axis
+from lbopt.curvature import eigen_moments
 from lbopt.curvature.fisher import (
     Curvature,
     Fisher,
@@ -218,7 +219,7 @@ def _statistics(
     def run() -> Curvature:
         return accumulated(one, accumulate, model_state, batch, rng)[1]
 
-    some = jnp.any(jnp.asarray(jax.tree.leaves(due)))
+    some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
     return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lbopt
 from lbopt import sharding, training
-from lbopt.curvature import factor
+from lbopt.curvature import eigen_moments, factor
 from tests.problems import cross_entropy
 
 BATCH, STEPS = 16, 10
@@ -88,6 +88,22 @@ def delayed(**options):
     )
 
 
+def corrected(**options):
+    return lbopt.kfac(
+        0.05,
+        layers(),
+        damping=1e-2,
+        inverse_period=3,
+        stagger=True,
+        block_size=7,
+        eigenvalues="corrected",
+        **options,
+    )
+
+
+corrected_later = functools.partial(corrected, inverse_delay=1)
+
+
 class Course(NamedTuple):
     """What a run left behind."""
 
@@ -124,8 +140,8 @@ def run(
     due, losses = [], []
     for i in range(steps):
         state, metrics = step(state, batch(i))
-        mask = jax.tree.leaves(lbopt.refresh(state.opt_state))
-        due.append([bool(x) for x in mask])
+        flags = eigen_moments.flags(lbopt.refresh(state.opt_state))
+        due.append([bool(x) for x in flags])
         losses.append([float(metrics["loss"]), float(metrics["accuracy"])])
     params = jax.tree.map(np.asarray, state.params)
     return Course(params, np.asarray(due), np.asarray(losses), state)
@@ -138,7 +154,8 @@ def on_one_device(make):
 
 @functools.cache
 def half_on_four_devices(make):
-    return run(make, 4, steps=STEPS // 2, placement="memory")
+    placement = "comm" if make is corrected else "memory"
+    return run(make, 4, steps=STEPS // 2, placement=placement)
 
 
 def assert_same(course, reference):
@@ -192,6 +209,24 @@ def test_delayed_inverses_on_several_devices(devices, parallel, placement):
         assert set(steps) == {STEPS - 5, STEPS - 4, STEPS - 3}
 
 
+@pytest.mark.parametrize(
+    ("make", "devices", "parallel", "accumulate"),
+    [
+        (corrected, 2, "shard_map", 4),
+        (corrected, 4, "pmap", 1),
+        (corrected_later, 4, "shard_map", 1),
+    ],
+)
+def test_corrected_eigenvalues_on_several_devices(make, devices, parallel, accumulate):
+    reference = on_one_device(make)
+    course = run(make, devices, parallel, accumulate=accumulate)
+    assert_same(course, reference)
+    moments = course.state.opt_state[1].moments
+    assert sorted(moments) == ["conv", "dense"]
+    for one in moments.values():
+        assert one.renewals == STEPS - 1
+
+
 def test_accumulated_micro_batches_are_one_batch():
     assert_same(run(adaptive, accumulate=2), on_one_device(adaptive))
     assert_same(
@@ -201,12 +236,17 @@ def test_accumulated_micro_batches_are_one_batch():
 
 @pytest.mark.parametrize(
     ("make", "devices", "placement"),
-    [(adaptive, None, "comm"), (adaptive, 8, 0.5), (periodic, 2, "memory")],
+    [
+        (adaptive, None, "comm"),
+        (adaptive, 8, 0.5),
+        (periodic, 2, "memory"),
+        (corrected, 2, "comm"),
+    ],
 )
 def test_a_run_goes_on_with_other_devices(make, devices, placement):
     half = STEPS // 2
     before = half_on_four_devices(make)
-    block_size = {adaptive: None, periodic: 7}[make]
+    block_size = {adaptive: None, periodic: 7, corrected: 7}[make]
 
     def moved(state, mesh):
         like = jax.eval_shape(lambda: state)

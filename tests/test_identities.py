@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 import lbopt
 from lbopt import linalg
-from lbopt.curvature import doubly_factored, kronecker, linear_maps
+from lbopt.curvature import doubly_factored, eigen_moments, kronecker, linear_maps
 from lbopt.curvature.fisher_products import fisher_products
 from lbopt.transforms.quadratic_model import scale_by_quadratic_model
 from tests import oracles
@@ -1066,6 +1066,57 @@ def test_17_predicted_change_is_half_the_slope_along_the_step():
     )
     after = optax.apply_updates(problem.params, updates)
     assert error(state.ratio, (h(after) - h(problem.params)) / model(d)) < EXACT
+
+
+# ------------------------------------------------------------------ 18: EKFAC
+
+
+def corrected(problem):
+    """Of each layer: F, A ⊗ G, the product's eigenbasis U, and s."""
+    layers, plain = problem.layers(), problem.curvature()
+    due = {}
+    for path, (a, g) in plain.items():
+        bases = [np.linalg.eigh(m)[1] for m in (a, g)]
+        due[path] = eigen_moments.CorrectedDue(
+            True, True, True, *map(jnp.asarray, bases)
+        )
+    evaluate = lbopt.value_grad_and_curvature(problem.loss, layers, fisher="exact")
+    found = quick_jit(lambda p, x, y: evaluate(p, x, y, due=due))(
+        problem.params, problem.x, problem.y
+    )[2]
+    return {
+        path: (
+            problem.fisher(path),
+            product(plain[path]),
+            np.kron(due[path].a_basis, due[path].g_basis),
+            np.ravel(found[path].s),
+        )
+        for path in plain
+    }
+
+
+@pytest.mark.parametrize("distribution", ["normal", "categorical"])
+def test_18_corrected_eigenvalues_are_nearer_to_the_fisher(distribution):
+    model = Linear((4, 3, 3), (jnp.tanh, jnp.tanh))
+    for f, kron, u, s in corrected(
+        Problem(model, normal(0, 9, 5), distribution)
+    ).values():
+        distance = np.linalg.norm(f - u @ np.diag(s) @ u.T)
+        # Strictly, except where the product itself is exact.
+        exact = np.linalg.norm(f - kron) < EXACT * np.linalg.norm(f)
+        assert exact or distance < (1 - INEXACT) * np.linalg.norm(f - kron)
+        # No other diagonal in this basis is as near.
+        assert error(s, np.diag(u.T @ f @ u)) < EXACT
+        for i in range(len(s)):
+            other = s + 1e-3 * s.max() * np.eye(len(s))[i]
+            assert np.linalg.norm(f - u @ np.diag(other) @ u.T) > distance
+
+
+@pytest.mark.parametrize("distribution", ["normal", "categorical", "bernoulli"])
+def test_18_one_datum_is_exact(distribution):
+    model = Linear((4, 3), (jnp.tanh,))
+    for f, _, u, s in corrected(Problem(model, normal(0, 1, 5), distribution)).values():
+        assert error(u @ np.diag(s) @ u.T, f) < EXACT
 
 
 # ------------------------------------------------------------------ 19: averages

@@ -195,6 +195,36 @@ def test_a_fraction_of_what_the_model_carries_along_the_batch():
     assert_close(found.model_state["carried"]["x"], batch["x"])
 
 
+@pytest.mark.parametrize("due", [True, False])
+def test_a_fraction_in_the_bases_that_a_mask_brings(due):
+    tx = lbopt.scale_by_kfac(LAYERS, eigenvalues="corrected")
+    mask = {
+        path: own._replace(
+            **dict.fromkeys(set(own._fields) - {"a_basis", "g_basis"}, jnp.asarray(due))
+        )
+        for path, own in lbopt.refresh(tx.init(PARAMS)).items()
+    }
+    evaluate = statistics_pass.make_evaluate(
+        loss_fn,
+        LAYERS,
+        Axis(None, 1),
+        fisher="empirical",
+        accumulate=1,
+        fraction=0.5,
+        devices=0,
+        per_example=(),
+    )
+    batch = batch_of(0)
+    found = quick_jit(evaluate)(PARAMS, MODEL_STATE, batch, None, RNG, mask).curvature
+    few = jax.tree.map(lambda x: x[:8], batch)
+    alone = fisher.curvature_only(loss_fn, LAYERS, has_aux=True, fisher="empirical")
+    expected = quick_jit(
+        lambda p, batch, mask: alone(p, MODEL_STATE, batch, RNG, due=mask)
+    )(PARAMS, few, mask)
+    assert_close(found, expected, rtol=1e-5)
+    assert np.any(found["dense"].s) == due
+
+
 # --------------------------------------------------------------- devices of their own
 
 # The same sums in another order, amplified by the inverses of three steps; relative to

@@ -33,6 +33,20 @@ Leaves: TypeAlias = Mapping[str, Array]
 """The arrays of one layer by their names in Flax: kernel and bias, scale and bias, …"""
 
 
+class EigenMoments(NamedTuple):
+    """A block's curvature as a diagonal in its eigenbases (``eigen_moments``).
+
+    Attributes:
+      sum_squares: ``(output_grads, residual, *bases) -> `` squared gradients in the
+        bases, summed over examples.
+      precondition: ``(inverses, s, gradients) -> natural gradients`` with the
+        eigenvalues s in the place of those of the inverses, which are eigenbases.
+    """
+
+    sum_squares: Callable[..., Array]
+    precondition: Callable[[Inverses, Array, Leaves], dict[str, Array]]
+
+
 class CurvatureBlock(NamedTuple):
     """The curvature of one layer, as functions of its arrays.
 
@@ -62,6 +76,8 @@ class CurvatureBlock(NamedTuple):
         where ``dampings`` adds a part of it to each factor; and with factors that are
         larger than ``block_size`` cut into diagonal blocks.  None where neither makes
         a difference.
+      moments: the eigenvalue-corrected form of a product of two symmetric factors;
+        None for all other blocks.
     """
 
     kind: str
@@ -76,6 +92,7 @@ class CurvatureBlock(NamedTuple):
     inverses: Callable[..., Inverses]
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
     variant: "Callable[[bool, int | None], CurvatureBlock] | None" = None
+    moments: EigenMoments | None = None
 
     def factor_shapes(self, leading: tuple[int, ...]) -> Factors:
         """Shapes and dtypes of the factors, leading axes first."""

@@ -10,13 +10,16 @@ One forward and one backward pass give loss, gradients and statistics.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.core
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
@@ -153,12 +156,15 @@ class Probes(NamedTuple):
       tapped: the layers, in the order of the numbers in the probes' names.
       trace: a number that no other trace has.
       due: for each layer, which of its statistics are wanted.
+      given: for each layer, arrays that its block estimates with beside the residual,
+        copies first.
       reached: the numbers of the layers that have run in this trace so far.
     """
 
     tapped: Sequence[Tapped]
     trace: int
     due: Sequence[Any]
+    given: Sequence[tuple[Array, ...]]
     reached: set[int]
 
     def names(self, number: int) -> list[str]:
@@ -166,20 +172,24 @@ class Probes(NamedTuple):
         fields = self.tapped[number].block.sums._fields
         return [f"{PREFIX}{self.trace}_{number}_{field}" for field in fields]
 
+    def copy_name(self, number: int) -> str:
+        """The name under which each copy of a layer finds its own number."""
+        return f"{PREFIX}{self.trace}_{number}_copy"
+
+    def needs_number(self, number: int) -> bool:
+        """Whether the copies of a layer are given different arrays."""
+        return bool(self.given[number] and self.tapped[number].copies)
+
     def insert(self, params: Params, value: float = 0.0) -> Params:
         """The parameters with every layer's probes beside them, all of one value."""
-        return insert(
-            params,
-            {
-                layer.location.keys: {
-                    name: _full(shape, layer, value)
-                    for name, shape in zip(
-                        self.names(number), layer.block.sums, strict=True
-                    )
-                }
-                for number, layer in enumerate(self.tapped)
-            },
-        )
+        additions = {}
+        for number, layer in enumerate(self.tapped):
+            shapes = zip(self.names(number), layer.block.sums, strict=True)
+            own = {name: _full(shape, layer, value) for name, shape in shapes}
+            if self.needs_number(number):
+                own[self.copy_name(number)] = _numbered_zeros(layer)
+            additions[layer.location.keys] = own
+        return insert(params, additions)
 
     def require_all_reached(self) -> None:
         """Refuses a trace in which a layer did not run.
@@ -202,14 +212,17 @@ class Probes(NamedTuple):
     def remove(self, grads: Params) -> tuple[Params, list[Any]]:
         """The gradient without probes, and each layer's sums, copies first."""
         names = {
-            layer.location.keys: self.names(number)
+            layer.location.keys: [
+                *self.names(number),
+                *[self.copy_name(number)] * self.needs_number(number),
+            ]
             for number, layer in enumerate(self.tapped)
         }
         grads, taken = remove(grads, names)
         sums = []
-        for layer in self.tapped:
-            arrays = taken[layer.location.keys].values()
-            moved = [copies_first(x, layer.axes) for x in arrays]
+        for number, layer in enumerate(self.tapped):
+            arrays = taken[layer.location.keys]
+            moved = [copies_first(arrays[x], layer.axes) for x in self.names(number)]
             sums.append(type(layer.block.sums)(*moved))
         return grads, sums
 
@@ -221,6 +234,18 @@ class Probes(NamedTuple):
         variables = own_params(context.module)
         number = marked_number(variables, f"{PREFIX}{self.trace}_")
         return None if number is None else (number, rule, variables)
+
+    def given_to(self, number: int, variables: dict[str, Any]) -> list[Array]:
+        """What one copy of a layer is given; it has these variables."""
+        layer, given = self.tapped[number], list(self.given[number])
+        if not self.needs_number(number):
+            return given
+        copy = _number_in(variables[self.copy_name(number)])
+        each = [x.reshape(-1, *x.shape[len(layer.copies) :]) for x in given]
+        # Without its number a copy gets none of them, and its statistic is refused.
+        lost = len(each[0])
+        copy = jnp.where(copy > 0, copy - 1, lost)
+        return [x.at[copy].get(mode="fill", fill_value=jnp.nan) for x in each]
 
     def interceptor(
         self, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any
@@ -239,6 +264,8 @@ class Probes(NamedTuple):
         arguments = flax_layers.bind_arguments(context.orig_method, args, kwargs)
         params = {k: v for k, v in variables.items() if k in rule.names}
         residual = rule.residual(flax_layers.Seen(context.module, arguments, params))
+        if self.given[number]:
+            residual = (residual, *self.given_to(number, variables))
         return tap(
             self.tapped[number].block.estimate,
             jax.lax.stop_gradient(residual),
@@ -248,9 +275,14 @@ class Probes(NamedTuple):
         )
 
 
-def make_probes(tapped: Sequence[Tapped], due: Sequence[Any]) -> Probes:
+def make_probes(
+    tapped: Sequence[Tapped],
+    due: Sequence[Any],
+    given: Sequence[tuple[Array, ...]] | None = None,
+) -> Probes:
     """Probes for one trace of a loss."""
-    return Probes(tapped, next(_trace_numbers), due, set())
+    given = [() for _ in tapped] if given is None else given
+    return Probes(tapped, next(_trace_numbers), due, given, set())
 
 
 def tap(
@@ -332,6 +364,23 @@ def marked_number(names: Mapping[str, Any], prefix: str) -> int | None:
 def _full(shape: jax.ShapeDtypeStruct, layer: Tapped, value: float) -> Array:
     full = with_copies(shape.shape, layer.copies, layer.axes)
     return jnp.full(full, value, shape.dtype)
+
+
+def _numbered_zeros(layer: Tapped) -> Array:
+    """Zeros for each copy of a layer whose signs spell the copy's number, from 1."""
+    # Arrays beside the parameters reach whatever a loss adds up over all of them, norms
+    # and penalties; zeros change nothing there, of either sign.
+    count = math.prod(layer.copies)
+    bits = np.arange(count.bit_length())
+    signs = np.where((np.arange(1, count + 1)[:, None] >> bits) & 1, -0.0, 0.0)
+    zeros = jnp.asarray(signs.reshape(*layer.copies, 1, len(bits)), jnp.float32)
+    return copies_back(zeros, layer.axes)
+
+
+def _number_in(zeros: Float[Array, "one bits"]) -> Array:
+    """The number that the signs of one copy's zeros spell; 0 if they were lost."""
+    bits = jnp.signbit(jax.lax.stop_gradient(zeros[0]))
+    return jnp.sum(bits << jnp.arange(len(bits)))
 
 
 def _check_probe(layer: Tapped, fields: Any, probe: Any) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
-from lbopt.curvature import capture, registry
+from lbopt.curvature import capture, eigen_moments, registry
 from lbopt.curvature.likelihood import (
     Outputs,
     count_terms,
@@ -180,7 +180,7 @@ def _tapped_pass(
             f"layers={type(layers).__name__} must be what lbopt.trace_layers returns"
         )
     loss_fn = registry.unjitted(loss_fn)
-    used = layers.preconditioned
+    known = layers.preconditioned
 
     def run(params: Params, args: Sequence[Any], rng: Any, due: Any) -> _TappedPass:
         if fisher == "sampled" and rng is None:
@@ -188,10 +188,13 @@ def _tapped_pass(
                 "fisher='sampled' draws labels: pass rng=, a key that is new at every "
                 "step"
             )
+        wanted, bases = _wanted(known, due)
+        used = {path: _with_bases(layer, bases[path]) for path, layer in known.items()}
         taps = [layer for layer in used.values() if layer.has_tap]
-        wanted = _wanted(used, due)
         probes = capture.make_probes(
-            [layer.tapped for layer in taps], [wanted[layer.path] for layer in taps]
+            [layer.tapped for layer in taps],
+            [wanted[layer.path] for layer in taps],
+            [bases[layer.path] for layer in taps],
         )
         outputs: list[Outputs] = []
 
@@ -244,28 +247,54 @@ def _tapped_pass(
     return run
 
 
-def _wanted(used: dict[str, Layer], due: Any) -> dict[str, Any]:
-    """The flags of each layer; all true without a mask, false where it has no entry."""
+def _wanted(
+    used: dict[str, Layer], due: Any
+) -> tuple[dict[str, Any], dict[str, tuple[Array, ...]]]:
+    """The flags of each layer, and the bases that come with them, if any.
+
+    Args:
+      used: the layers by path.
+      due: a mask; without one all flags are true, and where it has no entry false.
+
+    Returns:
+      Flags and bases by path.
+
+    Raises:
+      ValueError: for the mask of an optimizer of other layers.
+    """
     strangers = sorted(set(due or ()) - set(used))
     if strangers:
         raise ValueError(
             f"due has entries {strangers} that layers has not (it has {sorted(used)}); "
             "pass lbopt.refresh(opt_state) of an optimizer made with the same layers"
         )
-    wanted = {}
+    wanted, bases = {}, {}
     for path, layer in used.items():
         factors = layer.block.factor_shapes(())
         # An optimizer that sees a part of the parameters (optax.masked,
         # optax.partition) wants the statistics of that part alone.
         absent = jax.tree.map(lambda _: due is None, factors)
-        wanted[path] = absent if due is None else due.get(path, absent)
-        if type(wanted[path]) is not type(factors):
+        mask = absent if due is None else due.get(path, absent)
+        kinds = [type(factors)]
+        if layer.block.moments is not None:
+            kinds.append(eigen_moments.CorrectedDue)
+        if type(mask) not in kinds:
             raise ValueError(
-                f"due[{path!r}] is a {type(wanted[path]).__name__}, not a "
+                f"due[{path!r}] is a {type(mask).__name__}, not a "
                 f"{type(factors).__name__} of flags; pass lbopt.refresh(opt_state) of "
                 "an optimizer made with the same layers"
             )
-    return wanted
+        wanted[path], bases[path] = eigen_moments.apart(mask)
+    return wanted, bases
+
+
+def _with_bases(layer: Layer, bases: tuple[Array, ...]) -> Layer:
+    """The layer with second moments in these bases among its statistics, if any."""
+    if not bases:
+        return layer
+    tapped = layer.tapped
+    block = eigen_moments.with_moments(tapped.block, len(tapped.copies), *bases)
+    return layer._replace(tapped=tapped._replace(block=block))
 
 
 def _gradient_sums(layer: Layer, grads: Params, due: Any) -> Any:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from lbopt import linalg, patches
 from lbopt._typing import Array, Scalar
-from lbopt.curvature import block, factor, linear_maps
+from lbopt.curvature import block, eigen_moments, factor, linear_maps
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -114,10 +114,25 @@ def kronecker_block(
         a, rows = block.when(due.a, sum_inputs, inputs)
         return KroneckerSums(a, block.when(due.g, sum_output_grads, output_grads), rows)
 
+    def sum_squares(
+        output_grads: Array, inputs: Array, a_basis: Array, g_basis: Array
+    ) -> Array:
+        g = linear.output_rows(output_grads)
+        if sharing == "expand":
+            a = linear.input_rows(inputs)
+        else:
+            a = linear.input_mean(inputs, dtype)[..., None, :]
+            g = jnp.sum(g, axis=-2, keepdims=True, dtype=dtype)
+        return eigen_moments.sum_squares(homogeneous(a), g, a_basis, g_basis)
+
+    def homogeneous(rows: Array) -> Array:
+        if not linear.use_bias:
+            return rows
+        return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], -1)
+
     def gradient(inputs: Array, output_grads: Array) -> dict[str, Array]:
-        a, g = linear.input_rows(inputs), linear.output_rows(output_grads)
-        if linear.use_bias:
-            a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], -1)
+        a = homogeneous(linear.input_rows(inputs))
+        g = linear.output_rows(output_grads)
         matrix = jnp.einsum("...nsi,...nso->...io", a.astype(dtype), g.astype(dtype))
         return linear_maps.split_bias(matrix, linear)
 
@@ -137,6 +152,7 @@ def kronecker_block(
         statistics=lambda means: KroneckerFactors(means.a, means.g),
         to_matrix=lambda leaves: linear_maps.join_bias(leaves, linear),
         from_matrix=lambda matrix: linear_maps.split_bias(matrix, linear),
+        sum_squares=sum_squares,
     )
 
 
@@ -148,6 +164,7 @@ def two_factor_block(
     statistics: Callable[[Any], KroneckerFactors],
     to_matrix: Callable[[block.Leaves], Array],
     from_matrix: Callable[[Array], dict[str, Array]],
+    sum_squares: Callable[..., Array] | None = None,
 ) -> block.CurvatureBlock:
     r"""The functions that every pair of factors shares.
 
@@ -164,6 +181,7 @@ def two_factor_block(
       statistics: likewise.
       to_matrix: from the layer's arrays to ``[*stack, in, out]``.
       from_matrix: its inverse.
+      sum_squares: as in ``EigenMoments``; None where A is a diagonal.
 
     Returns:
       The curvature block.
@@ -189,19 +207,24 @@ def two_factor_block(
         def precondition_exactly(
             inverses: KroneckerEigen, leaves: block.Leaves
         ) -> dict[str, Array]:
-            (damping, a_values, q_a), (_, g_values, q_g) = inverses
-            a_values, g_values = _all_parts(a_values, a), _all_parts(g_values, g)
+            product = eigen_moments.kronecker_eigenvalues((a, g), inverses)
+            return precondition_in_bases(inverses, product, leaves)
+
+        def precondition_in_bases(
+            inverses: KroneckerEigen, eigenvalues: Array, leaves: block.Leaves
+        ) -> dict[str, Array]:
+            (damping, _, q_a), (_, _, q_g) = inverses
             matrix = to_matrix(leaves)
             rows, columns = matrix.shape[-2:]
             # The padding of factors that are cut has eigenvectors of its own, in any
             # place.
-            edges = [(0, a_values.shape[-1] - rows), (0, g_values.shape[-1] - columns)]
+            all_rows, all_columns = eigenvalues.shape[-2:]
+            edges = [(0, all_rows - rows), (0, all_columns - columns)]
             v = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + edges)
             v = _right(v, q_g, g)
             v = v if diagonal else factor.times(a, jnp.swapaxes(q_a, -1, -2), v)
-            product = a_values[..., :, None] * g_values[..., None, :]
             damping = damping[..., 0] if a.parts > 1 else damping
-            v = v / (product + damping[..., None, None])
+            v = v / (eigenvalues + damping[..., None, None])
             v = _right(v, jnp.swapaxes(q_g, -1, -2), g)
             v = v if diagonal else factor.times(a, q_a, v)
             return from_matrix(v[..., :rows, :columns])
@@ -222,6 +245,9 @@ def two_factor_block(
             inverses=KroneckerEigen if exact else KroneckerInverses,
             precondition=precondition_exactly if exact else precondition,
             variant=variant,
+            moments=None
+            if sum_squares is None
+            else block.EigenMoments(sum_squares, precondition_in_bases),
         )
 
     return variant(False, None)
@@ -241,13 +267,6 @@ def _right(v: Array, blocks: Array, kind: factor.Factor) -> Array:
         return linalg.matmul(v, blocks)
     turned = linalg.block_matmul(jnp.swapaxes(blocks, -1, -2), jnp.swapaxes(v, -1, -2))
     return jnp.swapaxes(turned, -1, -2)
-
-
-def _all_parts(values: Array, kind: factor.Factor) -> Array:
-    """The eigenvalues of all parts in a row, those of the padding among them."""
-    if kind.parts == 1:
-        return values
-    return values.reshape(*values.shape[:-2], -1)
 
 
 def _divided(means: KroneckerFactors, damping: Scalar) -> KroneckerFactors:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from lbopt._typing import Array, Count, OptState
+from lbopt.curvature.eigen_moments import CorrectedDue
 
 
 class Refresh(NamedTuple):
@@ -115,7 +116,8 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
     Returns:
       For each layer's path its statistics' type with a flag in the place of each
       array, to pass as ``due=`` to the function that ``value_grad_and_curvature``
-      makes.
+      makes; and, for layers whose eigenvalues are corrected, the bases in which it is
+      to evaluate them.
 
     Raises:
       ValueError: if no curvature transform is in the state.
@@ -138,6 +140,10 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
         tree = jax.tree.structure(factors)
         due = node.refresh.due
         masks.update(jax.tree.unflatten(tree, [due[i] for i in range(tree.num_leaves)]))
+        for path, moments in node.moments.items():
+            a, g = masks[path]
+            bases = [basis.vectors for basis in node.inverses[path]]
+            masks[path] = CorrectedDue(a, g, moments.due, *bases)
     return masks
 
 

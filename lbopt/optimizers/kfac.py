@@ -1,7 +1,7 @@
 """K-FAC as a ready optimizer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -26,6 +26,7 @@ def kfac(
     inverse_delay: int | None = None,
     stagger: bool = False,
     block_size: int | None = None,
+    eigenvalues: Literal["kronecker", "corrected"] = "kronecker",
     axis_name: str | None = None,
     axis_size: Count | int = 1,
     placement: float | int | str = "comm",
@@ -58,6 +59,9 @@ def kfac(
       inverse_delay: steps until an inverse has effect; None for at once.
       stagger: spread the inversions over the steps of their period.
       block_size: the largest factor that is not cut into diagonal blocks.
+      eigenvalues: ``"corrected"`` for EKFAC, which keeps second moments of gradients in
+        the factors' eigenbases, and needs curvature that was evaluated with
+        ``due=lbopt.refresh(opt_state)``.
       axis_name: the mesh axis of the devices; this and the rest as for
         ``scale_by_kfac``.
       axis_size: devices along it.
@@ -103,6 +107,7 @@ def kfac(
         inverse_delay=inverse_delay,
         stagger=stagger,
         block_size=block_size,
+        eigenvalues=eigenvalues,
         axis_name=axis_name,
         axis_size=axis_size,
         placement=placement,

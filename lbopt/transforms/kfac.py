@@ -9,7 +9,7 @@ curvature blocks' functions: statistics → factors → inverses → natural gra
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import kfac_state, renewal, validation
+from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
 from lbopt.transforms.natural_gradient import precondition, put
 from lbopt.transforms.statistics import Findings, Running, fold
@@ -41,6 +41,7 @@ def scale_by_kfac(
     stale_threshold: Scalar | None = None,
     block_size: int | None = None,
     exact_damping: bool = False,
+    eigenvalues: Literal["kronecker", "corrected"] = "kronecker",
     axis_name: str | None = None,
     axis_size: Count | int = 1,
     placement: float | int | str = "comm",
@@ -87,6 +88,12 @@ def scale_by_kfac(
         so many; None keeps them whole.
       exact_damping: invert A ⊗ G + λI itself, in the factors' eigenbases, instead of
         splitting λ between the factors; dearer, and never a shorter step.
+      eigenvalues: ``"corrected"`` is EKFAC: a layer with two symmetric factors gets
+        their eigenbases, and in these the second moments s of the gradients for
+        eigenvalues, :math:`U_A [(U_A^\top \nabla W U_G) / (s + \lambda)] U_G^\top`.
+        They are renewed at the period of statistics, so that bases may grow old.
+        Curvature has to be evaluated with ``due=lbopt.refresh(opt_state)``, and every
+        device keeps bases and s.  ``"kronecker"``: those of the factors.
       axis_name: the mesh axis over whose devices examples are spread; None for one
         device, or where ``jit`` alone places the work.
       axis_size: devices along it.
@@ -118,7 +125,8 @@ def scale_by_kfac(
     moves the same bytes without padding them to the largest owner.  Where only one
     factor of a layer is renewed, only that one is inverted, with π from the latest
     traces of both.  Inverses that have effect later are those of Ba et al., §3, whose
-    workers are asynchronous: there the delay is what it happens to be.
+    workers are asynchronous: there the delay is what it happens to be.  Corrected
+    eigenvalues: George et al. 2018.
     """
     validation.check_settings(
         layers, damping, factor_decay, stats_period, inverse_period, stale_threshold
@@ -126,9 +134,15 @@ def scale_by_kfac(
     validation.check_delay(inverse_delay, inverse_period, stale_threshold, stagger)
     validation.check_sizes(block_size, axis_name, axis_size, norm_damping)
     validation.check_placement(placement)
+    validation.check_eigenvalues(
+        eigenvalues, placement, inverse_period, stale_threshold
+    )
     axis = Axis(axis_name, 1 if axis_name is None else int(axis_size))
     known = sharding.configured(
-        layers.preconditioned, exact_damping=exact_damping, block_size=block_size
+        layers.preconditioned,
+        exact_damping=exact_damping,
+        block_size=block_size,
+        corrected=eigenvalues == "corrected",
     )
     adaptive = stale_threshold is not None
 
@@ -142,9 +156,12 @@ def scale_by_kfac(
 
     def init_fn(params: Params) -> KfacState:
         own = validation.present_layers(known, params)
-        return kfac_state.init_state(
+        state = kfac_state.init_state(
             own, owners_of(own), axis, adaptive, bool(inverse_delay)
         )
+        if eigenvalues == "kronecker":
+            return state
+        return state._replace(moments=eigen_moments.init_moments(own, state.inverses))
 
     def update_fn(
         updates: Updates,
@@ -158,13 +175,16 @@ def scale_by_kfac(
         axis.require()
         # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
         own = {path: known[path] for path in sorted(plain(state.factors))}
-        statistics = validation.checked_statistics(own, curvature)
+        statistics, squares = validation.checked_statistics(
+            own, curvature, state.moments
+        )
         validation.check_shares(own, plain(state.factors), axis)
         owners = owners_of(own)
         due = state.refresh.due
         state, findings = _average(
             own, state, statistics, factor_decay, stale_threshold, axis
         )
+        state = eigen_moments.average(own, state, squares, factor_decay, axis)
         if inverse_period is None:
             turn = jnp.zeros(len(owners.units), bool)
         elif adaptive:
@@ -177,14 +197,24 @@ def scale_by_kfac(
         invert = renewal.invert
         if inverse_delay:
             invert = functools.partial(renewal.invert_later, delay=inverse_delay)
+        before = state
         state, inverted = invert(own, owners, state, turn, amounts, axis, gather_dtype)
+        state = eigen_moments.carry(own, owners, before, state, inverted.accepted)
         updates, natural = precondition(own, owners, state, updates, axis)
+        state = eigen_moments.scheduled(own, owners, state, stats_period)
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=amounts.astype(state.damping.dtype),
             refresh=_clocks(state, findings, stats_period, adaptive),
             report=kfac_state.report(
-                own, owners, due, inverted, not adaptive, axis, gather_dtype
+                own,
+                owners,
+                due,
+                inverted,
+                not adaptive,
+                axis,
+                gather_dtype,
+                before.moments,
             ),
         )
         return put(own, updates, natural), state

@@ -69,6 +69,8 @@ class KfacState(NamedTuple):
       kept: the other layers' inverses, on the desks of their owners (see ``desk``),
         ``[axis_size, length]``, marked ``Sharded``; ``()`` if there are none.
       pending: inverses that have effect later; ``()`` without a delay.
+      moments: the eigenvalues of layers where they are corrected, by path; see
+        ``transforms.eigen_moments``.
       damping: what the last step added to the diagonals that it inverted, or would
         have, ``[units]``.
       boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
@@ -84,6 +86,7 @@ class KfacState(NamedTuple):
     inverses: Any
     kept: Any
     pending: Any
+    moments: Any
     damping: Any
     boost: Any
     rejected: Any
@@ -153,6 +156,7 @@ def init_state(
         },
         kept=kept,
         pending=pending,
+        moments={},
         damping=jnp.zeros(len(owners.units), dtype),
         boost=jnp.ones(len(own)),
         rejected=jnp.zeros(len(own), jnp.int32),
@@ -212,6 +216,7 @@ def report(
     joint: bool,
     axis: Axis,
     gather_dtype: Any,
+    moments: Mapping[str, Any],
 ) -> Report:
     """What ran in an update.
 
@@ -223,6 +228,7 @@ def report(
       joint: whether all statistics travel together.
       axis: the devices.
       gather_dtype: type in which inverses travel.
+      moments: the second moments of gradients, with what was due of them.
 
     Returns:
       The report.
@@ -243,6 +249,13 @@ def report(
         back.append(units.gathered * wire)
     remote = float(axis.name is not None)
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
+    if moments:
+        squares_due = jnp.stack([one.due for one in moments.values()])
+        due = jnp.concatenate([due, squares_due])
+        some = jnp.broadcast_to(jnp.any(squares_due), squares_due.shape)
+        sent = jnp.concatenate([sent, some])
+        sizes += [one.s.size * one.s.dtype.itemsize for one in moments.values()]
+        kinds += [KINDS.index("F")] * len(moments)
     moved = remote * jnp.asarray(sizes, jnp.float32) * sent
     # To the owners and back a row for each device; and a row for each unit to all.
     rows = axis.size * inverted.rounds * jnp.asarray(away, jnp.float32)

@@ -25,7 +25,7 @@ def precondition(
     gradients = {path: _gradients(layer, updates) for path, layer in kept.items()}
     updates = sharding.mean_of_others(updates, kept.values(), axis)
     natural = {
-        path: layer.block.precondition(state.inverses[path], _gradients(layer, updates))
+        path: _natural(path, layer, state, _gradients(layer, updates))
         for path, layer in own.items()
         if path in state.inverses
     }
@@ -36,6 +36,17 @@ def precondition(
     return updates, {
         path: _as_they_lie(layer, natural[path], updates) for path, layer in own.items()
     }
+
+
+def _natural(
+    path: str, layer: Layer, state: KfacState, gradients: dict[str, Array]
+) -> dict[str, Array]:
+    inverses = state.inverses[path]
+    if path not in state.moments:
+        return layer.block.precondition(inverses, gradients)
+    moments = layer.block.moments
+    assert moments is not None
+    return moments.precondition(inverses, state.moments[path].s, gradients)
 
 
 def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:

@@ -160,8 +160,8 @@ def noted(
     made: Int[Array, "*units"],
 ) -> KfacState:
     """The state with what became of the units that were tried, made at some step."""
-    failed = _any_by_layer(tried & ~accepted, _layer_of(owners), own)
-    renewed = _any_by_layer(accepted, _layer_of(owners), own)
+    failed = any_by_layer(tried & ~accepted, owners, own)
+    renewed = any_by_layer(accepted, owners, own)
     boost = jnp.where(renewed, 1.0, state.boost)
     step = jnp.where(accepted, made, state.refresh.inverse_step)
     return state._replace(
@@ -175,8 +175,16 @@ def _layer_of(owners: Owners) -> np.ndarray:
     return np.asarray([unit.layer for unit in owners.units])
 
 
-def _any_by_layer(
-    flags: Bool[Array, " units"], layer_of: np.ndarray, own: Mapping[str, Layer]
+def any_by_layer(
+    flags: Bool[Array, " units"], owners: Owners, own: Mapping[str, Layer]
 ) -> Bool[Array, " layers"]:
+    """Whether the flag of any unit of a layer is set."""
     counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, layer_of, len(own)) > 0
+    return jax.ops.segment_sum(counts, _layer_of(owners), len(own)) > 0
+
+
+def all_inverted(
+    own: Mapping[str, Layer], owners: Owners, state: KfacState
+) -> Bool[Array, " layers"]:
+    """Which layers have inverses of all their units."""
+    return ~any_by_layer(state.refresh.inverse_step < 0, owners, own)

@@ -7,9 +7,10 @@ import jax
 import jax.core
 import optax
 
-from lbopt._typing import Params
+from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
 from lbopt.curvature import capture
+from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 
 
@@ -65,16 +66,19 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
 
 
 def checked_statistics(
-    own: Mapping[str, Layer], curvature: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    own: Mapping[str, Layer],
+    curvature: Mapping[str, Any] | None,
+    moments: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """The curvature that ``update`` was given.
 
     Args:
       own: the optimizer's layers by path.
       curvature: statistics by path.
+      moments: the second moments of those whose eigenvalues are corrected.
 
     Returns:
-      The statistics of these layers.
+      The statistics of these layers' factors; and the new second moments.
 
     Raises:
       ValueError: if there are none, or they are those of another model.
@@ -85,7 +89,7 @@ def checked_statistics(
             "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
             "tx.update(grads, state, params, curvature=curvature)"
         )
-    checked = {}
+    checked, squares = {}, {}
     for path, layer in own.items():
         if path not in curvature:
             raise ValueError(
@@ -93,6 +97,10 @@ def checked_statistics(
                 "the same layers as the optimizer"
             )
         statistics, factors = curvature[path], layer.factor_shapes()
+        if path in moments:
+            _check_moments(path, statistics, moments[path].s)
+            squares[path] = statistics.s
+            statistics = type(factors)(statistics.a, statistics.g)
         if type(statistics) is not type(factors):
             raise ValueError(
                 f"curvature[{path!r}] is a {type(statistics).__name__}, not a "
@@ -100,7 +108,7 @@ def checked_statistics(
                 "optimizer"
             )
         packed = jax.eval_shape(layer.block.pack, statistics)
-        for name, old, new in zip(statistics._fields, factors, packed, strict=True):
+        for name, old, new in zip(factors._fields, factors, packed, strict=True):
             if old.shape != new.shape:
                 raise ValueError(
                     f"curvature[{path!r}].{name} has shape "
@@ -109,7 +117,22 @@ def checked_statistics(
                     "as the optimizer"
                 )
         checked[path] = statistics
-    return checked
+    return checked, squares
+
+
+def _check_moments(path: str, statistics: Any, s: Any) -> None:
+    if not isinstance(statistics, CorrectedStatistics):
+        raise ValueError(
+            f"curvature[{path!r}] is a {type(statistics).__name__} without the second "
+            "moments that eigenvalues='corrected' needs; evaluate it with "
+            "due=lbopt.refresh(opt_state), which has the bases for them"
+        )
+    if statistics.s.shape != s.shape:
+        raise ValueError(
+            f"curvature[{path!r}].s has shape {list(statistics.s.shape)}, and the "
+            f"state's {list(s.shape)}; evaluate it with due=lbopt.refresh(opt_state) "
+            "of this optimizer"
+        )
 
 
 def check_settings(
@@ -235,6 +258,47 @@ def check_placement(placement: Any) -> None:
             f"placement={placement!r} must be 'comm', 'memory', or a share in [0, 1] "
             "of the inverses' bytes that every device gets"
         )
+
+
+def check_eigenvalues(
+    eigenvalues: Any, placement: Any, inverse_period: Any, stale_threshold: Any
+) -> None:
+    """Refuses corrected eigenvalues where their bases would not be at hand.
+
+    Raises:
+      ValueError: naming the setting, its value and what it may be.
+    """
+    if eigenvalues not in ("kronecker", "corrected"):
+        raise ValueError(
+            f"eigenvalues={eigenvalues!r} must be 'kronecker' or 'corrected'"
+        )
+    if eigenvalues == "kronecker":
+        return
+    for name, value, sound, why in (
+        (
+            "placement",
+            placement,
+            placement == "comm",
+            "every device evaluates second moments in all bases; use 'comm'",
+        ),
+        (
+            "inverse_period",
+            inverse_period,
+            inverse_period is not None,
+            "BackgroundInversion would change bases and leave the second moments "
+            "behind; give a period",
+        ),
+        (
+            "stale_threshold",
+            stale_threshold,
+            stale_threshold is None,
+            "second moments are renewed at fixed periods; leave it None",
+        ),
+    ):
+        if not sound:
+            raise ValueError(
+                f"eigenvalues='corrected' does not go with {name}={value!r}: {why}"
+            )
 
 
 def check_sizes(

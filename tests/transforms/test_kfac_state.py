@@ -30,7 +30,7 @@ def reported(due, accepted, rounds, units, *, joint, axis=TWO, gather_dtype=None
     rounds = jnp.asarray(rounds)
     inverted = Inverted(jnp.asarray(accepted), rounds, rounds, jnp.asarray(units))
     found = kfac_state.report(
-        own, owners, jnp.asarray(due), inverted, joint, axis, gather_dtype
+        own, owners, jnp.asarray(due), inverted, joint, axis, gather_dtype, {}
     )
     return jax.tree.map(lambda x: np.asarray(x).tolist(), found)
 
@@ -73,7 +73,11 @@ def test_what_is_delivered_later_is_sent_later():
     begun = Inverted(due, some, none, none)
     delivered = Inverted(due, none, some, units)
     bytes_of = [
-        float(kfac_state.report(own, owners, due, found, True, TWO, None).inverse_bytes)
+        float(
+            kfac_state.report(
+                own, owners, due, found, True, TWO, None, {}
+            ).inverse_bytes
+        )
         for found in (begun, delivered)
     ]
     assert bytes_of == [(2 * 16 + 6) * FLOAT, (2 * 16 + 3 * 8 + 6 + 3) * FLOAT]

@@ -1,0 +1,163 @@
+r"""Eigenvalues of the curvature that are renewed between one eigenbasis and the next.
+
+.. math:: s \leftarrow s + \frac{1 - \beta}{1 - \beta^k} (s_{\text{batch}} - s)
+
+after k statistics, in the bases that are in effect; where these change, s goes with
+them (``curvature.eigen_moments``).  Until its first statistic it is the eigenvalues
+:math:`d_A d_G^\top` of the Kronecker product.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Bool
+
+from lbopt import collectives, linalg
+from lbopt._typing import Array, Scalar
+from lbopt.collectives import Axis
+from lbopt.curvature import eigen_moments
+from lbopt.curvature import refresh as clocks
+from lbopt.curvature.registry import Layer
+from lbopt.in_place import update_if
+from lbopt.sharding import Owners
+from lbopt.transforms import renewal
+from lbopt.transforms.kfac_state import KfacState
+
+
+class Moments(NamedTuple):
+    """One layer's eigenvalues, the same on every device.
+
+    Attributes:
+      s: their running average, ``[*copies, *stack, in, out]``; 1 at the start.
+      renewals: how often it was renewed.
+      due: whether a statistic is wanted at the coming step.
+    """
+
+    s: Any
+    renewals: Any
+    due: Any
+
+
+def init_moments(
+    own: Mapping[str, Layer], inverses: Mapping[str, Any]
+) -> dict[str, Moments]:
+    """The moments before the first bases, of the layers that have any.
+
+    Args:
+      own: the layers by path.
+      inverses: their bases before the first statistic.
+
+    Returns:
+      The moments by path.
+    """
+    return {
+        path: Moments(
+            eigen_moments.kronecker_eigenvalues(layer.block.factors, inverses[path]),
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], bool),
+        )
+        for path, layer in own.items()
+        if layer.block.moments is not None
+    }
+
+
+def average(
+    own: Mapping[str, Layer],
+    state: KfacState,
+    squares: Mapping[str, Array],
+    factor_decay: Scalar,
+    axis: Axis,
+) -> KfacState:
+    """Folds the second moments that are due and finite into their averages.
+
+    Args:
+      own: the layers by path.
+      state: the state, with the bases that they were evaluated in.
+      squares: this device's second moments by path.
+      factor_decay: β.
+      axis: the devices.
+
+    Returns:
+      The state; what was refused is counted in ``rejected``.
+    """
+    due = {path: moments.due for path, moments in state.moments.items()}
+    if not due:
+        return state
+
+    def renew(old: dict[str, Moments]) -> dict[str, Moments]:
+        means = collectives.mean(dict(squares), axis)
+        return {path: renewed(*one, means[path]) for path, one in old.items()}
+
+    def renewed(s: Array, renewals: Array, due: Array, mean: Array) -> Moments:
+        accepted = due & linalg.all_finite(mean)
+        weight = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
+        after = s + (weight * (mean - s)).astype(s.dtype)
+        return Moments(jnp.where(accepted, after, s), renewals + accepted, due)
+
+    after = update_if(jnp.any(jnp.stack(list(due.values()))), renew, state.moments)
+    refused = {
+        path: due[path] & (after[path].renewals == state.moments[path].renewals)
+        for path in due
+    }
+    counts = jnp.stack([jnp.asarray(refused.get(path, False)) for path in own])
+    return state._replace(moments=after, rejected=state.rejected + counts)
+
+
+def carry(
+    own: Mapping[str, Layer],
+    owners: Owners,
+    before: KfacState,
+    state: KfacState,
+    accepted: Bool[Array, " units"],
+) -> KfacState:
+    """Takes the moments along where bases changed.
+
+    Args:
+      own: the layers by path.
+      owners: who inverts what.
+      before: the state with the bases that the moments are in.
+      state: the same with new bases.
+      accepted: which units have a new basis.
+
+    Returns:
+      The state.
+    """
+    if not state.moments:
+        return state
+    known = renewal.all_inverted(own, owners, before)
+    complete = renewal.all_inverted(own, owners, state)
+    changed = renewal.any_by_layer(accepted, owners, own)
+    after = {}
+    for number, (path, layer) in enumerate(own.items()):
+        if path not in state.moments:
+            continue
+        old, new = before.inverses[path], state.inverses[path]
+
+        def first(_: Array, layer: Layer = layer, new: Any = new) -> Array:
+            return eigen_moments.kronecker_eigenvalues(layer.block.factors, new)
+
+        def turn(s: Array, old: Any = old, new: Any = new) -> Array:
+            return eigen_moments.carried(s, old, new)
+
+        s = state.moments[path].s
+        s = update_if(complete[number] & ~known[number], first, s)
+        s = update_if(changed[number] & known[number], turn, s)
+        after[path] = state.moments[path]._replace(s=s)
+    return state._replace(moments=after)
+
+
+def scheduled(
+    own: Mapping[str, Layer], owners: Owners, state: KfacState, stats_period: Any
+) -> KfacState:
+    """The state with what is due at the coming step: nothing in bases that are none."""
+    if not state.moments:
+        return state
+    on_turn = clocks.is_due(state.count + 1, stats_period)
+    known = dict(zip(own, renewal.all_inverted(own, owners, state), strict=True))
+    return state._replace(
+        moments={
+            path: one._replace(due=known[path] & (on_turn | (one.renewals == 0)))
+            for path, one in state.moments.items()
+        }
+    )

@@ -1,0 +1,451 @@
+"""Second moments in eigenbases: against autodiff's gradients example by example."""
+
+import itertools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lbopt
+from lbopt.curvature import eigen_moments, kronecker, linear_maps
+from lbopt.curvature.eigen_moments import CorrectedDue, CorrectedStatistics
+from lbopt.curvature.factor import Eigenbasis
+from tests import oracles
+from tests.oracles import quick_jit
+from tests.problems import Mlp, assert_close, assert_equal, classify, inputs
+
+EXACT = 1e-10  # relative, of float64
+BATCH = 6
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def rotation(seed, *shape):
+    return np.linalg.qr(normal(seed, *shape, shape[-1]))[0]
+
+
+def error(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def dense(blocks):
+    """Diagonal blocks ``[parts, rows, rows]`` as one matrix."""
+    parts, size = blocks.shape[:2]
+    whole = np.zeros((parts * size,) * 2)
+    for i in range(parts):
+        at = slice(i * size, (i + 1) * size)
+        whole[at, at] = blocks[i]
+    return whole
+
+
+# ------------------------------------------------------------------ the sums alone
+
+
+# One row, few rows (turned themselves), and many (their product is).
+@pytest.mark.parametrize("shared", [1, 2, 40])
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_sums_are_those_of_a_loop_over_examples(shared, stack):
+    a, g = normal(0, *stack, BATCH, shared, 4), normal(1, *stack, BATCH, shared, 3)
+    u, v = rotation(2, *stack, 4), rotation(3, *stack, 3)
+    expected = np.zeros((*stack, 4, 3))
+    for at, i in itertools.product(np.ndindex(*stack), range(BATCH)):
+        gradient = np.zeros((4, 3))
+        for s in range(shared):
+            gradient += np.outer(a[(*at, i, s)], g[(*at, i, s)])
+        expected[at] += (u[at].T @ gradient @ v[at]) ** 2
+    found = eigen_moments.sum_squares(*map(jnp.asarray, (a, g, u, v)))
+    assert error(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("shared", [1, 2, 40])
+def test_cut_bases_have_room_for_their_padding(shared):
+    a, g = normal(0, BATCH, shared, 5), normal(1, BATCH, shared, 3)
+    u, v = rotation(2, 3, 2), rotation(3, 2, 2)  # of 6 and 4 rows
+    gradients = np.pad(np.einsum("nsi,nso->nio", a, g), [(0, 0), (0, 1), (0, 1)])
+    expected = ((dense(u).T @ gradients @ dense(v)) ** 2).sum(0)
+    found = eigen_moments.sum_squares(*map(jnp.asarray, (a, g, u, v)))
+    assert error(found, expected) < EXACT
+
+
+@pytest.mark.parametrize(("batch", "most"), [(12, 5), (12, 100), (7, 6), (8, 0)])
+def test_chunks_divide_the_batch(batch, most):
+    expected = {(12, 5): 4, (12, 100): 12, (7, 6): 1, (8, 0): 1}
+    assert eigen_moments._chunk(batch, most) == expected[batch, most]
+
+
+# ------------------------------------------------------------------ through a model
+
+
+def gradients_by_example(loss_fn, params, *args):
+    """Autodiff's gradients of each example's own loss, a leading axis."""
+
+    def one(params, *example):
+        return loss_fn(params, *(x[None] for x in example))
+
+    own = jax.vmap(jax.grad(one), in_axes=(None, *(0 for _ in args)))
+    return jax.tree.map(np.asarray, quick_jit(own)(params, *args))
+
+
+def matrices(own, groups=1, axes=()):
+    """A layer's gradients ``[n, *copies, (groups,) in (+ 1), out]``."""
+    kernel, bias = (
+        None
+        if x is None
+        else np.moveaxis(x, [1 + i for i in axes], range(1, 1 + len(axes)))
+        for x in (own["kernel"], own.get("bias"))
+    )
+    lead = kernel.shape[: 1 + len(axes)]
+    kernel = kernel.reshape(*lead, -1, groups, kernel.shape[-1] // groups)
+    rows = [kernel]
+    if bias is not None:
+        rows.append(bias.reshape(*lead, 1, groups, -1))
+    whole = np.moveaxis(np.concatenate(rows, -3), -2, -3)
+    return whole if groups > 1 else whole[..., 0, :, :]
+
+
+def mask(layers):
+    """What an optimizer with random bases wants of every layer that can have them."""
+    due = {}
+    for number, (path, layer) in enumerate(layers.items()):
+        factors = layer.factor_shapes()
+        if layer.block.moments is None:
+            due[path] = jax.tree.map(lambda _: True, factors)
+            continue
+        bases = [
+            jnp.asarray(rotation(2 * number + i, *layer.tapped.copies, *x.shape[:-1]))
+            for i, x in enumerate((layer.block.sums.a, layer.block.sums.g))
+        ]
+        due[path] = CorrectedDue(True, True, True, *bases)
+    return due
+
+
+def moment(gradients, due):
+    """``E[(U_Aᵀ ∇W U_G)²]`` over the first axis."""
+    u, v = np.asarray(due.a_basis), np.asarray(due.g_basis)
+    return ((np.swapaxes(u, -1, -2) @ gradients @ v) ** 2).mean(0)
+
+
+class Mixture(nn.Module):
+    """Layers of every kind that has second moments, and some that have none."""
+
+    @nn.compact
+    def __call__(self, words, image):
+        kinds = {"param_dtype": jnp.float64}
+        x = nn.Conv(4, (3, 2), strides=(1, 2), name="conv", **kinds)(image)
+        x = nn.LayerNorm(name="norm", **kinds)(x)
+        x = nn.Conv(4, (2, 2), feature_group_count=2, name="grouped", **kinds)(x)
+        x = nn.tanh(x).mean((1, 2))
+        e = nn.Embed(7, 3, name="embed", **kinds)(words).mean(1)
+        x = jnp.concatenate([x, e], -1)
+        x = nn.tanh(nn.Dense(5, name="dense", **kinds)(x))
+        return nn.Dense(3, use_bias=False, name="top", **kinds)(x)
+
+
+class Setting(types.SimpleNamespace):
+    """A loss, its parameters, arguments and layers."""
+
+    def curvature(self, due, f=lbopt.value_grad_and_curvature, **options):
+        evaluate = f(self.loss_fn, self.layers, **options)
+        found = quick_jit(lambda p, due, *args: evaluate(p, *args, due=due))(
+            self.params, due, *self.args
+        )
+        return found[2] if isinstance(found, tuple) else found
+
+
+def setting_of(model, *args, **options):
+    params = model.init(jax.random.key(0), *args)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) / x.size**0.25), params
+    )
+
+    def loss_fn(params, *args):
+        f = lbopt.likelihood(model.apply({"params": params}, *args), "normal")
+        return jnp.mean(jnp.sum(jnp.cosh(f), -1))
+
+    layers = lbopt.trace_layers(loss_fn, params, *args, **options)
+    return Setting(loss_fn=loss_fn, params=params, args=args, layers=layers)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    with jax.enable_x64(True):
+        words = jnp.asarray(np.random.default_rng(1).integers(0, 7, (BATCH, 4)))
+        return setting_of(Mixture(), words, jnp.asarray(normal(2, BATCH, 4, 4, 2)))
+
+
+def test_moments_of_every_layer(mixture):
+    due = mask(mixture.layers)
+    found = mixture.curvature(due)
+    gradients = gradients_by_example(mixture.loss_fn, mixture.params, *mixture.args)
+    plain = mixture.curvature(None)
+    for path, groups in (("conv", 1), ("grouped", 2), ("dense", 1), ("top", 1)):
+        expected = moment(matrices(gradients[path], groups), due[path])
+        assert error(found[path].s, expected) < EXACT
+        assert error(found[path].a, plain[path].a) < EXACT
+        assert error(found[path].g, plain[path].g) < EXACT
+    for path in ("norm", "embed"):
+        assert type(found[path]) is type(plain[path])
+        assert_close(found[path], plain[path])
+
+
+def test_statistics_alone_and_what_is_not_due(mixture):
+    due = mask(mixture.layers)
+    both = [
+        mixture.curvature(due, f, fisher="empirical")
+        for f in (lbopt.value_grad_and_curvature, lbopt.curvature_only)
+    ]
+    assert_close(*both, rtol=EXACT, atol=EXACT)
+    off = due | {"dense": due["dense"]._replace(s=False)}
+    found = mixture.curvature(off)
+    assert not found["dense"].s.any()
+    assert_close(found["dense"].a, both[0]["dense"].a)
+    assert_close(found["conv"].s, both[0]["conv"].s)
+    flags = eigen_moments.flags(off)
+    assert len(flags) == sum(len(x.block.factors) for x in mixture.layers.values()) + 4
+    assert flags.count(False) == 1
+
+
+def test_a_reduced_layer_has_one_row_an_example():
+    class Reduced(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(3, (2, 2), param_dtype=jnp.float64, name="conv")(x)
+
+    x = jnp.asarray(normal(2, BATCH, 3, 3, 2))
+    model = Reduced()
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def loss_fn(params, x):
+        f = model.apply({"params": params}, x)
+        return jnp.mean(jnp.sum(jnp.cosh(f), (1, 2, 3)))
+
+    layers = lbopt.trace_layers(loss_fn, params, x, weight_sharing="reduce")
+    due = mask(layers)
+    found = lbopt.value_grad_and_curvature(loss_fn, layers)(params, x, due=due)[2]
+    inputs, g = oracles.layer_calls(loss_fn, params, x)["conv"][0]
+    pads = [oracles.same_padding(3, 2, 1, 1)] * 2
+    a = oracles.conv_patches(inputs, (2, 2), (1, 1), pads, (1, 1), (1, 1))
+    a = oracles.with_ones(a).mean(1)
+    gradients = a[:, :, None] * g.reshape(BATCH, -1, 3).sum(1)[:, None]
+    assert error(found["conv"].s, moment(gradients, due["conv"])) < EXACT
+
+
+def test_expected_moments_are_those_of_every_coordinate():
+    with jax.enable_x64(True):
+        setting = setting_of(Linear(), jnp.asarray(normal(3, BATCH, 4)))
+    due = mask(setting.layers)
+    found = setting.curvature(due, fisher="exact")["dense"].s
+
+    def coordinate(c):
+        return lambda p, x: jnp.sum(Linear().apply({"params": p}, x)[:, c])
+
+    expected = sum(
+        moment(
+            matrices(
+                gradients_by_example(coordinate(c), setting.params, *setting.args)[
+                    "dense"
+                ]
+            ),
+            due["dense"],
+        )
+        for c in range(3)
+    )
+    assert error(found, expected) < EXACT
+
+
+def by_example(apply, params, x):
+    return jax.vmap(lambda x: apply({"params": params}, x))(x)
+
+
+def compiled(apply, params, x):
+    return jax.jit(lambda params, x: apply({"params": params}, x))(params, x)
+
+
+@pytest.mark.parametrize("run", [by_example, compiled])
+def test_a_loss_may_map_or_compile_its_model(run):
+    setting = setting_of(Linear(), jnp.asarray(normal(3, BATCH, 4)))
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.sum(jnp.cosh(run(Linear().apply, params, x)), -1))
+
+    due = mask(setting.layers)
+    layers = lbopt.trace_layers(loss_fn, setting.params, *setting.args)
+    own = Setting(
+        loss_fn=loss_fn, params=setting.params, args=setting.args, layers=layers
+    )
+    assert_close(own.curvature(due), setting.curvature(due), rtol=EXACT, atol=EXACT)
+
+
+class Linear(nn.Module):
+    """One dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, param_dtype=jnp.float64, name="dense")(x)
+
+
+# ------------------------------------------------------------------ copies
+
+
+class Body(nn.Module):
+    """One residual layer, in the form that a scan wants."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = nn.Dense(x.shape[-1], param_dtype=jnp.float64, name="dense")
+        return x + nn.tanh(dense(x)), None
+
+
+class Lifted(nn.Module):
+    """Copies of a layer along some axes of its arrays."""
+
+    axes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        kind = nn.scan(
+            nn.remat(Body, prevent_cse=False),
+            variable_axes={"params": self.axes[-1]},
+            split_rngs={"params": True},
+            length=3,
+        )
+        if len(self.axes) == 1:
+            return kind(name="body")(x, None)[0]
+        kind = nn.vmap(
+            kind,
+            variable_axes={"params": self.axes[0]},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=1,
+            axis_size=2,
+        )
+        return jnp.sum(kind(name="body")(x, None)[0], 1)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 0)])
+def test_each_copy_has_its_own_bases(axes):
+    setting = setting_of(Lifted(axes), jnp.asarray(normal(3, BATCH, 4)))
+    due = mask(setting.layers)
+    found = setting.curvature(due)["body/dense"].s
+    gradients = gradients_by_example(setting.loss_fn, setting.params, *setting.args)
+    own = gradients["body"]["dense"]
+    if axes == (0, 0):
+        axes = (0, 1)
+    expected = moment(matrices(own, axes=axes), due["body/dense"])
+    assert found.shape == (*[2] * (len(axes) - 1), 3, 5, 4)
+    assert error(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("norm", [optax.tree.norm, lambda p: optax.tree.norm(p, ord=1)])
+def test_a_penalty_on_all_parameters_does_not_see_the_bases(norm):
+    plain = setting_of(Lifted((0,)), jnp.asarray(normal(3, BATCH, 4)))
+
+    def loss_fn(params, x):
+        return plain.loss_fn(params, x) + norm(params)
+
+    due = mask(plain.layers)
+    f = lbopt.value_grad_and_curvature(loss_fn, plain.layers)
+    loss, grads, _ = quick_jit(lambda p, x: f(p, x, due=due))(plain.params, *plain.args)
+    expected = quick_jit(jax.value_and_grad(loss_fn))(plain.params, *plain.args)
+    assert_close((loss, grads), expected, rtol=EXACT, atol=EXACT)
+
+
+def test_a_copy_that_lost_its_number_has_no_moments():
+    plain = setting_of(Lifted((0,)), jnp.asarray(normal(3, BATCH, 4)))
+
+    def loss_fn(params, x):
+        return plain.loss_fn(jax.tree.map(lambda p: p + 0.0, params), x)
+
+    due = mask(plain.layers)
+    f = lbopt.value_grad_and_curvature(loss_fn, plain.layers)
+    loss, grads, found = quick_jit(lambda p, x: f(p, x, due=due))(
+        plain.params, *plain.args
+    )
+    assert np.isnan(found["body/dense"].s).all()
+    expected = quick_jit(jax.value_and_grad(loss_fn))(plain.params, *plain.args)
+    assert_close((loss, grads), expected, rtol=EXACT, atol=EXACT)
+
+
+# ------------------------------------------------------------------ bases and solves
+
+
+def bases_of(*vectors):
+    zero = jnp.zeros([])
+    return [Eigenbasis(zero, (), jnp.asarray(v)) for v in vectors]
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])  # whole, and cut into two parts
+def test_moments_in_other_bases_are_the_diagonal_there(shape):
+    parts = [rotation(seed, *shape, size) for seed, size in enumerate((4, 3, 4, 3))]
+    u, v, u_new, v_new = (dense(x) if shape else x for x in parts)
+    s = normal(5, len(u), len(v)) ** 2
+    old, new = np.kron(u, v), np.kron(u_new, v_new)
+    expected = np.diag(new.T @ old @ np.diag(s.ravel()) @ old.T @ new)
+    found = eigen_moments.carried(
+        jnp.asarray(s), bases_of(*parts[:2]), bases_of(*parts[2:])
+    )
+    assert error(np.ravel(found), expected) < EXACT
+    assert error(jnp.sum(found), s.sum()) < EXACT
+
+
+def test_the_same_bases_change_nothing():
+    bases = bases_of(rotation(0, 2, 4), rotation(1, 2, 3))  # of two copies
+    s = jnp.asarray(normal(2, 2, 4, 3) ** 2)
+    assert error(eigen_moments.carried(s, bases, bases), s) < EXACT
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_natural_gradient_is_the_dense_solve(block_size):
+    x, y, w = normal(0, 9, 5), normal(1, 9, 3), normal(2, 5, 3)
+    linear = linear_maps.dense_linear((5, 3), False, True)
+    block = kronecker.kronecker_block(linear, "expand", jnp.float64)
+    block = block.variant(True, block_size)
+    factors = kronecker.KroneckerFactors(*(jnp.asarray(m.T @ m) for m in (x, y)))
+    inverses = block.invert(block.pack(factors), 0.3)
+    u, v = (np.asarray(basis.vectors) for basis in inverses)
+    u, v = (x if block_size is None else dense(x) for x in (u, v))
+    s = normal(3, len(u), len(v)) ** 2
+    basis = np.kron(u, v)
+    padded = np.pad(w, [(0, len(u) - 5), (0, len(v) - 3)])
+    full = basis @ np.diag(s.ravel() + 0.3) @ basis.T
+    expected = np.linalg.solve(full, padded.ravel()).reshape(s.shape)[:5, :3]
+    leaves = {"kernel": jnp.asarray(w)}
+    found = block.moments.precondition(inverses, jnp.asarray(s), leaves)
+    assert error(found["kernel"], expected) < EXACT
+    # With the eigenvalues of the product it is the exactly damped inverse.
+    own = eigen_moments.kronecker_eigenvalues(block.factors, inverses)
+    found = block.moments.precondition(inverses, own, leaves)
+    assert_equal(found, block.precondition(inverses, leaves))
+
+
+# ------------------------------------------------------------------------ errors
+
+
+def test_a_layer_without_two_symmetric_factors_has_none(mixture):
+    due = mask(mixture.layers)
+    with pytest.raises(
+        ValueError, match=r"due\['norm'\] is a CorrectedDue, not a Unit"
+    ):
+        mixture.curvature(due | {"norm": due["dense"]})
+
+
+def test_statistics_have_their_own_type():
+    problem = classify(Mlp(param_dtype=jnp.float64), inputs().astype(jnp.float64))
+    layers = problem.trace()
+    found = problem.evaluate(layers, due=mask(layers))[2]
+    assert {type(x) for x in found.values()} == {CorrectedStatistics}
