@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import lbopt
-from experiments import checkpoints, figures, metrics, runs, weight_average
+from experiments import checkpoints, figures, metrics, runs
 from experiments.data import pipeline, virtual_batch
 from experiments.models.registry import MODELS, Model
 from experiments.settings import Config
@@ -267,7 +267,8 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
     tx, layers = build_optimizer(config, data, loss_fn, arguments)
     eval_step = training.make_eval_step(make_eval(model))
     if config.weight_average:
-        tx = optax.chain(tx, weight_average.track(config.weight_average))
+        average = lbopt.average_params(config.weight_average, warm_up=True)
+        tx = optax.chain(tx, average)
         eval_step = _of_averages(eval_step)
 
     def init() -> training.TrainState:
@@ -291,7 +292,12 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
 
 def _of_averages(eval_step: Callable) -> Callable:
     """The evaluation of the averaged weights."""
-    return lambda state, batch: eval_step(weight_average.averaged(state), batch)
+
+    def of_averages(state: training.TrainState, batch: Any) -> Any:
+        averages = lbopt.averaged_params(state.opt_state)
+        return eval_step(state._replace(params=averages), batch)
+
+    return of_averages
 
 
 def make_eval(model: Model) -> Callable:
