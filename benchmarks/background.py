@@ -201,17 +201,15 @@ def _in_a_process(mode: str, seed: int, options: argparse.Namespace) -> dict[str
     first = min(os.sched_getaffinity(0))
     arguments = {"mode": mode, "seed": seed}
     arguments |= {"width": options.width, "steps": options.steps}
-    command = [sys.executable, "-m", "benchmarks.background"]
+    # The core is chosen before JAX starts, which makes a thread for each that it sees.
+    program = (
+        f"import os, runpy; os.sched_setaffinity(0, {{{first}}}); "
+        "runpy.run_module('benchmarks.background', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", program]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-        # Before JAX starts, which makes a thread for each core that it sees.
-        preexec_fn=lambda: os.sched_setaffinity(0, {first}),
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
