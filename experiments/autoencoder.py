@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ import optax
 
 import lbopt
 from experiments import figures
-from experiments.data import splits
+from experiments.data import grey
 from experiments.models.autoencoder import Autoencoder
 from lbopt import training
 
@@ -100,41 +100,6 @@ def kfac_grid(rates: Sequence[float], dampings: Sequence[float]) -> list[Setting
     return [Kfac(*setting) for setting in itertools.product(rates, dampings)]
 
 
-# === Data =============================================================================
-
-
-class Images(NamedTuple):
-    """Flat grey images, float32 `[n, pixels]` in [0, 1]."""
-
-    train: np.ndarray
-    test: np.ndarray
-
-
-def grey_strokes() -> Images:
-    """The luminance of the inner 28×28 pixels of `strokes/20`."""
-
-    def prepared(name: str) -> np.ndarray:
-        records: Any = splits.open_split("strokes/20", name, "data").records
-        return grey(records.images)
-
-    return Images(prepared("train"), prepared("test"))
-
-
-def grey(images: np.ndarray) -> np.ndarray:
-    """The luminance (ITU-R BT.601) of images uint8 `[n, h, w, 3]`, two pixels off."""
-    weights = np.array([0.299, 0.587, 0.114], np.float32) / 255
-    inner = images[:, 2:-2, 2:-2].astype(np.float32) @ weights
-    return inner.reshape(len(images), -1)
-
-
-def digits() -> Images:
-    """Handwritten digits of 8×8 pixels: 1,500 for training, 297 for testing."""
-    from sklearn import datasets  # of an extra that the other experiment goes without
-
-    images = datasets.load_digits(return_X_y=True)[0].astype(np.float32) / 16
-    return Images(images[:1500], images[1500:])
-
-
 # === Problems =========================================================================
 
 
@@ -158,7 +123,7 @@ class Problem:
     name: str
     title: str
     widths: tuple[int, ...]
-    images: Callable[[], Images]
+    images: Callable[[], grey.Images]
     batch_size: int
     steps: int
     eval_period: int
@@ -171,7 +136,7 @@ STROKES = Problem(
     name="autoencoder",
     title="784-1000-500-250-30 and mirror image, 28×28 images of strokes",
     widths=(1000, 500, 250, 30),
-    images=grey_strokes,
+    images=grey.strokes,
     batch_size=512,
     steps=150,
     eval_period=5,
@@ -183,7 +148,7 @@ DIGITS = Problem(
     name="autoencoder_small",
     title="64-100-50-25-10 and mirror image, scikit-learn's digits",
     widths=(100, 50, 25, 10),
-    images=digits,
+    images=grey.digits,
     batch_size=500,
     steps=1000,
     eval_period=5,

@@ -44,7 +44,10 @@ def test_the_table_compares_with_the_synchronous_run():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no choice of cores")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"),
+    reason="cores are pinned, which Linux alone can",
+)
 def test_every_mode_trains(tmp_path):
     path = tmp_path / "record.json"
     sizes = ["--width", "16", "--steps", "8", "--seeds", "1"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import autoencoder as study
+from experiments.data import grey
 from experiments.models.autoencoder import Autoencoder
 
 LAYERS = [f"encoder{i}" for i in (1, 2, 3)] + ["code"]
@@ -53,19 +54,6 @@ def test_code_and_logits_are_linear_and_all_else_tanh():
     np.testing.assert_allclose(np.asarray(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_grey_is_the_luminance_of_the_inner_pixels():
-    images = np.zeros((2, 32, 32, 3), np.uint8)
-    images[0, 2, 2] = (255, 0, 0)
-    images[0, 2, 3] = (0, 255, 0)
-    images[0, 29, 29] = 255
-    images[1, :2] = images[1, -2:] = 255  # cut off
-    flat = study.grey(images)
-    assert (flat.shape, flat.dtype) == ((2, 784), np.float32)
-    np.testing.assert_allclose(flat[0, [0, 1, 783]], [0.299, 0.587, 1.0], rtol=1e-6)
-    assert flat[0].sum() == pytest.approx(1.886)
-    assert not flat[1].any()
-
-
 def test_the_loss_is_a_divergence():
     class Constant:
         def apply(self, variables, images):
@@ -79,12 +67,6 @@ def test_the_loss_is_a_divergence():
         terms = np.nan_to_num(p * np.log(p / q))
         terms += np.nan_to_num((1 - p) * np.log((1 - p) / (1 - q)))
     assert float(value) == pytest.approx(terms.sum(1).mean(), rel=1e-5)
-
-
-def test_the_digits_are_split_once():
-    images = study.digits()
-    assert (images.train.shape, images.test.shape) == ((1500, 64), (297, 64))
-    assert (images.train.min(), images.train.max()) == (0, 1)
 
 
 @pytest.mark.parametrize("problem", [study.STROKES, study.DIGITS])
@@ -122,8 +104,8 @@ def test_a_row_counts_to_the_target_with_compilation_apart():
 
 
 def tiny_images():
-    images = study.digits()
-    return study.Images(images.train[:128], images.test[:32])
+    images = grey.digits()
+    return grey.Images(images.train[:128], images.test[:32])
 
 
 TINY = dataclasses.replace(
