@@ -37,7 +37,7 @@ from experiments.side_by_side import Outcome, outcomes_in
 TRAINING_IMAGES = 10_240
 AVERAGED_IMAGES = 2048
 """What a training loss is a mean over."""
-UPDATES = {256: 160, 1024: 60, 2048: 40}
+UPDATES = {256: 160, 1024: 80, 2048: 60}
 """Of every contestant, by batch size."""
 ABLATION_BATCH = 1024
 

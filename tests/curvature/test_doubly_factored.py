@@ -243,6 +243,16 @@ def test_factors_of_zeros_are_damped_alone():
 MAP = (12, 4)  # 3 × 4 locations, 4 channels
 
 
+class Added(nn.Module):
+    """What a scan repeats: a wide layer, whose output is added to the others'."""
+
+    dtype: type | None = None
+
+    @nn.compact
+    def __call__(self, total, x):
+        return total + nn.Dense(3, dtype=self.dtype, name="wide")(x), None
+
+
 class Head(nn.Module):
     """A convolution's map, flattened, under a wide layer."""
 
@@ -254,6 +264,16 @@ class Head(nn.Module):
         # A smooth rectifier: few zeros, and so a leading pair that stands well apart.
         x = nn.softplus(nn.Conv(MAP[1], (3, 3), dtype=self.dtype, name="conv")(x))
         x = x.reshape(*x.shape[:-3], -1)
+        if self.lift == "scan":
+            added = nn.scan(
+                Added,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=2,
+            )
+            total = jnp.zeros((*x.shape[:-1], 3))
+            return added(self.dtype, name="added")(total, x)[0] / 2
         kinds = {
             "vmap": nn.vmap(
                 nn.Dense,
@@ -283,17 +303,19 @@ def head(lift="none", dtype=None):
     return problem._replace(loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize("lift", ["none", "remat", "examples", "vmap"])
+@pytest.mark.parametrize("lift", ["none", "remat", "examples", "vmap", "scan"])
 def test_a_layer_under_transforms(lift):
     problem = head(lift)
     layers = problem.trace(doubly_factored=sum(MAP), strict=True, verify=True)
-    assert layers["wide"].block.kind == "doubly_factored"
-    found = problem.evaluate(layers)[2]["wide"]
+    path = "added/wide" if lift == "scan" else "wide"
+    assert layers[path].block.kind == "doubly_factored"
+    found = problem.evaluate(layers)[2][path]
     x, y = problem.args
     own = {"params": problem.params["conv"]}
     maps = nn.softplus(nn.Conv(MAP[1], (3, 3)).apply(own, x)).reshape(8, *MAP)
     logits = Head(lift).apply({"params": problem.params}, x)
-    copies = layers["wide"].tapped.copies
+    copies = layers[path].tapped.copies
+    assert copies == {"vmap": (2,), "scan": (2,)}.get(lift, ())
     signals = (jax.nn.softmax(logits) - jax.nn.one_hot(y, 3)) / max(copies, default=1)
     k, c, g = moments(np.asarray(maps, np.float64), np.asarray(signals, np.float64))
     for actual, moment in zip(found, (k, c, g, g), strict=True):

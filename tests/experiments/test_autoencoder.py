@@ -116,7 +116,7 @@ TINY = dataclasses.replace(
     batch_size=64,
     steps=60,
     eval_period=5,
-    sgd=study.sgd_grid((0.2,)),
+    sgd=study.sgd_grid((0.2,), (0.9, 0.95)),
     kfac=study.kfac_grid((0.3, 1.0), (1.0,)),
 )
 
