@@ -1,9 +1,9 @@
 """What it costs a step to invert in it, and what inverting beside it saves.
 
-    python -m benchmarks.background [--width 800] [--steps 60] [--seeds 3]
+    python -m benchmarks.background [--width 800] [--period 1] [--steps 60] [--seeds 3]
 
 K-FAC trains a network of wide dense layers on one CPU core, in processes of their own
-that take turns: with all factors inverted at every ``PERIOD``-th step; with
+that take turns: with all factors inverted at every step, or every so many; with
 ``BackgroundInversion``, whose process has the second core; and with the first inverses
 for ever, which nothing can be faster than.  Seeds draw the parameters and the data.
 """
@@ -27,15 +27,18 @@ import optax
 import lbopt
 from benchmarks import reporting
 
-PERIOD = 4
 MODES = ("synchronous", "background", "never again")
 BATCH, CLASSES, FEATURES = 256, 10, 256
 _SETTINGS = {
     "learning_rate": 1.0,
     "kl_clip": 0.01,
     "damping": 1e-2,
-    "inverse_period": PERIOD,
     "batch": BATCH,
+}
+_SIZES = {
+    "width": (800, "of the dense layers"),
+    "period": (1, "steps from one inversion to the next, if it is in the step"),
+    "steps": (60, "timed steps of each run"),
 }
 _WARM_UP = 5
 """Steps that are not timed: they compile."""
@@ -65,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     options = _parse(argv)
     if options.mode:
-        result = train(options.mode, options.seed, options.width, options.steps)
+        result = train(
+            options.mode,
+            options.seed,
+            width=options.width,
+            period=options.period,
+            steps=options.steps,
+        )
         print(json.dumps(result))
         return result
     record = reporting.begin("background", argv, _SETTINGS)
@@ -74,19 +83,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for mode in MODES[seed % 3 :] + MODES[: seed % 3]:
             reporting.tell(f"seed {seed}: {mode}")
             runs[mode].append(_in_a_process(mode, seed, options))
-    record |= {"width": options.width, "steps": options.steps, "runs": runs}
+    sizes = {name: getattr(options, name) for name in _SIZES}
+    record |= sizes | {"runs": runs}
     reporting.write(record, options.output)
     print(table(record))
     return record
 
 
-def train(mode: str, seed: int, width: int, steps: int) -> dict[str, Any]:
+def train(
+    mode: str, seed: int, *, width: int, period: int, steps: int
+) -> dict[str, Any]:
     """Trains for some steps.
 
     Args:
       mode: one of ``MODES``.
       seed: of the parameters and the data.
       width: of the layers.
+      period: of the synchronous inversions.
       steps: how many are timed.
 
     Returns:
@@ -114,7 +127,7 @@ def train(mode: str, seed: int, width: int, steps: int) -> dict[str, Any]:
 
     params = model.init(keys[0], jnp.zeros((1, FEATURES)))["params"]
     layers = lbopt.trace_layers(loss_fn, params, *batches(0))
-    periods = {"synchronous": PERIOD, "background": None, "never again": 10**9}
+    periods = {"synchronous": period, "background": None, "never again": 10**9}
     settings = {name: _SETTINGS[name] for name in ("kl_clip", "damping")}
     tx = lbopt.distributed_kfac(
         _SETTINGS["learning_rate"], layers, inverse_period=periods[mode], **settings
@@ -183,8 +196,9 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            f"dense layers of {record['width']}, batch {BATCH}, {record['steps']} "
-            f"steps on one core; means over steps, median of {len(base)} seeds",
+            f"dense layers of {record['width']}, batch {BATCH}, inverses every "
+            f"{record['period']} steps; {record['steps']} steps on one core",
+            f"means over steps, median of {len(base)} seeds",
             *reporting.aligned(rows),
         ]
     )
@@ -200,7 +214,7 @@ def _in_a_process(mode: str, seed: int, options: argparse.Namespace) -> dict[str
     """A run that has the first core for itself."""
     first = min(os.sched_getaffinity(0))
     arguments = {"mode": mode, "seed": seed}
-    arguments |= {"width": options.width, "steps": options.steps}
+    arguments |= {name: getattr(options, name) for name in _SIZES}
     # The core is chosen before JAX starts, which makes a thread for each that it sees.
     program = (
         f"import os, runpy; os.sched_setaffinity(0, {{{first}}}); "
@@ -215,14 +229,13 @@ def _in_a_process(mode: str, seed: int, options: argparse.Namespace) -> dict[str
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = reporting.arguments("background", __doc__)
-    for name, default, text in (
-        ("width", 800, "of the dense layers"),
-        ("steps", 60, "timed steps of each run"),
-        ("seeds", 3, "runs of each kind"),
-    ):
+    for name, (default, text) in _SIZES.items():
         parser.add_argument(
             f"--{name}", type=reporting.positive, default=default, help=text
         )
+    parser.add_argument(
+        "--seeds", type=reporting.positive, default=3, help="runs of each kind"
+    )
     parser.add_argument("--mode", choices=MODES, help="a single run, in this process")
     parser.add_argument("--seed", type=int, default=0, help="of the single run")
     return parser.parse_args(argv)

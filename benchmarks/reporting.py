@@ -147,11 +147,26 @@ def costs(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{e['compile_seconds']:.1f} ({e['compile_seconds'] / base:.1f}×)",
             f"{e['state_bytes'] / 1e6:.1f}",
             f"{e['temporary_bytes'] / 1e6:.1f}",
-            _course(e["losses"]),
+            course(e["losses"]),
         )
         for e in entries
     ]
     return aligned(rows)
+
+
+def course(losses: Sequence[float]) -> str:
+    """The first and the last loss, and a warning if training does not work.
+
+    Args:
+      losses: before each step.
+
+    Returns:
+      A cell of a table.
+    """
+    course = f"{losses[0]:.3f} → {losses[-1]:.3f}"
+    if not all(map(math.isfinite, losses)):
+        return f"{course} NOT FINITE"
+    return course if losses[-1] < losses[0] else f"{course} NOT FALLING"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -164,14 +179,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _course(losses: Sequence[float]) -> str:
-    """First and last loss, and whether training works at all."""
-    course = f"{losses[0]:.3f} → {losses[-1]:.3f}"
-    if not all(map(math.isfinite, losses)):
-        return f"{course} NOT FINITE"
-    return course if losses[-1] < losses[0] else f"{course} NOT FALLING"
 
 
 def _version(package: str) -> str | None:

@@ -19,7 +19,7 @@ def test_the_table_compares_with_the_synchronous_run():
         "synchronous": [run(0.2, 1.5, 0.5), run(0.4, 1.5, 0.6)],
         "background": [run(0.1, 3.0, 0.7), run(0.1, 5.0, 0.8)],
     }
-    text = background.table({"width": 16, "steps": 4, "runs": runs})
+    text = background.table({"width": 16, "period": 3, "steps": 4, "runs": runs})
     lines = [line.split() for line in text.splitlines()]
     assert [
         "synchronous",
@@ -40,7 +40,7 @@ def test_the_table_compares_with_the_synchronous_run():
         "0.700,",
         "0.800",
     ] in lines
-    assert "dense layers of 16, batch 256, 4 steps on one core" in text
+    assert "dense layers of 16, batch 256, inverses every 3 steps; 4 steps on" in text
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_the_table_compares_with_the_synchronous_run():
 )
 def test_every_mode_trains(tmp_path):
     path = tmp_path / "record.json"
-    sizes = ["--width", "16", "--steps", "8", "--seeds", "1"]
+    sizes = ["--width", "16", "--steps", "8", "--period", "4", "--seeds", "1"]
     record = background.main([*sizes, "--output", str(path)])
     assert json.loads(path.read_text("utf-8")) == record
     assert list(record["runs"]) == list(background.MODES)
@@ -59,6 +59,6 @@ def test_every_mode_trains(tmp_path):
         assert len(one["seconds"]) == len(one["losses"]) == len(one["ages"]) == 8
         assert one["losses"][-1] < one["losses"][0]
     synchronous, beside, never = (runs[0]["ages"] for runs in record["runs"].values())
-    assert max(synchronous) < background.PERIOD
+    assert max(synchronous) < record["period"]
     assert never == [5.0 + step for step in range(8)]
     assert min(beside) < max(never)  # new inverses came
