@@ -164,7 +164,11 @@ def build_optimizer(
     if config.has_curvature:
         norm_blocks = settings.pop("norm_blocks", "unit_wise")
         layers = lbopt.trace_layers(
-            loss_fn, *arguments, has_aux=True, norm_blocks=norm_blocks
+            loss_fn,
+            *arguments,
+            has_aux=True,
+            norm_blocks=norm_blocks,
+            doubly_factored=config.doubly_factored,
         )
         print(layers)
     if config.devices > 1:

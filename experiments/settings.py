@@ -131,6 +131,9 @@ class Config:
     fisher: Literal["empirical", "sampled"] = "empirical"
     """Labels of the curvature's gradients: the data's, or drawn from the model; SP-NGD
     has a setting of its own."""
+    doubly_factored: int | None = None
+    """Rows of the input factor beyond which a dense layer on a flattened map has three
+    factors, as for `lbopt.trace_layers`; none: never."""
     placement: Literal["comm", "memory"] = "comm"
     """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0
@@ -191,6 +194,8 @@ class Config:
             raise ValueError(
                 f"weight_average must be in (0, 1) or none, got {self.weight_average}"
             )
+        if (rows := self.doubly_factored) is not None and not rows > 0:
+            raise ValueError(f"doubly_factored must be positive or none, got {rows}")
         if self.schedule == "staircase" and not self.decay_epochs:
             raise ValueError("decay_epochs must name the epochs of schedule=staircase")
         for name in ("decay_rate", f"{self.optimizer}.kl_clip_decay"):

@@ -7,9 +7,10 @@
 
 Half of those channels are the default here, for studies of many runs. Weights start as
 He's instead of cuda-convnet's tuned deviations, and the windows of the pooling do not
-overlap.
+overlap. `WideConvNet` has a dense layer on a larger map, as AlexNet's first, in small.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,17 +19,19 @@ from flax import linen as nn
 
 
 class ConvNet(nn.Module):
-    """Three convolutions, a pooling after each, and the logits.
+    """Convolutions, a pooling after each, perhaps a hidden dense layer, and the logits.
 
     Attributes:
         num_classes: Number of logits.
         channels: Channels of the convolutions.
+        hidden: Units of a dense layer, with ReLU, on the flattened map; none: no layer.
         norm_momentum: Unused; there is nothing to normalise.
         dtype: Type of activations; parameters and logits are float32.
     """
 
     num_classes: int
     channels: tuple[int, ...] = (16, 16, 32)
+    hidden: int | None = None
     norm_momentum: float = 0.9
     dtype: Any = jnp.float32
 
@@ -55,5 +58,17 @@ class ConvNet(nn.Module):
             )
             pool = nn.max_pool if layer == 1 else nn.avg_pool
             x = pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
-        return nn.Dense(self.num_classes, name="head")(x)
+        x = x.reshape(x.shape[0], -1)
+        if self.hidden is not None:
+            hidden = nn.Dense(
+                self.hidden,
+                kernel_init=nn.initializers.he_normal(),
+                dtype=self.dtype,
+                name="hidden",
+            )
+            x = nn.relu(hidden(x))
+        return nn.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
+
+
+# Of 16×16 images the hidden layer sees 16 locations × 64 channels.
+WideConvNet = functools.partial(ConvNet, channels=(16, 64), hidden=128)

@@ -22,6 +22,7 @@ ModelName = Literal[
     "alexnet",
     "alexnet_bn",
     "convnet",
+    "convnet_wide",
 ]
 """What a command line may ask for; `resnet8` is the demo's."""
 
@@ -40,6 +41,7 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
     "alexnet": alexnet.AlexNet,
     "alexnet_bn": alexnet.AlexNetBN,
     "convnet": convnet.ConvNet,
+    "convnet_wide": convnet.WideConvNet,
 }
 """Constructors by name.
 

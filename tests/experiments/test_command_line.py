@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments import cifar100_resnet32, imagenet_alexnet, metrics
+from experiments import cifar100_resnet32, command_line, imagenet_alexnet, metrics
+from experiments.settings import Config
 
 TINY = [
     *("--dataset", "strokes/tiny", "--batch-size", "64", "--epochs", "0.75"),
@@ -52,3 +53,20 @@ def test_an_unknown_setting_is_refused(capsys):
     with pytest.raises(SystemExit):
         imagenet_alexnet.main(["vgg"])
     assert "vgg" in capsys.readouterr().err
+
+
+def test_a_number_that_may_be_none(monkeypatch, capsys):
+    read = []
+
+    def prepare(config):
+        read.append(config.doubly_factored)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(command_line, "prepare", prepare)
+    for text in ("512", "None"):
+        with pytest.raises(SystemExit, match="far enough"):
+            command_line.run(["--doubly-factored", text], "", {"": Config()})
+    assert read == [512, None]
+    with pytest.raises(SystemExit):
+        command_line.run(["--doubly-factored", "0"], "", {"": Config()})
+    assert "doubly_factored must be positive or none, got 0" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.models import convnet
 
@@ -27,6 +28,10 @@ def test_parameter_counts():
     # 1,216 + 6,416 + 12,832, and 2 · 2 · 32 inputs
     count = sum(x.size for x in jax.tree.leaves(params_of(half, 16)))
     assert count == 1_216 + 6_416 + 12_832 + 2_580
+    wide = convnet.WideConvNet(num_classes=20)
+    # 1,216 + 25,664, 4 · 4 · 64 inputs of 128 hidden units, and 128 of the head
+    count = sum(x.size for x in jax.tree.leaves(params_of(wide, 16)))
+    assert count == 1_216 + 25_664 + 131_200 + 2_580
 
 
 def pooled(x, reduce):
@@ -34,8 +39,9 @@ def pooled(x, reduce):
     return reduce(x.reshape(n, h // 2, 2, w // 2, 2, c), axis=(2, 4))
 
 
-def test_the_largest_then_two_means_are_pooled():
-    model = convnet.ConvNet(num_classes=3, channels=(4, 3, 5))
+@pytest.mark.parametrize("hidden", [None, 7])
+def test_the_largest_then_two_means_are_pooled(hidden):
+    model = convnet.ConvNet(num_classes=3, channels=(4, 3, 5), hidden=hidden)
     random = np.random.default_rng(0)
     x = images = random.normal(size=(2, 8, 8, 3)).astype(np.float32)
     params = jax.tree.map(
@@ -50,6 +56,10 @@ def test_the_largest_then_two_means_are_pooled():
             )
         )
         x = pooled(np.maximum(x + bias[None, None, None], 0), reduce)
-    expected = x.reshape(2, -1) @ params["head"]["kernel"] + params["head"]["bias"]
+    inputs = x.reshape(2, -1)
+    if hidden is not None:
+        kernel, bias = params["hidden"]["kernel"], params["hidden"]["bias"]
+        inputs = np.maximum(inputs @ kernel + bias, 0)
+    expected = inputs @ params["head"]["kernel"] + params["head"]["bias"]
     logits = model.apply({"params": params}, images, train=False)
     np.testing.assert_allclose(np.asarray(logits), expected, rtol=1e-4, atol=1e-5)

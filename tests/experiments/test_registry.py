@@ -14,6 +14,7 @@ from experiments.models import registry, resnet
 RESNETS = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56"]
 RESNETS += ["resnet18", "resnet34", "resnet50", "resnet101"]
 OTHERS = ["preact_resnet8", "preact_resnet32", "alexnet", "alexnet_bn", "convnet"]
+OTHERS += ["convnet_wide"]
 
 
 def data(num_classes) -> typing.Any:
