@@ -36,6 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 import optax
 
@@ -391,6 +392,9 @@ def draw(
     for panel in (by_updates, by_time):
         panel.axhline(target, color="0.6", linewidth=0.8, linestyle=":")
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        panel.minorticks_off()
         panel.set_xlim(left=0)
     by_updates.set_ylabel("training loss above entropy (nats)")
     by_updates.set_xlabel("updates")
