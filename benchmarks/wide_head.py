@@ -38,7 +38,7 @@ _SETTINGS = {
     "batch": BATCH,
     "damping": 1e-2,
     "inverse_period": 2,
-    "learning_rate": {"SGD": 0.01, "K-FAC": 0.1},
+    "learning_rate": {"SGD": 0.001, "K-FAC": 0.1},
     "kl_clip": 1e-2,
 }
 

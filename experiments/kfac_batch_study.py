@@ -3,8 +3,8 @@
     python -m experiments.kfac_batch_study
 
 A small convolutional network without normalisation on `strokes/20_small`. At batches of
-256, 1,024 and 2,048 SGD with Nesterov momentum and K-FAC with the KL clip get as many
-settings each, with constant rates, and take turns at every step. The target is the
+64, 256, 1,024 and 2,048 SGD with Nesterov momentum and K-FAC with the KL clip get as
+many settings each, with constant rates, and take turns at every step. The target is the
 training loss at which SGD's best at batch 256 ends; training losses are means over the
 last 2,048 images, so that they are as noisy at every batch size. At batch 1,024 the KL
 step with a decaying bound, c₀ζᵏ, and a constant rate, stands beside exponentially
@@ -37,8 +37,10 @@ from experiments.side_by_side import Outcome, outcomes_in
 TRAINING_IMAGES = 10_240
 AVERAGED_IMAGES = 2048
 """What a training loss is a mean over."""
-UPDATES = {256: 160, 1024: 80, 2048: 60}
+UPDATES = {64: 320, 256: 160, 1024: 80, 2048: 60}
 """Of every contestant, by batch size."""
+BASE_BATCH = 256
+"""Where the target is from, and what speed-ups are over."""
 ABLATION_BATCH = 1024
 
 RUNS = pathlib.Path("runs/kfac_batch_study")
@@ -172,12 +174,11 @@ def best(outcomes: Mapping[str, Outcome], batch_size: int, loss: float) -> str:
 # === The study ========================================================================
 
 
-def target_of(smallest: Mapping[str, Outcome]) -> float:
-    """The training loss at which SGD's best ends at the smallest batch."""
-    batch_size = min(UPDATES)
+def target_of(base: Mapping[str, Outcome]) -> float:
+    """The training loss at which SGD's best ends at the base batch."""
     return min(
-        last_loss(outcome, batch_size)
-        for name, outcome in smallest.items()
+        last_loss(outcome, BASE_BATCH)
+        for name, outcome in base.items()
         if name.startswith("sgd")
     )
 
@@ -202,19 +203,18 @@ def scaling(by_size: Mapping[int, Outcomes], loss: float) -> list[dict[str, Any]
     """The best setting of each optimizer at each batch size, and its speed-up."""
     rows = []
     for kind in ("sgd", "kfac"):
-        smallest = None
+        chosen = {}
         for size, outcomes in by_size.items():
             own = {k: x for k, x in outcomes.items() if k.startswith(kind)}
             name = best(own, size, loss)
-            row = row_of(name, own[name], size, loss)
-            smallest = row if smallest is None else smallest
-            reached = None not in (smallest["updates"], row["updates"])
+            chosen[size] = row_of(name, own[name], size, loss)
+        base = chosen[BASE_BATCH]["updates"]
+        for size, row in chosen.items():
+            reached = None not in (base, row["updates"])
             row |= {
                 "optimizer": kind,
-                "speed_up": round(smallest["updates"] / row["updates"], 2)
-                if reached
-                else None,
-                "ideal": size / smallest["batch_size"],
+                "speed_up": round(base / row["updates"], 2) if reached else None,
+                "ideal": size / BASE_BATCH,
             }
             rows.append(row)
     return rows
@@ -237,11 +237,11 @@ def draw(rows: list[dict[str, Any]], loss: float) -> matplotlib.figure.Figure:
     panel = figure.subplots()
     for index, (kind, label) in enumerate({"kfac": "K-FAC", "sgd": "SGD"}.items()):
         own = [r for r in rows if r["optimizer"] == kind and r["updates"] is not None]
-        if not own:
+        if BASE_BATCH not in [row["batch_size"] for row in own]:
             continue
-        sizes = [row["batch_size"] for row in own]
-        figures.plot(panel, index, sizes, [row["updates"] for row in own], label)
-        ideal = [own[0]["updates"] * sizes[0] / size for size in UPDATES]
+        updates = {row["batch_size"]: row["updates"] for row in own}
+        figures.plot(panel, index, list(updates), list(updates.values()), label)
+        ideal = [updates[BASE_BATCH] * BASE_BATCH / size for size in UPDATES]
         panel.plot(list(UPDATES), ideal, color="0.6", linewidth=0.8, linestyle=":")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
@@ -261,7 +261,7 @@ def main() -> None:
     # What was compiled before an interruption need not be compiled again.
     jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
     by_size = {size: outcomes_of(str(size), contestants(size)) for size in UPDATES}
-    loss = target_of(by_size[min(UPDATES)])
+    loss = target_of(by_size[BASE_BATCH])
     rows = scaling(by_size, loss)
     record = {
         "command": "python -m experiments.kfac_batch_study",

@@ -67,21 +67,24 @@ def falling(last_step):
 @pytest.fixture
 def by_size():
     return {
+        64: {"sgd a": outcome([3.0] * 99), "kfac a": falling(93)},
         256: {"sgd a": falling(60), "sgd b": falling(40), "kfac a": falling(33)},
         1024: {"sgd a": falling(30), "sgd b": falling(35), "kfac a": falling(9)},
         2048: {"sgd a": outcome([3.0] * 9), "kfac a": falling(5)},
     }
 
 
-def test_speed_ups_are_over_the_smallest_batch(by_size):
+def test_speed_ups_are_over_the_base_batch(by_size):
     loss = study.target_of(by_size[256])
     assert loss == 1.0
     rows = study.scaling(by_size, loss)
-    # Eight, two and one updates below 1 are averaged over.
-    assert [row["updates"] for row in rows] == [47, 31, None, 40, 10, 5]
-    assert [row["speed_up"] for row in rows] == [1.0, 1.52, None, 1.0, 4.0, 8.0]
-    assert [row["ideal"] for row in rows] == [1, 4, 8] * 2
-    assert rows[0]["name"] == "sgd b"
+    # Two and thirty, eight, two and one updates below 1 are averaged over.
+    assert [row["updates"] for row in rows[:4]] == [None, 47, 31, None]
+    assert [row["updates"] for row in rows[4:]] == [None, 40, 10, 5]
+    assert [row["speed_up"] for row in rows[:4]] == [None, 1.0, 1.52, None]
+    assert [row["speed_up"] for row in rows[4:]] == [None, 1.0, 4.0, 8.0]
+    assert [row["ideal"] for row in rows] == [0.25, 1, 4, 8] * 2
+    assert rows[1]["name"] == "sgd b"
 
 
 def test_the_picture_has_what_reached_the_target_and_the_ideal(by_size):
@@ -90,7 +93,7 @@ def test_the_picture_has_what_reached_the_target_and_the_ideal(by_size):
     kfac, ideal, sgd, _ = panel.lines
     assert list(kfac.get_xdata()) == [256, 1024, 2048]
     assert list(kfac.get_ydata()) == [40, 10, 5]
-    assert list(ideal.get_ydata()) == [40, 10, 5]
+    assert list(ideal.get_ydata()) == [160, 40, 10, 5]
     assert list(sgd.get_xdata()) == [256, 1024]  # never at 2,048
 
 
