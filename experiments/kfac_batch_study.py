@@ -4,11 +4,11 @@
 
 A small convolutional network without normalisation on `strokes/20_small`. At batches of
 64, 256, 1,024 and 2,048 SGD with Nesterov momentum and K-FAC with the KL clip get as
-many settings each, with constant rates, and take turns at every step. The target is the
-training loss at which SGD's best at batch 256 ends; training losses are means over the
-last 2,048 images, so that they are as noisy at every batch size. At batch 1,024 the KL
-step with a decaying bound, c₀ζᵏ, and a constant rate, stands beside exponentially
-decaying rates without a bound; k counts half epochs in both.
+many settings each, with constant rates, and take turns at every step. Targets are the
+training losses at which the best of either ends at batch 256; training losses are means
+over the last 2,048 images, so that they are as noisy at every batch size. At batch
+1,024 the KL step with a decaying bound, c₀ζᵏ, and a constant rate, stands beside
+exponentially decaying rates without a bound; k counts half epochs in both.
 
 K-FAC's statistics are taken at every step, from labels drawn from the model, and its
 inverses at every fifth. What is finished is kept in `runs/kfac_batch_study` and not
@@ -40,7 +40,7 @@ AVERAGED_IMAGES = 2048
 UPDATES = {64: 320, 256: 160, 1024: 80, 2048: 60}
 """Of every contestant, by batch size."""
 BASE_BATCH = 256
-"""Where the target is from, and what speed-ups are over."""
+"""Where the targets are from, and what speed-ups are over."""
 ABLATION_BATCH = 1024
 
 RUNS = pathlib.Path("runs/kfac_batch_study")
@@ -58,6 +58,7 @@ KL_GRID = list(itertools.product((0.003, 0.01), (0.8, 0.95)))
 """The bounds c₀ and their decays ζ."""
 RATE_GRID = list(itertools.product((0.005, 0.01), (0.8, 0.95)))
 """The rates without a bound, and their decays."""
+LABELS = {"sgd": "SGD", "kfac": "K-FAC"}
 LARGEST_RATE = 0.3
 """Of the KL step, whose bound is meant to shorten every step."""
 ABLATION_DAMPING = 1e-2
@@ -174,12 +175,12 @@ def best(outcomes: Mapping[str, Outcome], batch_size: int, loss: float) -> str:
 # === The study ========================================================================
 
 
-def target_of(base: Mapping[str, Outcome]) -> float:
-    """The training loss at which SGD's best ends at the base batch."""
+def target_of(kind: str, base: Mapping[str, Outcome]) -> float:
+    """The training loss at which an optimizer's best ends at the base batch."""
     return min(
         last_loss(outcome, BASE_BATCH)
         for name, outcome in base.items()
-        if name.startswith("sgd")
+        if name.startswith(kind)
     )
 
 
@@ -202,7 +203,7 @@ def row_of(name: str, outcome: Outcome, batch_size: int, loss: float) -> dict[st
 def scaling(by_size: Mapping[int, Outcomes], loss: float) -> list[dict[str, Any]]:
     """The best setting of each optimizer at each batch size, and its speed-up."""
     rows = []
-    for kind in ("sgd", "kfac"):
+    for kind in LABELS:
         chosen = {}
         for size, outcomes in by_size.items():
             own = {k: x for k, x in outcomes.items() if k.startswith(kind)}
@@ -231,28 +232,36 @@ def ablation(outcomes: Outcomes, loss: float) -> dict[str, Any]:
     return {"best": chosen, "tried": tried}
 
 
-def draw(rows: list[dict[str, Any]], loss: float) -> matplotlib.figure.Figure:
-    """Draws updates to the target against batch size, and the ideal slope."""
-    figure = matplotlib.figure.Figure(figsize=(4.8, 3.6), layout="constrained", dpi=160)
-    panel = figure.subplots()
-    for index, (kind, label) in enumerate({"kfac": "K-FAC", "sgd": "SGD"}.items()):
-        own = [r for r in rows if r["optimizer"] == kind and r["updates"] is not None]
-        if BASE_BATCH not in [row["batch_size"] for row in own]:
-            continue
-        updates = {row["batch_size"]: row["updates"] for row in own}
-        figures.plot(panel, index, list(updates), list(updates.values()), label)
-        ideal = [updates[BASE_BATCH] * BASE_BATCH / size for size in UPDATES]
-        panel.plot(list(UPDATES), ideal, color="0.6", linewidth=0.8, linestyle=":")
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=2)
-    panel.set_xticks(list(UPDATES))
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    panel.minorticks_off()
-    panel.set_xlabel("batch size")
-    panel.set_ylabel(f"updates to a training loss of {loss:.2f}")
-    panel.legend(frameon=False)
-    panel.set_title("Dotted: updates in inverse proportion to the batch", fontsize=9)
+def draw(targets: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """Draws updates to each target against batch size, and the ideal slopes."""
+    figure = matplotlib.figure.Figure(figsize=(7.2, 3.4), layout="constrained", dpi=160)
+    panels = figure.subplots(1, len(targets), sharey=True)
+    for panel, (whose, target) in zip(panels, targets.items(), strict=True):
+        for index, (kind, label) in enumerate(LABELS.items()):
+            own = [row for row in target["scaling"] if row["optimizer"] == kind]
+            reached = [row for row in own if row["updates"] is not None]
+            sizes = [row["batch_size"] for row in reached]
+            updates = [row["updates"] for row in reached]
+            figures.plot(panel, index, sizes, updates, label)
+            for row in reached:
+                if row["batch_size"] == BASE_BATCH:
+                    ideal = [row["updates"] * BASE_BATCH / size for size in UPDATES]
+                    dotted = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
+                    panel.plot(list(UPDATES), ideal, **dotted)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(list(UPDATES))
+        for axis in (panel.xaxis, panel.yaxis):
+            formatter = matplotlib.ticker.StrMethodFormatter("{x:,.0f}")
+            axis.set_major_formatter(formatter)
+        panel.minorticks_off()
+        panel.set_xlabel("batch size")
+        end = f"{LABELS[whose]}'s end at {BASE_BATCH}, {target['loss']:.2f} nats"
+        panel.set_title(f"to {end}", fontsize=9)
+    panels[0].set_ylabel("updates")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Dotted: in inverse proportion to the batch", fontsize=9)
     return figure
 
 
@@ -261,12 +270,15 @@ def main() -> None:
     # What was compiled before an interruption need not be compiled again.
     jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
     by_size = {size: outcomes_of(str(size), contestants(size)) for size in UPDATES}
-    loss = target_of(by_size[BASE_BATCH])
-    rows = scaling(by_size, loss)
+    targets = {}
+    for kind in LABELS:
+        loss = target_of(kind, by_size[BASE_BATCH])
+        rows = scaling(by_size, loss)
+        targets[kind] = {"loss": round(loss, 4), "scaling": rows}
+    loss = target_of("sgd", by_size[BASE_BATCH])
     record = {
         "command": "python -m experiments.kfac_batch_study",
-        "target": round(loss, 4),
-        "scaling": rows,
+        "targets": targets,
         "tried": [
             row_of(name, outcome, size, loss)
             for size, outcomes in by_size.items()
@@ -275,7 +287,7 @@ def main() -> None:
         "ablation": ablation(outcomes_of("step-sizes", step_sizes()), loss),
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draw(rows, loss).savefig(FIGURE)
+    draw(targets).savefig(FIGURE)
     print(json.dumps(record, indent=1))
 
 

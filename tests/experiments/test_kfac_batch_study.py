@@ -75,7 +75,7 @@ def by_size():
 
 
 def test_speed_ups_are_over_the_base_batch(by_size):
-    loss = study.target_of(by_size[256])
+    loss = study.target_of("sgd", by_size[256])
     assert loss == 1.0
     rows = study.scaling(by_size, loss)
     # Two and thirty, eight, two and one updates below 1 are averaged over.
@@ -87,14 +87,26 @@ def test_speed_ups_are_over_the_base_batch(by_size):
     assert rows[1]["name"] == "sgd b"
 
 
-def test_the_picture_has_what_reached_the_target_and_the_ideal(by_size):
-    rows = study.scaling(by_size, 1.0)
-    (panel,) = study.draw(rows, 1.0).axes
-    kfac, ideal, sgd, _ = panel.lines
+def test_targets_are_the_ends_at_the_base_batch():
+    base = {"sgd a": outcome([2.0] * 9), "sgd b": outcome([1.5] * 9)}
+    base["kfac a"] = outcome([0.5] * 9)
+    assert study.target_of("sgd", base) == 1.5
+    assert study.target_of("kfac", base) == 0.5
+
+
+def test_the_picture_has_what_reached_the_targets_and_the_ideals(by_size):
+    targets = {
+        kind: {"loss": loss, "scaling": study.scaling(by_size, loss)}
+        for kind, loss in (("sgd", 1.0), ("kfac", 0.5))
+    }
+    left, right = study.draw(targets).axes
+    sgd, _, kfac, ideal = left.lines
+    assert list(sgd.get_xdata()) == [256, 1024]  # never at 64 and at 2,048
     assert list(kfac.get_xdata()) == [256, 1024, 2048]
     assert list(kfac.get_ydata()) == [40, 10, 5]
     assert list(ideal.get_ydata()) == [160, 40, 10, 5]
-    assert list(sgd.get_xdata()) == [256, 1024]  # never at 2,048
+    assert not any(len(line.get_xdata()) for line in right.lines)
+    assert "SGD's end at 256, 1.00 nats" in left.get_title()
 
 
 def test_the_ablation_names_the_best_of_each_step_size():
