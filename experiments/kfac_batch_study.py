@@ -13,7 +13,7 @@ exponentially decaying rates without a bound; k counts half epochs in both.
 K-FAC's statistics are taken at every step, from labels drawn from the model, and its
 inverses at every fifth. What is finished is kept in `runs/kfac_batch_study` and not
 repeated. Writes `experiments/results/kfac_batch_study.json` and
-`docs/figures/kfac_batch_sizes.png`; about 20 minutes on 2 cores.
+`docs/figures/kfac_batch_sizes.png`; about half an hour on 2 cores.
 """
 
 import dataclasses
