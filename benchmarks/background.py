@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 import optax
 
 import lbopt
-from benchmarks import reporting
+from benchmarks import own_process, reporting
 
 MODES = ("synchronous", "background", "never again")
 BATCH, CLASSES, FEATURES = 256, 10, 256
@@ -67,14 +65,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       The record, as it is written to ``--output``; of a single run what it measured.
     """
     options = _parse(argv)
+    sizes = reporting.sizes(options, _SIZES)
     if options.mode:
-        result = train(
-            options.mode,
-            options.seed,
-            width=options.width,
-            period=options.period,
-            steps=options.steps,
-        )
+        result = train(options.mode, options.seed, **sizes)
         print(json.dumps(result))
         return result
     record = reporting.begin("background", argv, _SETTINGS)
@@ -82,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in range(options.seeds):
         for mode in MODES[seed % 3 :] + MODES[: seed % 3]:
             reporting.tell(f"seed {seed}: {mode}")
-            runs[mode].append(_in_a_process(mode, seed, options))
-    sizes = {name: getattr(options, name) for name in _SIZES}
+            part = {"mode": mode, "seed": seed} | sizes
+            core = min(os.sched_getaffinity(0))
+            run = own_process.result_of("benchmarks.background", part, core=core)
+            runs[mode].append(run)
     record |= sizes | {"runs": runs}
     reporting.write(record, options.output)
     print(table(record))
@@ -210,29 +205,9 @@ def last_loss(run: Mapping[str, Any]) -> float:
     return statistics.mean(losses[-max(len(losses) // 4, 1) :])
 
 
-def _in_a_process(mode: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A run that has the first core for itself."""
-    first = min(os.sched_getaffinity(0))
-    arguments = {"mode": mode, "seed": seed}
-    arguments |= {name: getattr(options, name) for name in _SIZES}
-    # The core is chosen before JAX starts, which makes a thread for each that it sees.
-    program = (
-        f"import os, runpy; os.sched_setaffinity(0, {{{first}}}); "
-        "runpy.run_module('benchmarks.background', run_name='__main__', alter_sys=True)"
-    )
-    command = [sys.executable, "-c", program]
-    for name, value in arguments.items():
-        command += [f"--{name}", str(value)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = reporting.arguments("background", __doc__)
-    for name, (default, text) in _SIZES.items():
-        parser.add_argument(
-            f"--{name}", type=reporting.positive, default=default, help=text
-        )
+    reporting.add_sizes(parser, _SIZES)
     parser.add_argument(
         "--seeds", type=reporting.positive, default=3, help="runs of each kind"
     )

@@ -86,6 +86,24 @@ def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_sizes(
+    parser: argparse.ArgumentParser, known: Mapping[str, tuple[int, str]]
+) -> None:
+    """Lets the command line set the sizes of a measurement.
+
+    Args:
+      parser: the benchmark's.
+      known: their names, with defaults and what they are.
+    """
+    for name, (default, text) in known.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, help=text)
+
+
+def sizes(options: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, int]:
+    """What the command line says of the sizes that ``add_sizes`` added."""
+    return {name: getattr(options, name) for name in known}
+
+
 def positive(text: str) -> int:
     """A number of at least 1, as an argument's type."""
     number = int(text)

@@ -12,7 +12,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 import lbopt
-from benchmarks import reporting
+from benchmarks import own_process, reporting
 from lbopt import training
 
 MODES = ("SGD", "three factors", "full factor")
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       The record, as it is written to ``--output``; of a single run what it measured.
     """
     options = _parse(argv)
-    sizes = {name: getattr(options, name) for name in _SIZES}
+    sizes = reporting.sizes(options, _SIZES)
     if options.mode:
         result = train(options.mode, **sizes)
         print(json.dumps(result))
@@ -82,11 +81,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     runs = record["runs"] = {}
     for mode in MODES:
         reporting.tell(mode)
-        command = [sys.executable, "-m", "benchmarks.wide_head", "--mode", mode]
-        for name, value in sizes.items():
-            command += [f"--{name}", str(value)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        runs[mode] = json.loads(done.stdout.splitlines()[-1])
+        part = {"mode": mode} | sizes
+        runs[mode] = own_process.result_of("benchmarks.wide_head", part)
     reporting.write(record, options.output)
     print(table(record))
     return record
@@ -190,10 +186,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = reporting.arguments("wide_head", __doc__)
-    for name, (default, text) in _SIZES.items():
-        parser.add_argument(
-            f"--{name}", type=reporting.positive, default=default, help=text
-        )
+    reporting.add_sizes(parser, _SIZES)
     parser.add_argument("--mode", choices=MODES, help="a single run, in this process")
     options = parser.parse_args(argv)
     if options.steps < 4:

@@ -36,8 +36,8 @@ from experiments.kfac_batch_study import (
     AVERAGED_IMAGES,
     KFAC_GRID,
     SGD_GRID,
-    TRAINING_IMAGES,
     averaged,
+    constant_rates,
     last_loss,
     row_of,
 )
@@ -64,19 +64,8 @@ FIGURE = ROOT / "docs" / "figures" / "doubly_factored.png"
 
 
 def configure(seed: int) -> Config:
-    """A run with constant rates."""
-    epochs = UPDATES * BATCH_SIZE / TRAINING_IMAGES
-    return Config(
-        model="convnet_wide",
-        dataset="strokes/20_small",
-        batch_size=BATCH_SIZE,
-        fisher="sampled",
-        epochs=epochs,
-        eval_epochs=epochs,
-        schedule="exponential",
-        warmup_epochs=0.0,
-        seed=seed,
-    )
+    """A run of the comparison, but for its optimizer."""
+    return constant_rates(BATCH_SIZE, UPDATES, model="convnet_wide", seed=seed)
 
 
 def contestants(seed: int) -> dict[str, Config]:

@@ -70,19 +70,24 @@ Named = dict[str, Config]
 # === Contestants ======================================================================
 
 
-def configure(batch_size: int) -> Config:
-    """A run with constant rates."""
-    epochs = UPDATES[batch_size] * batch_size / TRAINING_IMAGES
+def constant_rates(batch_size: int, updates: int, **settings: Any) -> Config:
+    """A run on the small images whose rate stays, evaluated at its end."""
+    epochs = updates * batch_size / TRAINING_IMAGES
     return Config(
         dataset="strokes/20_small",
-        model="convnet",
         fisher="sampled",
         batch_size=batch_size,
         epochs=epochs,
         schedule="exponential",
         warmup_epochs=0.0,
         eval_epochs=epochs,
+        **settings,
     )
+
+
+def configure(batch_size: int) -> Config:
+    """A run of the comparison, but for its optimizer."""
+    return constant_rates(batch_size, UPDATES[batch_size], model="convnet")
 
 
 def contestants(batch_size: int) -> Named:

@@ -62,12 +62,13 @@ def _float64():
 
 
 @pytest.mark.usefixtures("_float64")
-def test_a_delay_says_which_factors_a_step_uses():
-    run, delay = Training(course()), 3
+@pytest.mark.parametrize("delay", [1, 3])
+def test_a_delay_says_which_factors_a_step_uses(delay):
+    run = Training(course())
     with lbopt.BackgroundInversion(course().layers, delay=delay) as exchange:
         results = [run.step(exchange) for _ in range(STEPS)]
     # One order is under way at a time: the next leaves when the last has come.
-    period = delay - 1
+    period = max(delay - 1, 1)
     for t, updates in enumerate(results):
         made = max(k for k in range(0, t + 1, period) if k == 0 or k + delay <= t)
         for path in course().layers:
@@ -207,10 +208,15 @@ def losses_of(steps, devices=None, **options):
     return np.asarray(losses)
 
 
-def test_on_several_devices():
-    # Some inverses everywhere and some with their owners.
-    spread = losses_of(6, 4, placement=0.5)
-    np.testing.assert_allclose(spread, losses_of(6), rtol=ROUNDING)
+@functools.cache
+def alone():
+    return losses_of(6)
+
+
+@pytest.mark.parametrize("placement", ["memory", 0.5])
+def test_on_several_devices(placement):
+    spread = losses_of(6, 4, placement=placement)
+    np.testing.assert_allclose(spread, alone(), rtol=ROUNDING)
 
 
 # ------------------------------------------------------------------------- errors

@@ -271,9 +271,8 @@ def test_the_state_is_arrays_that_do_not_share_memory(setting, name):
     assert len(set(addresses)) == len(addresses)
 
 
-@pytest.mark.parametrize(
-    ("name", "stated"), [*((name, True) for name in OPTIMIZERS), ("kfac", False)]
-)
+@every_optimizer
+@pytest.mark.parametrize("stated", [False, True])
 def test_keeps_the_sharding(setting, plain, name, stated):
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), axis_types=kinds)
@@ -307,9 +306,8 @@ def test_runs_in_a_scan(setting, plain, name):
     assert_close(state, plain(name)[-1][1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [*((name, "bytes") for name in OPTIMIZERS), ("kfac", "leaves")]
-)
+@every_optimizer
+@pytest.mark.parametrize("how", ["bytes", "leaves"])
 def test_survives_sleep(setting, name, how):
     tx = compiled(setting.make(name))
     params = setting.problem.params

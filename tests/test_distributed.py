@@ -193,8 +193,8 @@ def assert_same(course, reference, rounding=ROUNDING):
 @pytest.mark.parametrize(
     ("devices", "parallel", "placement"),
     [
-        *[(n, "shard_map", p) for n in (2, 8) for p in ("comm", "memory")],
-        *[(1, "shard_map", "comm"), (2, "pmap", "memory"), (4, "pmap", "comm")],
+        *[(n, "shard_map", p) for n in (1, 2, 4, 8) for p in ("comm", "memory")],
+        *[(2, "pmap", "memory"), (4, "pmap", "comm"), (8, "pmap", "memory")],
         (4, "shard_map", 0.5),
     ],
 )
@@ -206,7 +206,9 @@ def test_adaptive_refresh_on_several_devices(devices, parallel, placement):
     assert_same(course, reference)
 
 
-@pytest.mark.parametrize(("devices", "placement"), [(2, "memory"), (8, 0.5)])
+@pytest.mark.parametrize(
+    ("devices", "placement"), [(2, "memory"), (4, "comm"), (8, 0.5)]
+)
 def test_staggered_periods_on_several_devices(devices, placement):
     reference = on_one_device(periodic)
     course = run(periodic, devices, placement=placement)
