@@ -1,10 +1,17 @@
 """What a run reports: a JSONL file, TensorBoard, a progress bar and a line per epoch.
 
-The JSONL file is the record. Each line is one JSON object, appended and flushed at
-once, so a run that dies loses at most the line it was writing. Every line holds `kind`
-("train" or "test"), `step`, `seconds` (time spent in training so far, compilation
-included, evaluation and checkpoints not) and the metrics, each a mean over the step's
-batch or the test images.
+The JSONL file is the record. Each line is one JSON object, handed to the operating
+system at once, so a run that dies loses at most the line it was writing, and a run on a
+full disk goes on and writes its lines when it can. Every line holds `kind`, `step`,
+`epoch` and `seconds` (time spent in training so far, compilation included, evaluation
+and checkpoints not):
+
+- `"train"`: the metrics of the steps since the last such line, each a mean over these
+  steps and the images of their batches (of counters the largest); `images_per_second`
+  since then and `images_per_second_per_device`; memory in use (`memory_use`); and the
+  seconds that went into each phase so far, as `input_seconds` and so on (`Reporter`).
+- `"test"`: the metrics, each a mean over the test images, and the same seconds.
+- `"event"`: a `message`.
 """
 
 import contextlib
@@ -14,12 +21,18 @@ import math
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
-import tensorboardX
+import jax
 import tqdm
+
+from experiments import append_only, memory_use, phases, tensorboard
+
+Metrics = Mapping[str, Any]
+
+# Of several steps the largest is reported, not the mean.
+_LARGEST = frozenset({"skipped", "rejected", "boosted", "inverse_age_max"})
 
 
 class JsonLines:
@@ -29,18 +42,32 @@ class JsonLines:
         path: The file; made with its directory if missing.
         last_step: Records of later steps are dropped first: they belong to a run that
             went on after the checkpoint this one starts from, or to an earlier run.
+            Events are kept: they happened.
+        tell: Told when the file cannot be written; see `AppendOnlyFile`.
     """
 
-    def __init__(self, path: str | os.PathLike, *, last_step: int):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        last_step: int,
+        tell: Callable[[str], None],
+    ):
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         records = read_json_lines(path) if path.exists() else []
-        self.kept = [record for record in records if record["step"] <= last_step]
-        # Written aside and renamed, so that being killed here loses nothing either.
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(map(_line, self.kept)), encoding="utf-8")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self.kept = [
+            record
+            for record in records
+            if record["step"] <= last_step or record.get("kind") == "event"
+        ]
+        lines = "".join(map(_line, self.kept))
+        if not path.exists() or path.read_text(encoding="utf-8") != lines:
+            # Aside and renamed, so that being killed here loses nothing either.
+            aside = path.with_suffix(".partial")
+            aside.write_text(lines, encoding="utf-8")
+            aside.replace(path)
+        self._file = append_only.AppendOnlyFile(path, tell)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record and hands it to the operating system.
@@ -49,8 +76,7 @@ class JsonLines:
             record: JSON values and scalar arrays, `step` among them; a number that is
                 not finite is written as null.
         """
-        self._file.write(_line(record))
-        self._file.flush()
+        self._file.append(_line(record).encode())
 
     def close(self) -> None:
         """Closes the file."""
@@ -86,13 +112,30 @@ class Reporter:
     left; elsewhere (a cluster's log, a pipe) there is only the line per epoch. Use as a
     context manager.
 
+    Every second of the process is booked under one phase:
+
+    - `compile`: the first `phase("step")` of a process, which traces and compiles;
+    - `input`: waiting for the next batch;
+    - `step`: dispatching a step, and waiting, in `train`, for the metrics that it is
+      given, hence for the device. A device that still has steps of its own to do
+      computes during `input` and `report` as well, so that with metrics that are read
+      at every step `step` is the device's time, and with metrics read more seldom it
+      is what the device takes longer than the rest;
+    - `evaluate` and `checkpoint`, which are no training: `seconds` and images/s leave
+      them out;
+    - `report`: writing records;
+    - `other`: everything else.
+
     Args:
         directory: Directory of the run; gets `metrics.jsonl` and `tensorboard/`.
         name: Name of the run, at the head of the bar and of each line.
         total_steps: Steps of the whole run.
-        batch_size: Images in a step.
+        batch_size: Images in a step, on all devices.
         steps_per_epoch: Steps of one epoch; need not be whole.
         start_step: Steps that were done before; their records in `directory` are kept.
+        devices: Devices that share a step.
+        writes: Whether this process reports; of several only one may. The others time
+            their phases and read their metrics alike, and write and print nothing.
         stream: Where bar and lines go; standard error by default.
     """
 
@@ -105,54 +148,133 @@ class Reporter:
         batch_size: int,
         steps_per_epoch: float,
         start_step: int = 0,
+        devices: int = 1,
+        writes: bool = True,
         stream: TextIO | None = None,
     ):
-        directory = pathlib.Path(directory)
         self._name = name
         self._total_steps = total_steps
         self._batch_size = batch_size
         self._steps_per_epoch = steps_per_epoch
+        self._devices = devices
         self._step = start_step
-        self._jsonl = JsonLines(directory / "metrics.jsonl", last_step=start_step)
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start_step + 1
-        )
-        self._clock = _Clock(max((r["seconds"] for r in self._jsonl.kept), default=0.0))
-        self._epoch = _EpochMeans()
+        self._stream = sys.stderr if stream is None else stream
+        self._writes = writes
         self._bar = tqdm.tqdm(
             desc=name,
             total=total_steps,
             initial=start_step,
-            file=sys.stderr if stream is None else stream,
-            disable=None,  # off unless the stream is a terminal
+            file=self._stream,
+            disable=None if writes else True,  # None: off unless it is a terminal
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}"
             "{postfix} [{elapsed} < {remaining}]",
         )
         self._bar.set_postfix_str("compiling")
-        self._stream = sys.stderr if stream is None else stream
+        self._compiled = self._closing = False
+        self._phases = phases.Phases({})
+        self._epoch = _EpochMeans()
+        if writes:
+            self._open_files(pathlib.Path(directory))
+        if start_step:
+            self.event(f"resumed at step {start_step:,}")
+
+    def _open_files(self, directory: pathlib.Path) -> None:
+        """Opens the files; the clock goes on where their records end."""
+        self._jsonl = JsonLines(
+            directory / "metrics.jsonl", last_step=self._step, tell=self._note
+        )
+        before = [r for r in self._jsonl.kept if r["kind"] != "event"]
+        last = max(before, key=lambda record: record["seconds"], default={})
+        self._phases = _phases_after(last)
+        self._tensorboard = tensorboard.EventFile(
+            directory / "tensorboard", first_step=self._step + 1, tell=self._note
+        )
 
     def __enter__(self) -> Self:
         """Returns itself."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Ends the bar and closes the files."""
+    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
+        """Notes what ends the run early, if anything does, and closes the files."""
+        if kind is not None:
+            self.event(f"stopped by {kind.__name__}: {error}".rstrip(": "))
         self._bar.close()
-        self._tensorboard.close()
-        self._jsonl.close()
+        if self._writes:
+            self._tensorboard.close()
+            self._closing = True
+            self._jsonl.close()
 
-    def train(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Reports training up to a step.
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Books the time of what happens inside.
+
+        Args:
+            name: `"input"`, `"step"`, `"evaluate"` or `"checkpoint"`.
+
+        Returns:
+            The context; inside another the inner one counts.
+        """
+        if name == "step" and not self._compiled:
+            self._compiled, name = True, "compile"
+        return self._phases.phase(name)
+
+    def train(self, step: int, metrics: Metrics | Sequence[Metrics]) -> None:
+        """Reports training up to a step, when its metrics are there.
+
+        Args:
+            step: Steps done so far.
+            metrics: Scalars, `loss` and `accuracy` among them: those of each step since
+                the last report, or of the last step alone.
+        """
+        single = isinstance(metrics, Mapping)
+        with self._phases.phase("step"):
+            of_steps = _read([metrics] if single else metrics)
+        with self._phases.phase("report"):
+            self._train(step, of_steps)
+
+    def test(self, step: int, metrics: Metrics) -> None:
+        """Reports an evaluation, and on one line all that happened since the last.
 
         Args:
             step: Steps done so far.
             metrics: Scalars, `loss` and `accuracy` among them.
         """
-        metrics = {key: float(value) for key, value in metrics.items()}
-        seconds = self._clock.seconds()
-        self._epoch.add(metrics, (step - self._step) * self._batch_size, seconds)
+        with self._phases.phase("report"):
+            (read,) = _read([metrics])
+            seconds = self._phases.training()
+            self._write("test", step, seconds, {**read, **self._seconds_by_phase()})
+            self._print(self._epoch_line(step, seconds, read))
+            self._epoch.start(seconds)
+
+    def event(self, message: str, step: int | None = None) -> None:
+        """Records that something happened, and prints it.
+
+        Args:
+            message: What happened, in one line.
+            step: Steps done then; by default up to the last report.
+        """
+        step = self._step if step is None else step
+        self._print(f"{self._name}  step {step}/{self._total_steps}  {message}")
+        if self._writes:
+            seconds = self._phases.training()
+            self._jsonl.write(self._record("event", step, seconds, message=message))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock of `seconds` and of images/s for what is not training."""
+        with self.phase("evaluate"):
+            yield
+
+    def _train(self, step: int, of_steps: list[dict[str, float]]) -> None:
+        seconds = self._phases.training()
+        images = (step - self._step) * self._batch_size
+        speed = self._epoch.add(of_steps, images, seconds)
+        metrics = _joined(of_steps)
         self._step = step
+        if speed is not None:
+            metrics["images_per_second"] = speed
+            metrics["images_per_second_per_device"] = speed / self._devices
+        metrics |= memory_use.read() | self._seconds_by_phase()
         self._write("train", step, seconds, metrics)
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
@@ -161,64 +283,74 @@ class Reporter:
         )
         self._bar.update(step - self._bar.n)
 
-    def test(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Reports an evaluation, and on one line all that happened since the last.
+    def _seconds_by_phase(self) -> dict[str, float]:
+        seconds = self._phases.seconds().items()
+        return {f"{name}_seconds": round(spent, 4) for name, spent in seconds}
 
-        Args:
-            step: Steps done so far.
-            metrics: Scalars, `loss` and `accuracy` among them.
-        """
-        metrics = {key: float(value) for key, value in metrics.items()}
-        seconds = self._clock.seconds()
-        self._write("test", step, seconds, metrics)
+    def _epoch_line(self, step: int, seconds: float, test: dict[str, float]) -> str:
         epochs = self._total_steps / self._steps_per_epoch
-        means = self._epoch.means()
-        line = (
+        train = self._epoch.means()
+        refreshed = (
+            f"  refreshed {train['refreshed']:.1%}" if train["refreshed"] else ""
+        )
+        return (
             f"{self._name}  epoch {step / self._steps_per_epoch:.3g}/{epochs:.3g}"
             f"  step {step}/{self._total_steps}"
-            f"  train loss {means['loss']:.3f} accuracy {means['accuracy']:.1%}"
-            f"  test loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.1%}"
+            f"  train loss {train['loss']:.3f} accuracy {train['accuracy']:.1%}"
+            f"  test loss {test['loss']:.3f} accuracy {test['accuracy']:.1%}"
+            f"{refreshed}"
             f"  {self._epoch.speed()}"
             f"  {datetime.timedelta(seconds=round(seconds))}"
         )
-        self._bar.write(line, file=self._stream)
-        self._stream.flush()
-        self._epoch.start(seconds)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stops the clock of `seconds` and of images/s for what is not training."""
-        with self._clock.paused():
-            yield
+    def _record(self, kind: str, step: int, seconds: float, **fields: Any) -> dict:
+        epoch = round(step / self._steps_per_epoch, 6)
+        when = {"step": step, "epoch": epoch, "seconds": round(seconds, 4)}
+        return {"kind": kind, **when, **fields}
 
     def _write(self, kind: str, step: int, seconds: float, metrics: dict) -> None:
-        record = {"kind": kind, "step": step, "seconds": round(seconds, 4), **metrics}
-        self._jsonl.write(record)
-        for key, value in metrics.items():
-            self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
-        if kind == "test":
-            self._tensorboard.flush()
+        if self._writes:
+            self._jsonl.write(self._record(kind, step, seconds, **metrics))
+            tags = {f"{kind}/{key}": value for key, value in metrics.items()}
+            self._tensorboard.write(step, tags)
+
+    def _note(self, message: str) -> None:
+        """Tells of a file that cannot be written, in the other files as well."""
+        if self._closing:
+            self._print(f"{self._name}  {message}")
+        else:
+            self.event(message)
+
+    def _print(self, line: str) -> None:
+        if self._writes:
+            self._bar.write(line, file=self._stream)
+            self._stream.flush()
 
 
-class _Clock:
-    """Seconds of training: wall-clock time less the pauses."""
+def _read(metrics: Any) -> list[dict[str, float]]:
+    """The numbers of metrics, when they are there."""
+    return [
+        {key: float(value) for key, value in of_step.items()}
+        for of_step in jax.device_get([dict(m) for m in metrics])
+    ]
 
-    def __init__(self, start: float):
-        self._start = time.perf_counter() - start
-        self._paused_since: float | None = None
 
-    def seconds(self) -> float:
-        paused = self._paused_since
-        return (time.perf_counter() if paused is None else paused) - self._start
+def _joined(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of several steps as those of one."""
+    joined = {}
+    for key in of_steps[-1]:
+        values = [metrics[key] for metrics in of_steps]
+        joined[key] = max(values) if key in _LARGEST else sum(values) / len(values)
+    return joined
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused_since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - self._paused_since
-            self._paused_since = None
+
+def _phases_after(record: Mapping[str, Any]) -> phases.Phases:
+    """The clock of a run that goes on after a record."""
+    before = {name: record.get(f"{name}_seconds", 0.0) for name in phases.PHASES}
+    # Records of a run that did not tell its phases have their sum alone.
+    if "other_seconds" not in record:
+        before["other"] = record.get("seconds", 0.0)
+    return phases.Phases(before)
 
 
 class _EpochMeans:
@@ -230,23 +362,29 @@ class _EpochMeans:
         self.start(None)
 
     def start(self, seconds: float | None) -> None:
-        self._metrics: list[tuple[dict[str, float], int]] = []
+        self._metrics: list[tuple[dict[str, float], float]] = []
         self._images, self._busy = 0, 0.0
         if seconds is not None:
             self._last = seconds
 
-    def add(self, metrics: dict[str, float], images: int, seconds: float) -> None:
-        self._metrics.append((metrics, images))
-        if self._last is not None:
-            self._images += images
-            self._busy += seconds - self._last
-        self._last = seconds
+    def add(
+        self, of_steps: Sequence[dict[str, float]], images: int, seconds: float
+    ) -> float | None:
+        """Notes the metrics of images that took until now; returns images/s."""
+        share = images / len(of_steps)
+        self._metrics += [(metrics, share) for metrics in of_steps]
+        last, self._last = self._last, seconds
+        if last is None or seconds <= last:
+            return None
+        self._images += images
+        self._busy += seconds - last
+        return images / (seconds - last)
 
     def means(self) -> dict[str, float]:
         total = sum(images for _, images in self._metrics)
         return {
-            key: sum(m[key] * images for m, images in self._metrics) / max(total, 1)
-            for key in ("loss", "accuracy")
+            key: sum(m.get(key, 0.0) * i for m, i in self._metrics) / max(total, 1)
+            for key in ("loss", "accuracy", "refreshed")
         }
 
     def speed(self) -> str:
