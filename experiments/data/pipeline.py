@@ -1,45 +1,33 @@
-"""From the records of a split to batches: order, slicing, augmentation, resuming.
+"""From the records of a split to batches: what a run takes, and where it resumes.
 
 Training reads one endless stream of images,
 
     epoch 0 in a random order, epoch 1 in another, ...
 
 in which each image has a *position*. Batch `k` of `B` images holds the positions `[kB,
-(k+1)B)`; of `P` processes, process `p` reads those with `position % P == p`. Order and
-augmentation are functions of `(seed, position)`, so a global batch is the same set of
-images for any number of processes, no image is dropped at the end of an epoch, and the
-whole state of the pipeline is one integer: the number of batches taken.
+(k+1)B)`; of `P` processes, process `p` reads the slice `[kB + pB/P, kB + (p+1)B/P)`.
+Order and augmentation are functions of `(seed, position)`, so a global batch is the
+same array for any number of processes, no image is dropped at the end of an epoch, and
+the whole state of the pipeline is one integer: the number of batches taken.
 
-Images in memory are gathered a batch at a time; others are read and decoded in threads.
-Threads and not worker processes, because decoding releases the interpreter lock, and
-because grain's worker processes read absl flags, which nobody has parsed in a script
-that was not started through absl.
+Images in memory are gathered a batch at a time; others are read and decoded in threads,
+for decoding releases the interpreter lock, or in worker processes.
 """
 
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
-import cv2
 import grain
 import jax
 import numpy as np
 
-from experiments.data import augment, splits
-
-Batch = dict[str, np.ndarray]
-"""`image` float32 `[b, h, w, c]`, `label` int32 `[b]`; testing, `mask` `[b]`."""
-
-_Load = Callable[[Sequence], Batch]
-
-_CAFFE_STD = (256 / 255, 256 / 255, 256 / 255)  # values / 256, not / 255
-_Crop = Callable[[bytes, int], np.ndarray]
-
-_EPOCHS = 1 << 32  # of the endless stream
+from experiments.data import loading, order, reading, splits
 
 
-class TrainingBatches(Iterator[Batch]):
+class TrainingBatches(Iterator[loading.Batch]):
     """The endless stream of training batches, as one process sees it.
 
     Args:
@@ -51,6 +39,13 @@ class TrainingBatches(Iterator[Batch]):
         process_index: Which of the processes this is.
         process_count: How many processes read the stream together.
         num_threads: Threads that read and decode images which are not in memory.
+        num_workers: Worker processes among which those threads are divided; 0 for
+            threads of this process. The batches are the same.
+        dtype: Of the images.
+        bad_images: What to do about images that cannot be decoded, if they are not in
+            memory: stop with a `decoding.RecordError`, or put an image of the mean
+            colour in their place and warn.
+        with_index: Whether batches hold the numbers of their records, as `index`.
 
     Raises:
         ValueError: If `batch_size` cannot be divided among the processes.
@@ -66,26 +61,42 @@ class TrainingBatches(Iterator[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 16,
+        num_workers: int = 0,
+        dtype: np.typing.DTypeLike = np.float32,
+        bad_images: loading.BadImages = "stop",
+        with_index: bool = False,
     ):
-        _check_division(batch_size, process_index, process_count)
+        self._slices = order.Slices(batch_size, process_index, process_count)
+        self._slices.check()
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-        order = grain.MapDataset.range(len(split)).seed(seed).shuffle()
-        # Not `repeat()`, whose length, the largest index there is, overflows when it
-        # is divided into groups of one image.
-        order = order.repeat(_EPOCHS)
-        order = order.map_with_index(lambda position, record: (record, position))
-        self._order = order[process_index::process_count]
-        self._batch_size = batch_size // process_count
-        self._num_threads = _threads(split, num_threads)
-        self._load = _training_loader(split, seed, augmented)
-        self.set_state(0)
+        positions = order.shuffled(len(split), seed)
+        self._end = len(positions) // batch_size
+        form = loading.Form(dtype, bad_images, with_index)
+        self._load = loading.training_loader(split, seed, augmented, positions, form)
+        self._pool = _pool(split, num_threads, num_workers)
+        self._blanks = _Blanks(split)
+        self._iterator: grain.DatasetIterator | None = None
+        self._taken = 0
 
-    def __next__(self) -> Batch:
-        """The next batch."""
-        batch = next(self._iterator)
+    def __next__(self) -> loading.Batch:
+        """The next batch; after an error, the same batch once more."""
+        if self._iterator is None:
+            span = range(self._taken, self._end)
+            ahead = reading.batches(self._load, self._slices, span, **self._pool)
+            self._iterator = iter(ahead)
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()  # where grain goes on after an error is left open
+            raise
         self._taken += 1
-        return batch
+        return self._blanks.counted(batch)
+
+    @property
+    def bad_images(self) -> int:
+        """How many images have been replaced by blank ones."""
+        return len(self._blanks)
 
     def get_state(self) -> int:
         """Number of batches taken so far.
@@ -106,10 +117,14 @@ class TrainingBatches(Iterator[Batch]):
         """
         if taken < 0:
             raise ValueError(f"taken must not be negative, got {taken}")
-        rest = self._order[taken * self._batch_size :]
-        batches = _batched(rest, self._batch_size, self._load, self._num_threads)
-        self._iterator = iter(batches)
+        self.close()
         self._taken = taken
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
 
 class EvaluationBatches:
@@ -124,6 +139,10 @@ class EvaluationBatches:
         process_index: Which of the processes this is.
         process_count: How many processes share the split.
         num_threads: Threads that read and decode images which are not in memory.
+        num_workers: Worker processes among which those threads are divided.
+        dtype: Of the images.
+        bad_images: As in `TrainingBatches`.
+        with_index: As in `TrainingBatches`; the index of the padding is -1.
 
     Raises:
         ValueError: If `batch_size` cannot be divided among the processes.
@@ -137,32 +156,50 @@ class EvaluationBatches:
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 16,
+        num_workers: int = 0,
+        dtype: np.typing.DTypeLike = np.float32,
+        bad_images: loading.BadImages = "stop",
+        with_index: bool = False,
     ):
-        _check_division(batch_size, process_index, process_count)
+        slices = order.Slices(batch_size, process_index, process_count)
+        slices.check()
+        form = loading.Form(dtype, bad_images, with_index)
         self._length = -(-len(split) // batch_size)
-        order = grain.MapDataset.range(self._length * batch_size)
-        self._batches = _batched(
-            order[process_index::process_count],
-            batch_size // process_count,
-            _evaluation_loader(split),
-            _threads(split, num_threads),
+        self._ahead = reading.batches(
+            loading.evaluation_loader(split, form),
+            slices,
+            range(self._length),
+            **_pool(split, num_threads, num_workers),
         )
+        self._blanks = _Blanks(split)
 
     def __len__(self) -> int:
         """Number of batches."""
         return self._length
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[loading.Batch]:
         """A pass over the split."""
-        return iter(self._batches)
+        iterator = iter(self._ahead)
+        try:
+            for batch in iterator:
+                yield self._blanks.counted(batch)
+        finally:
+            iterator.close()
+
+    @property
+    def bad_images(self) -> int:
+        """How many images have been replaced by blank ones."""
+        return len(self._blanks)
 
 
 def batch_shapes(
-    batch_size: int, image_shape: tuple[int, ...]
+    batch_size: int,
+    image_shape: tuple[int, ...],
+    dtype: np.typing.DTypeLike = np.float32,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a training batch."""
+    """Shapes and types of a training batch, given the type of its images."""
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32),
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), dtype),
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
     }
 
@@ -177,6 +214,8 @@ class Data:
         image_shape: Height, width and channels of an image.
         num_classes: Number of classes.
         steps_per_epoch: Training images over the global batch size; need not be whole.
+        train_images: Number of training images; 0 where nobody counted.
+        test_images: Number of test images; 0 where nobody counted.
     """
 
     train: TrainingBatches
@@ -184,6 +223,8 @@ class Data:
     image_shape: tuple[int, int, int]
     num_classes: int
     steps_per_epoch: float
+    train_images: int = 0
+    test_images: int = 0
 
     def steps(self, epochs: float) -> int:
         """The whole number of steps nearest to some epochs, at least one."""
@@ -199,6 +240,11 @@ def open_data(
     seed: int,
     augmented: bool = True,
     recipe: splits.Recipe = splits.DEFAULT_RECIPE,
+    dtype: np.typing.DTypeLike = np.float32,
+    num_threads: int = 16,
+    num_workers: int = 0,
+    bad_images: loading.BadImages = "stop",
+    with_index: bool = False,
 ) -> Data:
     """Opens the training and the test split of a data set, for this JAX process.
 
@@ -211,12 +257,18 @@ def open_data(
         augmented: Whether training images are cropped and mirrored at random.
         recipe: Size, cropping and normalisation, where the run wants others than the
             data set's.
+        dtype: Of the images; in bfloat16 half as many bytes travel to the devices.
+        num_threads: As in `TrainingBatches`.
+        num_workers: As in `TrainingBatches`.
+        bad_images: As in `TrainingBatches`.
+        with_index: As in `TrainingBatches`.
 
     Returns:
         The batches.
 
     Raises:
         FileNotFoundError: If the data set is not prepared in `data_dir`.
+        RecordError: If a record file is not as long as it was when it was written.
         ValueError: If there is no such data set, or `batch_size` exceeds it.
     """
     train, test = (
@@ -228,175 +280,52 @@ def open_data(
             f"batch_size must be at most {len(train)}, the number of training images, "
             f"got {batch_size}"
         )
-    process: dict[str, int] = {
+    shared: dict[str, Any] = {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
+        "dtype": dtype,
+        "num_threads": num_threads,
+        "num_workers": num_workers,
+        "bad_images": bad_images,
+        "with_index": with_index,
     }
     return Data(
         train=TrainingBatches(
-            train, batch_size=batch_size, seed=seed, augmented=augmented, **process
+            train, batch_size=batch_size, seed=seed, augmented=augmented, **shared
         ),
-        test=EvaluationBatches(test, batch_size=eval_batch_size, **process),
+        test=EvaluationBatches(test, batch_size=eval_batch_size, **shared),
         image_shape=train.image_shape,
         num_classes=train.num_classes,
         steps_per_epoch=len(train) / batch_size,
+        train_images=len(train),
+        test_images=len(test),
     )
 
 
-def _check_division(batch_size: int, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index must be in [0, {process_count}), got {process_index}"
-        )
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {process_count} "
-            f"process(es), got {batch_size}"
-        )
+class _Blanks:
+    """The records seen whose images were replaced; each is told of once."""
 
+    def __init__(self, split: splits.Split):
+        self._origin = split.origin
+        self._seen: set[int] = set()
 
-def _threads(split: splits.Split, num_threads: int) -> int:
-    """Threads for reading and decoding; 0 where batches are gathered in memory."""
-    return 0 if isinstance(split.records, splits.InMemory) else num_threads
+    def __len__(self) -> int:
+        return len(self._seen)
 
-
-def _batched(
-    order: grain.MapDataset, batch_size: int, load: _Load, num_threads: int
-) -> grain.IterDataset:
-    """Batches of `load`ed items, prefetched; see `_threads` for `num_threads`."""
-    if not num_threads:
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return order.batch(batch_size, batch_fn=load).to_iter_dataset(ahead)
-    # A thread takes a few images at a time: of small ones, each alone costs as much.
-    group = math.gcd(batch_size, 16)
-    ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=2 * batch_size // group)
-    groups = order.batch(group, batch_fn=load).to_iter_dataset(ahead)
-    return groups.batch(batch_size // group, batch_fn=_concatenated)
-
-
-def _concatenated(batches: Sequence[Batch]) -> Batch:
-    return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
-
-
-def _training_loader(split: splits.Split, seed: int, augmented: bool) -> _Load:
-    """Loads items `(record, position)`; records count on from epoch to epoch."""
-    preprocessing, recipe = split.preprocessing, split.recipe
-    crop = _random_crop(split, seed) if augmented else _centre_crop(split)
-
-    def load(items: Sequence[tuple[int, int]]) -> Batch:
-        indices, positions = np.array(items, np.int64).T
-        images, labels = _fetched(split, indices % len(split), positions, crop)
-        if augmented and split.fixed_size:
-            images = augment.pad_crop_flip(
-                images,
-                positions,
-                seed,
-                pad=preprocessing.pad,
-                flip=preprocessing.flip,
-                border=recipe.border,
+    def counted(self, batch: loading.Batch) -> loading.Batch:
+        """The batch for the run."""
+        for record in set(batch.pop(loading.BLANK).tolist()) - self._seen:
+            self._seen.add(record)
+            warnings.warn(
+                f"{self._origin.describe(record)}: an image of the mean colour stands "
+                "for one that cannot be decoded",
+                stacklevel=3,
             )
-        return {"image": _finished(images, split), "label": labels}
-
-    return load
+        return batch
 
 
-def _evaluation_loader(split: splits.Split) -> _Load:
-    """Loads record numbers; those past the end are padding."""
-    crop = _centre_crop(split)
-
-    def load(items: Sequence[int]) -> Batch:
-        positions = np.array(items, np.int64)
-        real = positions < len(split)
-        # The padding repeats record 0: any image will do that cannot become NaN.
-        indices = np.where(real, positions, 0)
-        images, labels = _fetched(split, indices, positions, crop)
-        return {
-            "image": _finished(images, split),
-            "label": labels,
-            "mask": real.astype(np.float32),
-        }
-
-    return load
-
-
-def _random_crop(split: splits.Split, seed: int) -> _Crop:
-    """The random part of an encoded image that training at a position sees."""
-    size, plain = split.image_shape[0], split.recipe.crop == "plain"
-    cropped = augment.random_squashed_crop if plain else augment.random_resized_crop
-    return lambda encoded, position: cropped(_decoded(encoded), position, seed, size)
-
-
-def _centre_crop(split: splits.Split) -> _Crop:
-    """The part of an encoded image that evaluation sees, whatever its position."""
-    size, plain = split.image_shape[0], split.recipe.crop == "plain"
-    cropped = augment.centre_squashed_crop if plain else augment.centre_crop
-    return lambda encoded, position: cropped(_decoded(encoded), size)
-
-
-def _fetched(
-    split: splits.Split, indices: np.ndarray, positions: np.ndarray, crop: _Crop
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[b, h, w, c]` and labels int32 `[b]` of the given records.
-
-    Images of varying size are cropped to that of the model; others are as on disk.
-    """
-    records = split.records
-    if isinstance(records, splits.InMemory):
-        return records.images[indices], records.labels[indices]
-    rows = records.__getitems__([int(index) for index in indices])
-    images = [row["image"] for row in rows]
-    if not split.fixed_size:
-        pairs = zip(images, positions, strict=True)
-        images = [crop(encoded, int(position)) for encoded, position in pairs]
-    return np.stack(images), np.array([row["label"] for row in rows], np.int32)
-
-
-def _decoded(encoded: bytes) -> np.ndarray:
-    """RGB pixels uint8 `[h, w, 3]` of a JPEG or PNG; grey and CMYK are converted."""
-    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise ValueError(
-            "a record's image is neither a JPEG nor a PNG that can be read"
-        )
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-
-
-def _finished(images: np.ndarray, split: splits.Split) -> np.ndarray:
-    """The cropped or augmented images at the model's size, float32, normalised."""
-    if images.shape[1:] != split.image_shape:
-        # A batch at a time: the records in memory stay small.
-        images = augment.resize(images, split.image_shape[0])
-    if split.recipe.normalise == "image":
-        return _standardised(images)
-    preprocessing = split.preprocessing
-    if split.recipe.normalise == "caffe":
-        return _normalised(images, preprocessing.mean, _CAFFE_STD)
-    return _normalised(images, preprocessing.mean, preprocessing.std)
-
-
-def _standardised(images: np.ndarray) -> np.ndarray:
-    """float32 images of mean 0 and variance 1, each by its own mean and deviation.
-
-    As `tf.image.per_image_standardization` of float images with values up to 255: the
-    deviation of a nearly uniform image of `n` numbers is taken as `1 / sqrt(n)`.
-    """
-    rows = images.reshape(len(images), -1).astype(np.float32)
-    rows -= rows.mean(1, keepdims=True)
-    least = np.float32(rows.shape[1] ** -0.5)
-    rows /= np.maximum(rows.std(1, keepdims=True), least)
-    return rows.reshape(images.shape)
-
-
-def _normalised(
-    images: np.ndarray,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> np.ndarray:
-    """float32 images less a mean and over a deviation of each channel, of 1."""
-    deviation = np.asarray(std, np.float32)
-    scale = np.float32(1 / 255) / deviation
-    shift = np.asarray(mean, np.float32) / deviation
-    normalised = images.astype(np.float32)
-    normalised *= scale
-    normalised -= shift
-    return normalised
+def _pool(split: splits.Split, num_threads: int, num_workers: int) -> dict[str, int]:
+    """Who reads; nobody else where batches are gathered in memory."""
+    if isinstance(split.records, splits.InMemory):
+        return {"num_threads": 0, "num_workers": 0}
+    return {"num_threads": num_threads, "num_workers": num_workers}

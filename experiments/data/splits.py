@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data import augment, strokes_builder
+from experiments.data import augment, decoding, strokes_builder
 
 Normalisation = Literal["dataset", "image", "caffe"]
 """Whose mean and standard deviation the pixels are normalised by."""
@@ -123,6 +123,7 @@ class Split:
         preprocessing: What happens to the images.
         fixed_size: Whether all images have the same size on disk.
         recipe: What the run wants done differently.
+        origin: Where the records come from.
     """
 
     records: Records
@@ -131,10 +132,22 @@ class Split:
     preprocessing: Preprocessing
     fixed_size: bool
     recipe: Recipe = DEFAULT_RECIPE
+    origin: decoding.Origin = decoding.UNKNOWN
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.records)
+
+    def read(self, record: int) -> dict[str, Any]:
+        """One record, by number.
+
+        Raises:
+            RecordError: If it cannot be read, or decoded where that is done here.
+        """
+        try:
+            return self.records[record]
+        except Exception as error:  # of array_record or the decoder, by no contract
+            raise self.origin.read_error(record, error) from error
 
 
 class InMemory:

@@ -5,6 +5,7 @@ import itertools
 
 import cv2
 import grain
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -158,9 +159,9 @@ def test_processes_together_read_what_one_process_reads(train):
     ]
     for step, batch in enumerate(whole):
         for key in batch:
-            parts = np.stack([share[step][key] for share in shares], axis=1)
-            assert parts.shape[:2] == (16, 4)
-            np.testing.assert_array_equal(parts.reshape(batch[key].shape), batch[key])
+            parts = [share[step][key] for share in shares]
+            assert [len(part) for part in parts] == [16] * 4
+            np.testing.assert_array_equal(np.concatenate(parts), batch[key])
 
 
 def test_memory_and_disk_give_the_same_batches(data_dir):
@@ -190,6 +191,72 @@ def test_augmentation_follows_the_preprocessing(data_dir):
     assert 0.9 < differs.mean() <= 1  # 1 in 50 stays where it is
     without = pipeline.TrainingBatches(moved, batch_size=64, seed=0, augmented=False)
     assert_same(next(without), still)
+
+
+@pytest.mark.parametrize("batch_size", [64, 96])
+def test_slices_of_an_epoch_are_disjoint_and_complete(train, batch_size):
+    seen = []
+    for index in range(4):
+        batches = pipeline.TrainingBatches(
+            train,
+            batch_size=batch_size,
+            seed=5,
+            process_index=index,
+            process_count=4,
+            with_index=True,
+        )
+        taken = take(batches, 3 * EPOCH // batch_size)
+        assert all(batch["index"].dtype == np.int32 for batch in taken)
+        seen.append(np.stack([batch["index"] for batch in taken]))
+    records = np.concatenate(seen, axis=1).ravel()  # as the stream has them
+    for epoch in np.split(records, 3):
+        assert sorted(epoch) == list(range(EPOCH))
+    assert records.tolist() == [i % EPOCH for i in places(EPOCH, 5, 3 * EPOCH)]
+
+
+def test_an_index_is_of_the_image_it_comes_with(train):
+    batches = pipeline.TrainingBatches(
+        train, batch_size=64, seed=1, augmented=False, with_index=True
+    )
+    for batch in take(batches, 5):
+        assert batch["index"].tolist() == originals(train, batch)
+
+
+def test_evaluation_gives_padding_no_index(data_dir):
+    split = splits.open_split("strokes/tiny", "test", data_dir)  # 100 images
+    batches = [
+        list(
+            pipeline.EvaluationBatches(
+                split,
+                batch_size=32,
+                process_index=index,
+                process_count=2,
+                with_index=True,
+            )
+        )
+        for index in range(2)
+    ]
+    pairs = zip(*batches, strict=True)
+    whole = [np.concatenate([b["index"] for b in pair]) for pair in pairs]
+    assert np.concatenate(whole).tolist() == [*range(100), *[-1] * 28]
+
+
+@pytest.mark.parametrize("normalise", ["dataset", "image", "caffe"])
+def test_bfloat16_images_are_the_float32_ones_rounded(train, textured, normalise):
+    recipe = splits.Recipe(normalise=normalise)
+    for split in (with_recipe(train, recipe), textured[1](recipe)):
+        exact, rounded = (
+            next(pipeline.TrainingBatches(split, batch_size=6, seed=0, dtype=dtype))
+            for dtype in (np.float32, ml_dtypes.bfloat16)
+        )
+        shapes = pipeline.batch_shapes(6, split.image_shape, ml_dtypes.bfloat16)
+        assert rounded["image"].dtype == shapes["image"].dtype == ml_dtypes.bfloat16
+        assert exact["image"].dtype == np.float32
+        # Eight bits are kept; rounded to nearest, they are off by half of the last.
+        image = rounded["image"].astype(np.float32)
+        np.testing.assert_allclose(image, exact["image"], rtol=2**-8, atol=1e-30)
+        assert not np.array_equal(image, exact["image"])
+        np.testing.assert_array_equal(rounded["label"], exact["label"])
 
 
 @pytest.mark.parametrize(("batch_size", "process_count"), [(32, 1), (48, 4), (256, 2)])
@@ -392,9 +459,8 @@ def test_recipes_keep_the_order_for_any_processes_and_resume(train, recipe):
             split, batch_size=48, seed=1, process_index=index, process_count=3
         )
         share.set_state(6)
-        assert_same(
-            next(share), {key: value[index::3] for key, value in through[6].items()}
-        )
+        own = slice(16 * index, 16 * (index + 1))
+        assert_same(next(share), {key: v[own] for key, v in through[6].items()})
 
 
 def test_plain_crops_keep_the_order_for_any_processes_and_resume(textured):
@@ -410,7 +476,8 @@ def test_plain_crops_keep_the_order_for_any_processes_and_resume(textured):
     assert_same(next(resumed), through[2])
     for index in range(2):
         share = take(batches(process_index=index, process_count=2), 4)[3]
-        assert_same(share, {key: value[index::2] for key, value in through[3].items()})
+        own = slice(3 * index, 3 * (index + 1))
+        assert_same(share, {key: v[own] for key, v in through[3].items()})
 
 
 def test_a_nearly_uniform_image_is_not_blown_up():
@@ -457,6 +524,7 @@ def test_open_data_counts_steps(data_dir):
     assert data.steps_per_epoch == pytest.approx(256 / 96)
     assert [data.steps(epochs) for epochs in (0.01, 1, 3)] == [1, 3, 8]
     assert (data.num_classes, data.image_shape, len(data.test)) == (5, (16, 16, 3), 2)
+    assert (data.train_images, data.test_images) == (256, 100)
     with pytest.raises(ValueError, match=r"batch_size must be at most 256.*got 257"):
         pipeline.open_data(
             "strokes/tiny", data_dir, batch_size=257, eval_batch_size=50, seed=0

@@ -1,0 +1,89 @@
+"""From the bytes of an image file to pixels; and what to say where that fails."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+# Orientation that a camera noted is ignored, as TensorFlow and Pillow do.
+_COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or decoded: which one, and the way out."""
+
+
+class Shard(NamedTuple):
+    """The part of a record file that belongs to a split.
+
+    Attributes:
+        path: The file.
+        skip: Number of the first record in the file that belongs.
+        take: How many belong.
+        size: Records in the whole file.
+    """
+
+    path: str
+    skip: int
+    take: int
+    size: int
+
+
+class Origin(NamedTuple):
+    """Where the records of a split come from.
+
+    Attributes:
+        dataset: Name of the data set.
+        split: Name of the split.
+        shards: Its record files, in order; empty if it has none.
+    """
+
+    dataset: str
+    split: str
+    shards: tuple[Shard, ...] = ()
+
+    def describe(self, record: int) -> str:
+        """Which record this is, and in which file it lies."""
+        text = f"record {record} of {self.dataset}, {self.split!r}"
+        first = 0
+        for shard in self.shards:
+            if record < first + shard.take:
+                return f"{text} (number {record - first + shard.skip} in {shard.path})"
+            first += shard.take
+        return text
+
+    def read_error(self, record: int, reason: object) -> RecordError:
+        """What to raise for a record that cannot be read."""
+        return RecordError(
+            f"{self.describe(record)} cannot be read: {reason}. `python "
+            "experiments/prepare_imagenet.py --verify` lists such records; the file "
+            "has to be prepared once more"
+        )
+
+    def image_error(self, record: int) -> RecordError:
+        """What to raise for an image that is none."""
+        return RecordError(
+            f"{self.describe(record)}: the image is neither a JPEG nor a PNG that can "
+            "be decoded. `python experiments/prepare_imagenet.py --verify` lists such "
+            "records; `--bad-images blank` goes on without them"
+        )
+
+
+UNKNOWN = Origin("a data set", "a split")
+"""Of records that lie in no files."""
+
+
+def decode(encoded: bytes) -> np.ndarray | None:
+    """Pixels of a JPEG or PNG file; grey and CMYK are converted.
+
+    Args:
+        encoded: The file.
+
+    Returns:
+        uint8 `[h, w, 3]`, **blue first**, as OpenCV has it; `None` if the file is
+        neither, or broken off: OpenCV would make up the rest of a JPEG in grey.
+    """
+    if encoded.startswith(_JPEG) and encoded.rfind(_END_OF_JPEG) < 0:
+        return None
+    return cv2.imdecode(np.frombuffer(encoded, np.uint8), _COLOUR)

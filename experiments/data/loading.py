@@ -1,0 +1,197 @@
+"""From places in the stream to batches: reading, cropping, augmenting, normalising."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+
+from experiments.data import augment, decoding, normalising, splits
+
+Batch = dict[str, np.ndarray]
+"""`image` `[b, h, w, c]` of the type asked for, `label` int32 `[b]`; testing, `mask`
+float32 `[b]`; where asked for, `index` int32 `[b]`, numbers of the records."""
+
+BadImages = Literal["stop", "blank"]
+"""What to do about an image that cannot be decoded: raise `decoding.RecordError`, or
+put an image of the data set's mean in its place."""
+
+BLANK = "blank"
+"""Key of the numbers of records whose images are blank, for the pipeline alone."""
+
+Load = Callable[[np.ndarray], Batch]
+"""A batch from positions in the stream."""
+
+
+class Form(NamedTuple):
+    """What a batch is to be like.
+
+    Attributes:
+        dtype: Of the images.
+        bad_images: What to do about images that cannot be decoded.
+        with_index: Whether batches have the numbers of their records.
+    """
+
+    dtype: np.typing.DTypeLike = np.float32
+    bad_images: BadImages = "stop"
+    with_index: bool = False
+
+
+_Crop = Callable[[np.ndarray, int], np.ndarray]
+_Shift = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def training_loader(
+    split: splits.Split,
+    seed: int,
+    augmented: bool,
+    order: Sequence[int],
+    form: Form,
+) -> Load:
+    """Loads positions of the endless stream.
+
+    Args:
+        split: What to read.
+        seed: Seed of the augmentation.
+        augmented: Whether images are cropped and mirrored at random.
+        order: The record at each position; records count on from epoch to epoch.
+        form: Type of the images, and what to do about bad ones.
+
+    Returns:
+        The loader.
+    """
+    crop = _random_crop(split, seed) if augmented else _centre_crop(split)
+    moved = augmented and split.fixed_size
+    shift = _shift(split, seed) if moved else _unmoved
+    images_of = _loader(split, crop, shift, form)
+
+    def load(positions: np.ndarray) -> Batch:
+        records = [order[position] % len(split) for position in positions.tolist()]
+        return images_of(np.array(records), positions)
+
+    return load
+
+
+def evaluation_loader(split: splits.Split, form: Form) -> Load:
+    """Loads record numbers; those past the end are padding.
+
+    Args:
+        split: What to read.
+        form: Type of the images, and what to do about bad ones.
+
+    Returns:
+        The loader.
+    """
+    images_of = _loader(split, _centre_crop(split), _unmoved, form)
+
+    def load(positions: np.ndarray) -> Batch:
+        real = positions < len(split)
+        # The padding repeats record 0: any image will do that cannot become NaN.
+        batch = images_of(np.where(real, positions, 0), positions)
+        batch["mask"] = real.astype(np.float32)
+        if "index" in batch:
+            batch["index"][~real] = -1
+        return batch
+
+    return load
+
+
+class _Fetched(NamedTuple):
+    """Images of one size, uint8 `[b, h, w, c]`, labels, and which are no images."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    bad: list[int]
+
+
+_Fetch = Callable[[np.ndarray, np.ndarray], _Fetched]
+"""From numbers of records and their positions in the stream."""
+
+
+def _loader(
+    split: splits.Split, crop: _Crop, shift: _Shift, form: Form
+) -> Callable[[np.ndarray, np.ndarray], Batch]:
+    """Loads records that stand at positions of the stream."""
+    normalise = normalising.normaliser(split, form.dtype)
+    fetch = _fetcher(split, crop, form.bad_images)
+
+    def load(records: np.ndarray, positions: np.ndarray) -> Batch:
+        images, labels, bad = fetch(records, positions)
+        out = np.empty((len(records), *split.image_shape), form.dtype)
+        normalise(shift(images, positions), out)
+        out[bad] = 0  # which is the mean
+        batch = {"image": out, "label": labels, BLANK: records[bad]}
+        if form.with_index:
+            batch["index"] = records.astype(np.int32)
+        return batch
+
+    return load
+
+
+def _fetcher(split: splits.Split, crop: _Crop, bad_images: BadImages) -> _Fetch:
+    """Images of varying size are cropped to the model's; others are as on disk."""
+    records = split.records
+    if isinstance(records, splits.InMemory):
+        return lambda chosen, _: _Fetched(
+            records.images[chosen], records.labels[chosen], []
+        )
+    if split.fixed_size:
+        return lambda chosen, _: _whole([split.read(i) for i in chosen.tolist()])
+
+    def fetch(chosen: np.ndarray, positions: np.ndarray) -> _Fetched:
+        images = np.zeros((len(chosen), *split.image_shape), np.uint8)
+        labels = np.empty(len(chosen), np.int32)
+        bad = []
+        pairs = zip(chosen.tolist(), positions.tolist(), strict=True)
+        for i, (record, position) in enumerate(pairs):
+            # One by one: `__getitems__` would start a thread for each file touched.
+            row = split.read(record)
+            labels[i] = row["label"]
+            pixels = decoding.decode(row["image"])
+            if pixels is not None:
+                # Red first only now that there are fewer pixels.
+                cv2.cvtColor(crop(pixels, position), cv2.COLOR_BGR2RGB, images[i])
+            elif bad_images == "stop":
+                raise split.origin.image_error(record)
+            else:
+                bad.append(i)
+        return _Fetched(images, labels, bad)
+
+    return fetch
+
+
+def _whole(rows: list[dict[str, Any]]) -> _Fetched:
+    labels = np.array([row["label"] for row in rows], np.int32)
+    return _Fetched(np.stack([row["image"] for row in rows]), labels, [])
+
+
+def _shift(split: splits.Split, seed: int) -> _Shift:
+    """The shifts and mirroring that training does to images of one size."""
+    preprocessing, border = split.preprocessing, split.recipe.border
+    return lambda images, positions: augment.pad_crop_flip(
+        images,
+        positions,
+        seed,
+        pad=preprocessing.pad,
+        flip=preprocessing.flip,
+        border=border,
+    )
+
+
+def _unmoved(images: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    del positions
+    return images
+
+
+def _random_crop(split: splits.Split, seed: int) -> _Crop:
+    """The random part of an image that training at a position sees."""
+    size, plain = split.image_shape[0], split.recipe.crop == "plain"
+    cropped = augment.random_squashed_crop if plain else augment.random_resized_crop
+    return lambda pixels, position: cropped(pixels, position, seed, size)
+
+
+def _centre_crop(split: splits.Split) -> _Crop:
+    """The part of an image that evaluation sees, whatever its position."""
+    size, plain = split.image_shape[0], split.recipe.crop == "plain"
+    cropped = augment.centre_squashed_crop if plain else augment.centre_crop
+    return lambda pixels, position: cropped(pixels, size)

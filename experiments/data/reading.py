@@ -1,0 +1,82 @@
+"""Reading ahead: groups of images in threads or worker processes, whole batches out."""
+
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from experiments.data import loading, order
+
+_GROUP = 16  # images that a thread takes at a time; one by one they cost as much again
+
+
+def batches(
+    load: loading.Load,
+    slices: order.Slices,
+    span: range,
+    *,
+    num_threads: int,
+    num_workers: int,
+) -> grain.IterDataset:
+    """This process's slices of global batches, read ahead.
+
+    Args:
+        load: From positions in the stream to a batch.
+        slices: Which positions.
+        span: Numbers of the batches.
+        num_threads: Threads that load, of all workers together; 0 where images are
+            gathered from memory, a batch at a time.
+        num_workers: Worker processes that load; 0 for threads of this process.
+
+    Returns:
+        The batches, in order, whoever loads them.
+    """
+    size = math.gcd(slices.local_size, _GROUP) if num_threads else slices.local_size
+    groups = slices.local_size // size
+    numbers = grain.MapDataset.range(span.start * groups, span.stop * groups)
+    loaded = numbers.map(lambda number: load(slices.positions(number, size)))
+    if not num_threads:
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return loaded.to_iter_dataset(ahead)
+    if not num_workers:
+        # A batch ahead, and work for every thread if that is a small one.
+        buffer = max(groups, num_threads)
+        ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=buffer)
+        return loaded.to_iter_dataset(ahead).batch(groups, batch_fn=_concatenated)
+    _parse_flags()
+    threads = max(1, num_threads // num_workers)
+    ahead = grain.ReadOptions(threads, prefetch_buffer_size=2 * threads)
+    options = grain.MultiprocessingOptions(
+        num_workers, per_worker_buffer_size=max(1, groups // num_workers)
+    )
+    read = loaded.to_iter_dataset(ahead).mp_prefetch(options, _start_worker)
+    return read.batch(groups, batch_fn=_concatenated)
+
+
+def _concatenated(parts: Sequence[loading.Batch]) -> loading.Batch:
+    # A copy even of a single part: one of a worker lies in memory that it shares.
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _parse_flags() -> None:
+    """Lets grain read its absl flags in a program that absl did not start."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Ends a worker with its parent, even one that was killed and told nobody."""
+    del index, count
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
