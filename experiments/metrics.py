@@ -24,15 +24,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
-import jax
 import tqdm
 
-from experiments import append_only, memory_use, phases, tensorboard
+from experiments import append_only, memory_use, phases, step_means, tensorboard
 
 Metrics = Mapping[str, Any]
-
-# Of several steps the largest is reported, not the mean.
-_LARGEST = frozenset({"skipped", "rejected", "boosted", "inverse_age_max"})
 
 
 class JsonLines:
@@ -173,7 +169,7 @@ class Reporter:
         self._bar.set_postfix_str("compiling")
         self._compiled = self._closing = False
         self._phases = phases.Phases({})
-        self._epoch = _EpochMeans()
+        self._epoch = step_means.EpochMeans()
         if writes:
             self._open_files(pathlib.Path(directory))
         if start_step:
@@ -228,7 +224,7 @@ class Reporter:
         """
         single = isinstance(metrics, Mapping)
         with self._phases.phase("step"):
-            of_steps = _read([metrics] if single else metrics)
+            of_steps = step_means.read([metrics] if single else metrics)
         with self._phases.phase("report"):
             self._train(step, of_steps)
 
@@ -240,7 +236,7 @@ class Reporter:
             metrics: Scalars, `loss` and `accuracy` among them.
         """
         with self._phases.phase("report"):
-            (read,) = _read([metrics])
+            (read,) = step_means.read([metrics])
             seconds = self._phases.training()
             self._write("test", step, seconds, {**read, **self._seconds_by_phase()})
             self._print(self._epoch_line(step, seconds, read))
@@ -269,7 +265,7 @@ class Reporter:
         seconds = self._phases.training()
         images = (step - self._step) * self._batch_size
         speed = self._epoch.add(of_steps, images, seconds)
-        metrics = _joined(of_steps)
+        metrics = step_means.joined(of_steps)
         self._step = step
         if speed is not None:
             metrics["images_per_second"] = speed
@@ -327,23 +323,6 @@ class Reporter:
             self._stream.flush()
 
 
-def _read(metrics: Any) -> list[dict[str, float]]:
-    """The numbers of metrics, when they are there."""
-    return [
-        {key: float(value) for key, value in of_step.items()}
-        for of_step in jax.device_get([dict(m) for m in metrics])
-    ]
-
-
-def _joined(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of several steps as those of one."""
-    joined = {}
-    for key in of_steps[-1]:
-        values = [metrics[key] for metrics in of_steps]
-        joined[key] = max(values) if key in _LARGEST else sum(values) / len(values)
-    return joined
-
-
 def _phases_after(record: Mapping[str, Any]) -> phases.Phases:
     """The clock of a run that goes on after a record."""
     before = {name: record.get(f"{name}_seconds", 0.0) for name in phases.PHASES}
@@ -351,45 +330,6 @@ def _phases_after(record: Mapping[str, Any]) -> phases.Phases:
     if "other_seconds" not in record:
         before["other"] = record.get("seconds", 0.0)
     return phases.Phases(before)
-
-
-class _EpochMeans:
-    """Means of the training metrics since the last evaluation, and the speed."""
-
-    def __init__(self):
-        # The first call of a process ends a step that was compiled; it is not a speed.
-        self._last: float | None = None
-        self.start(None)
-
-    def start(self, seconds: float | None) -> None:
-        self._metrics: list[tuple[dict[str, float], float]] = []
-        self._images, self._busy = 0, 0.0
-        if seconds is not None:
-            self._last = seconds
-
-    def add(
-        self, of_steps: Sequence[dict[str, float]], images: int, seconds: float
-    ) -> float | None:
-        """Notes the metrics of images that took until now; returns images/s."""
-        share = images / len(of_steps)
-        self._metrics += [(metrics, share) for metrics in of_steps]
-        last, self._last = self._last, seconds
-        if last is None or seconds <= last:
-            return None
-        self._images += images
-        self._busy += seconds - last
-        return images / (seconds - last)
-
-    def means(self) -> dict[str, float]:
-        total = sum(images for _, images in self._metrics)
-        return {
-            key: sum(m.get(key, 0.0) * i for m, i in self._metrics) / max(total, 1)
-            for key in ("loss", "accuracy", "refreshed")
-        }
-
-    def speed(self) -> str:
-        rate = f"{self._images / self._busy:,.0f}" if self._busy else "-"
-        return f"{rate} images/s"
 
 
 def _line(record: Mapping[str, Any]) -> str:

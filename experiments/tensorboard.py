@@ -11,11 +11,16 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from experiments import append_only
+
+# Their classes are made at import, where no type checker sees them.
+_EVENTS: Any = event_pb2
+_SUMMARIES: Any = summary_pb2
 
 
 class EventFile:
@@ -41,7 +46,7 @@ class EventFile:
         path = directory / f"events.out.tfevents.{name}"
         self._file = append_only.AppendOnlyFile(path, tell)
         self._append(file_version="brain.Event:2")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
         self._append(step=first_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -52,17 +57,17 @@ class EventFile:
             scalars: The scalars by tag.
         """
         values = [
-            summary_pb2.Summary.Value(tag=tag, simple_value=value)
+            _SUMMARIES.Summary.Value(tag=tag, simple_value=value)
             for tag, value in scalars.items()
         ]
-        self._append(step=step, summary=summary_pb2.Summary(value=values))
+        self._append(step=step, summary=_SUMMARIES.Summary(value=values))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _append(self, **fields: object) -> None:
-        event = event_pb2.Event(wall_time=time.time(), **fields)
+        event = _EVENTS.Event(wall_time=time.time(), **fields)
         data = event.SerializeToString()
         # Framed as a TFRecord: length, its checksum, data, their checksum.
         length = struct.pack("<Q", len(data))
