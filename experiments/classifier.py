@@ -1,27 +1,30 @@
-"""One run of an image classifier, from data to picture, as every experiment does it.
+"""The program of an image classifier: data, model, loss, optimizer, compiled steps.
 
-An experiment is a set of settings and a command line around `prepare`, `train` and
-`draw`.
+`experiments.loop` carries it out.
 """
 
 import dataclasses
+import functools
 import inspect
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lbopt
-from experiments import checkpoints, figures, metrics, runs
-from experiments.data import pipeline, virtual_batch
+from experiments import curvature_metrics, optimizers
+from experiments.data import device_feed, pipeline, virtual_batch
 from experiments.models.registry import MODELS, Model
 from experiments.settings import Config
 from lbopt import training
 from lbopt.curvature import registry
 from lbopt.parameter_paths import matching
+
+AXIS = "data"
+"""The mesh axis that examples lie along."""
 
 # === Data =============================================================================
 
@@ -36,6 +39,10 @@ def open_data(config: Config) -> pipeline.Data:
         seed=config.seed,
         augmented=config.augment,
         recipe=config.recipe,
+        dtype=jnp.dtype(config.dtype),
+        num_threads=config.num_threads,
+        num_workers=config.num_workers,
+        bad_images=config.bad_images,
     )
 
 
@@ -43,15 +50,32 @@ def open_data(config: Config) -> pipeline.Data:
 
 
 def build_model(config: Config, data: pipeline.Data) -> Model:
-    """The network, without parameters."""
+    """The network, without parameters.
+
+    Raises:
+        ValueError: If the network has none of what a setting asks for.
+    """
     make, options = MODELS[config.model], {}
-    if config.zero_init_residual:
-        if "zero_init_residual" not in inspect.signature(make).parameters:
+    takes = inspect.signature(make).parameters
+    lacking = {
+        "zero_init_residual": "last normalisation in its blocks that could start at 0",
+        "remat": "residual blocks to evaluate anew",
+        "sync_norm": "BatchNorm that could see all devices' images",
+    }
+    asked = {
+        "zero_init_residual": ("zero_init_residual", True),
+        "remat": ("remat", True),
+        "sync_norm": ("axis_name", AXIS),
+    }
+    for name, (argument, value) in asked.items():
+        if not getattr(config, name):
+            continue
+        if argument not in takes:
             raise ValueError(
-                f"zero_init_residual: {config.model} has no last normalisation in its "
-                "blocks that could start at 0; leave it off, or choose a resnet"
+                f"{name}: {config.model} has no {lacking[name]}; leave it off, or "
+                "choose a resnet"
             )
-        options["zero_init_residual"] = True
+        options[argument] = value
     return make(
         num_classes=data.num_classes,
         norm_momentum=config.norm_momentum,
@@ -119,176 +143,162 @@ def make_loss(
     return loss_fn
 
 
-# === Optimizer ========================================================================
-
-
-def build_schedule(
-    config: Config, data: pipeline.Data, peak_value: float
-) -> optax.Schedule:
-    """The learning rate of a step."""
-    rising = round(config.warmup_epochs * data.steps_per_epoch)
-    steps = data.steps(config.epochs)
-    if config.schedule == "cosine":
-        cosine = optax.cosine_decay_schedule(peak_value, steps - rising)
-        after = optax.join_schedules([optax.constant_schedule(0.0), cosine], [rising])
-    elif config.schedule == "polynomial":
-        after = optax.polynomial_schedule(peak_value, 0.0, 2, steps)
-    elif config.schedule == "exponential":
-        after = _by_half_epochs(peak_value, config.decay_rate, data)
-    else:
-        after = lbopt.schedules.staircase(
-            peak_value, config.decay_epochs, steps_per_epoch=data.steps_per_epoch
-        )
-    return lbopt.schedules.warmup(
-        peak_value,
-        rising,
-        after,
-        init_value=config.warmup_start,
-        shape=config.warmup_shape,
-    )
-
-
-def _by_half_epochs(value: float, factor: float, data: pipeline.Data) -> optax.Schedule:
-    """A number that is multiplied by a factor after each half of an epoch."""
-    return optax.exponential_decay(value, data.steps(0.5), factor, staircase=True)
-
-
-def build_optimizer(
-    config: Config, data: pipeline.Data, loss_fn: Callable, arguments: tuple
-) -> tuple[optax.GradientTransformation, registry.Layers | None]:
-    """The optimizer, and the layers it found; `arguments` are the loss's, or shapes."""
-    settings = dataclasses.asdict(getattr(config, config.optimizer))
-    peak_value = settings.pop("learning_rate")
-    layers: Any = None
-    spread: dict[str, Any] = {}
-    if config.has_curvature:
-        norm_blocks = settings.pop("norm_blocks", "unit_wise")
-        layers = lbopt.trace_layers(
-            loss_fn,
-            *arguments,
-            has_aux=True,
-            norm_blocks=norm_blocks,
-            doubly_factored=config.doubly_factored,
-        )
-        print(layers)
-    if config.devices > 1:
-        spread = {"axis_name": "data", "axis_size": config.devices}
-        spread["placement"] = config.placement
-    if config.optimizer == "sp_ngd":
-        rate = lbopt.schedules.polynomial(
-            peak_value,
-            settings.pop("power"),
-            settings.pop("decay_start"),
-            settings.pop("decay_end") * config.epochs,
-            steps_per_epoch=data.steps_per_epoch,
-        )
-        settings.pop("fisher")  # of the step
-        return lbopt.sp_ngd(rate, layers, **settings, **spread), layers
-    rate = build_schedule(config, data, peak_value)
-    if config.optimizer == "kfac":
-        decay = settings.pop("kl_clip_decay")
-        if settings["kl_clip"] is not None and decay < 1:
-            settings["kl_clip"] = _by_half_epochs(settings["kl_clip"], decay, data)
-        return lbopt.kfac(rate, layers, **settings, **spread), layers
-    if config.optimizer == "lars":
-        after_kfac = settings.pop("after_kfac")
-        lars = lbopt.lars(rate, **settings)
-        if not after_kfac:
-            return lars, None
-        return optax.chain(_natural_gradient(config, layers, spread), lars), layers
-    if config.optimizer == "nlcg":
-        if layers is None:
-            return lbopt.nlcg(rate, **settings), None
-        settings["preconditioner"] = _natural_gradient(config, layers, spread)
-        axis_name = spread.get("axis_name")
-        return lbopt.nlcg(rate, **settings, axis_name=axis_name), layers
-    if config.optimizer == "rmsprop":
-        # The slots of TensorFlow's start at 1, as the baselines of Adya et al. did.
-        return optax.rmsprop(rate, **settings, initial_scale=1.0), None
-    decay = optax.add_decayed_weights(settings.pop("weight_decay"))
-    return optax.chain(decay, optax.sgd(rate, **settings)), None
-
-
-def _natural_gradient(
-    config: Config, layers: Any, spread: dict[str, Any]
-) -> optax.GradientTransformation:
-    """K-FAC as a preconditioner of another optimizer."""
-    kfac = config.kfac
-    return lbopt.scale_by_kfac(
-        layers,
-        damping=kfac.damping,
-        factor_decay=kfac.factor_decay,
-        stats_period=kfac.stats_period,
-        inverse_period=kfac.inverse_period,
-        **spread,
-    )
-
-
 # === Step =============================================================================
 
 
 class Program(NamedTuple):
-    """The three functions of a run; nothing is compiled before they are called."""
+    """The functions of a run; nothing is compiled before they are called.
+
+    Attributes:
+        init: The state before the first step.
+        train_step: `(state, batch) -> (state, metrics)`; donates the state.
+        eval_step: `(state, batch) -> sums`.
+        layers: What the optimizer has curvature of; `None` without curvature.
+        mesh: The devices, if there are several.
+        state_shapes: The state's global shapes on other devices, or with another
+            placement: `(devices, placement) -> state`.
+    """
 
     init: Callable[[], training.TrainState]
     train_step: Callable
     eval_step: Callable
+    layers: registry.Layers | None
+    mesh: Mesh | None
+    state_shapes: Callable[[int, str], training.TrainState]
+
+
+def make_mesh(config: Config) -> Mesh | None:
+    """The devices of a run; `None` for one.
+
+    Raises:
+        ValueError: If there are not as many as asked for, or several processes would
+            have to share fewer than there are.
+    """
+    there = jax.device_count()
+    devices = config.devices or there
+    if devices > there:
+        raise ValueError(
+            f"devices={devices}, but there are {there}; start anew with that many, or "
+            "ask for fewer (0: all)"
+        )
+    if jax.process_count() > 1 and devices < there:
+        raise ValueError(
+            f"devices={devices}, but the {jax.process_count()} processes have {there}; "
+            "processes share all of them: pass --devices 0"
+        )
+    if devices == 1:
+        return None
+    return lbopt.sharding.make_mesh(jax.devices()[:devices], axis_name=AXIS)
 
 
 def build_program(config: Config, data: pipeline.Data) -> Program:
-    """Puts model, loss and optimizer together, by shapes alone."""
-    mesh = None
-    if config.devices > 1:
-        if config.devices > len(jax.devices()):
-            raise ValueError(
-                f"devices={config.devices}, but there are {len(jax.devices())}; start "
-                "anew with that many, or ask for fewer"
-            )
-        mesh = lbopt.sharding.make_mesh(jax.devices()[: config.devices])
+    """Puts model, loss and optimizer together, by shapes alone.
+
+    Raises:
+        ValueError: If settings do not suit the data, the model or the devices.
+    """
+    mesh = make_mesh(config)
+    devices = 1 if mesh is None else mesh.size
+    accumulate = config.accumulate(devices)
+    if config.eval_batch_size % devices:
+        raise ValueError(
+            f"eval_batch_size must be a multiple of {devices} devices, got "
+            f"{config.eval_batch_size}"
+        )
+    if config.sync_norm and mesh is None:
+        raise ValueError("sync_norm needs several devices, got devices=1; leave it off")
     model = build_model(config, data)
-    batch = pipeline.batch_shapes(config.batch_size, data.image_shape)
-    loss_fn = make_loss(
+    shapes = pipeline.batch_shapes(
+        config.batch_size, data.image_shape, jnp.dtype(config.dtype)
+    )
+    model_key, run_key = jax.random.split(jax.random.key(config.seed))
+    # Outside of the mesh there is no axis to normalise over, and shapes need none.
+    alone = model.clone(axis_name=None) if config.sync_norm else model
+
+    def init_model() -> tuple[Any, dict[str, Any]]:
+        images = jnp.zeros((1, *data.image_shape))
+        model_state = dict(alone.init(model_key, images, train=True))
+        return model_state.pop("params"), model_state
+
+    def carried() -> dict[str, Any]:
+        if not config.mixup_alpha:
+            return {}
+        shape = shapes["image"].shape
+        return {VIRTUAL_BATCH: virtual_batch.empty(shape, data.num_classes)}
+
+    params, model_state = jax.eval_shape(init_model)
+    model_state |= jax.eval_shape(carried)
+    arguments = (params, model_state, shapes, run_key)
+
+    def optimizer(devices: int, placement: Any) -> tuple[Any, registry.Layers | None]:
+        there = dataclasses.replace(config, placement=placement)
+        tx, layers = optimizers.build_optimizer(
+            there, data, _loss_of(config, alone), arguments, devices
+        )
+        if config.weight_average:
+            average = lbopt.average_params(config.weight_average, warm_up=True)
+            tx = optax.chain(tx, average)
+        return tx, layers
+
+    def state_shapes(devices: int, placement: str) -> training.TrainState:
+        tx, _ = optimizer(devices, placement)
+        start = functools.partial(training.init_state, tx)
+        return jax.eval_shape(start, params, model_state, run_key)
+
+    tx, layers = optimizer(devices, config.placement)
+
+    def init() -> training.TrainState:
+        params, model_state = jax.jit(init_model)()
+        state = training.init_state(tx, params, model_state, run_key, mesh)
+        along = None if mesh is None else NamedSharding(mesh, PartitionSpec(AXIS))
+        empty = jax.tree.map(lambda x: _zeros(x, along), jax.eval_shape(carried))
+        return state._replace(model_state={**state.model_state, **empty})
+
+    eval_step = training.make_eval_step(make_eval(alone))
+    train_step = training.make_train_step(
+        _loss_of(config, model),
+        tx,
+        layers,
+        mesh,
+        fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
+        accumulate=accumulate,
+        per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
+    )
+    return Program(
+        init=init,
+        train_step=_reporting_curvature(train_step),
+        eval_step=_of_averages(eval_step) if config.weight_average else eval_step,
+        layers=layers,
+        mesh=mesh,
+        state_shapes=state_shapes,
+    )
+
+
+def _loss_of(config: Config, model: Model) -> Callable:
+    return make_loss(
         model,
         config.label_smoothing,
         l2=config.l2,
         mixup_alpha=config.mixup_alpha,
         random_erasing=config.random_erasing,
     )
-    model_key, run_key = jax.random.split(jax.random.key(config.seed))
 
-    def init_model():
-        images = jnp.zeros((1, *data.image_shape))
-        model_state = dict(model.init(model_key, images, train=True))
-        params = model_state.pop("params")
-        if config.mixup_alpha:
-            model_state[VIRTUAL_BATCH] = virtual_batch.empty(
-                batch["image"].shape, data.num_classes
-            )
-        return params, model_state
 
-    params, model_state = jax.eval_shape(init_model)
-    arguments = (params, model_state, batch, run_key)
-    tx, layers = build_optimizer(config, data, loss_fn, arguments)
-    eval_step = training.make_eval_step(make_eval(model))
-    if config.weight_average:
-        average = lbopt.average_params(config.weight_average, warm_up=True)
-        tx = optax.chain(tx, average)
-        eval_step = _of_averages(eval_step)
+def _zeros(shape: jax.ShapeDtypeStruct, along: NamedSharding | None) -> jax.Array:
+    """Zeros that lie along the devices, none of which ever holds them whole."""
+    if along is None or not shape.shape:
+        return jnp.zeros(shape.shape, shape.dtype)
+    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=along)()
 
-    def init() -> training.TrainState:
-        params, model_state = jax.jit(init_model)()
-        return training.init_state(tx, params, model_state, run_key, mesh)
 
-    train_step = training.make_train_step(
-        loss_fn,
-        tx,
-        layers,
-        mesh,
-        fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
-        accumulate=config.accumulate,
-        per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
-    )
-    return Program(init, train_step, eval_step)
+def _reporting_curvature(train_step: Callable) -> Callable:
+    """The same step, whose metrics tell what the optimizer renewed and sent."""
+
+    def reporting(state: training.TrainState, batch: Any) -> Any:
+        state, metrics = train_step(state, batch)
+        return state, {**metrics, **curvature_metrics.of(state.opt_state)}
+
+    return jax.jit(reporting, donate_argnums=0)
 
 
 # === Evaluation =======================================================================
@@ -324,81 +334,22 @@ def make_eval(model: Model) -> Callable:
 
 
 def evaluate(
-    eval_step: Callable, state: training.TrainState, data: pipeline.Data
+    program: Program, state: training.TrainState, data: pipeline.Data
 ) -> dict[str, float]:
-    """Mean loss and accuracy over the test images."""
-    sums = [jax.device_get(eval_step(state, batch)) for batch in data.test]
-    totals = {key: float(sum(s[key] for s in sums)) for key in sums[0]}
-    images = totals.pop("images")
-    return {key: total / images for key, total in totals.items()}
-
-
-# === The run: metrics, checkpoints, picture ===========================================
-
-
-class Run(NamedTuple):
-    """A run whose settings have passed every check."""
-
-    config: Config
-    directory: pathlib.Path
-    data: pipeline.Data
-    program: Program
-
-
-def prepare(config: Config) -> Run:
-    """Opens the data, builds the program and claims the directory; compiles nothing.
+    """Mean loss and accuracy over the test images.
 
     Raises:
-        FileExistsError: If the directory holds a run that is not to be resumed.
-        FileNotFoundError: If the data set is not prepared.
-        ValueError: If settings do not suit the data, the optimizer or the run resumed.
+        RuntimeError: If not each of them counted once.
     """
-    data = open_data(config)
-    program = build_program(config, data)
-    directory = config.directory or pathlib.Path("runs") / "-".join(
-        (config.dataset.replace("/", "_"), config.model, config.optimizer)
-    )
-    runs.claim(directory, config, resume=config.resume)
-    return Run(config, directory, data, program)
-
-
-def train(run: Run) -> float:
-    """Carries out a run, or what is left of it; returns its final test accuracy."""
-    config, directory, data, program = run
-    state, start, total_steps = program.init(), 0, data.steps(config.epochs)
-    evaluated = data.steps(config.eval_epochs)
-    saved = data.steps(config.checkpoint_epochs)
-    with checkpoints.Checkpoints(directory / "checkpoints") as store:
-        if latest := store.restore_latest(state):
-            start, state, batches_taken = latest
-            data.train.set_state(batches_taken)
-        with metrics.Reporter(
-            directory,
-            name=config.optimizer,
-            total_steps=total_steps,
-            batch_size=config.batch_size,
-            steps_per_epoch=data.steps_per_epoch,
-            start_step=start,
-        ) as reporter:
-            for step in range(start + 1, total_steps + 1):
-                last = step == total_steps
-                state, step_metrics = program.train_step(state, next(data.train))
-                if step % config.log_period == 0 or step % evaluated == 0 or last:
-                    # Reading a metric waits for its step, so the others run ahead.
-                    reporter.train(step, step_metrics)
-                with reporter.paused():
-                    if step % evaluated == 0 or last:
-                        reporter.test(step, evaluate(program.eval_step, state, data))
-                    if step % saved == 0 or last:
-                        store.save(step, state, data.train.get_state())
-    draw([run], directory / "curves.png")
-    log = directory / "metrics.jsonl"
-    return figures.read_curve(log, "test", "accuracy").values[-1]
-
-
-def draw(drawn: Sequence[Run], path: pathlib.Path) -> None:
-    """Draws the curves of runs that differ in the optimizer only."""
-    config = drawn[0].config
-    title = f"{config.model} on {config.dataset}, batch {config.batch_size:,}"
-    logs = {run.config.optimizer: run.directory / "metrics.jsonl" for run in drawn}
-    figures.draw_runs(logs, path, title=title)
+    sums = [
+        jax.device_get(program.eval_step(state, device_feed.place(batch, program.mesh)))
+        for batch in data.test
+    ]
+    totals = {key: float(sum(s[key] for s in sums)) for key in sums[0]}
+    images = totals.pop("images")
+    if round(images) != data.test_images:
+        raise RuntimeError(
+            f"{images:.0f} images were evaluated, not {data.test_images}: processes "
+            "disagree about the test split; prepare the data set anew"
+        )
+    return {key: total / images for key, total in totals.items()}

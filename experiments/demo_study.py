@@ -17,7 +17,7 @@ import statistics
 from typing import Any
 
 from experiments import figures
-from experiments.classifier import prepare, train
+from experiments.loop import prepare, train
 from experiments.settings import Config, Kfac, Sgd
 
 SEEDS = (0, 1, 2)

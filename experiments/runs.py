@@ -6,8 +6,15 @@ import os
 import pathlib
 from typing import Any
 
-# Where things are and whether to continue; moved files make no other run.
-_MAY_CHANGE = {"data_dir", "directory", "resume"}
+# Where things are, on how many devices, and how often it is looked at: none of it makes
+# another run.
+_MAY_CHANGE = {
+    *("data_dir", "directory", "resume"),
+    *("devices", "placement", "distributed", "start_timeout", "heartbeat_timeout"),
+    *("num_threads", "num_workers", "bad_images", "remat"),
+    *("log_period", "eval_batch_size", "eval_epochs"),
+    *("checkpoint_epochs", "keep_checkpoints", "keep_best"),
+}
 
 
 def claim(
@@ -32,22 +39,28 @@ def claim(
     """
     directory = pathlib.Path(directory)
     path = directory / "config.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings = _plain(config)
     if path.exists():
         if not resume:
             raise FileExistsError(
                 f"directory: {directory} holds a run already; pass --resume to "
                 "continue it, or choose another --directory"
             )
-        before = json.loads(path.read_text(encoding="utf-8"))
+        # Settings that came later had their defaults.
+        before = _plain(type(config)()) | json.loads(path.read_text(encoding="utf-8"))
         for name in sorted(settings.keys() - _MAY_CHANGE):
-            if settings[name] != before.get(name):
+            if settings[name] != before[name]:
                 raise ValueError(
-                    f"{name}: the run in {directory} was begun with "
-                    f"{before.get(name)!r}, so it cannot go on with {settings[name]!r}"
+                    f"{name}: the run in {directory} was begun with {before[name]!r}, "
+                    f"so it cannot go on with {settings[name]!r}"
                 )
         return
     directory.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))

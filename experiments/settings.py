@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
+from experiments.data import virtual_batch
 from experiments.data.splits import Recipe
 from experiments.models.registry import ModelName
 
@@ -38,12 +40,16 @@ class SpNgd:
     norm_blocks: Literal["unit_wise", "full"] = "unit_wise"
     """Curvature of BatchNorm: by channel, or of all channels together."""
     stale_threshold: float | None = 0.1
+    rescale: Literal["always", "shrink_only"] | None = "always"
+    """When kernels get the norm of their initialisation; none: never."""
+    velocity: Literal["paper", "code"] = "paper"
+    """Whether momentum falls with the learning rate, or as in the authors' code."""
     power: float = 2.0
-    """Exponent of the learning rate's decay, which takes the warm-up's place."""
+    """Exponent of the learning rate's decay, in the place of `schedule` and warm-up."""
     decay_start: float = 0.0
     """Epoch from which the learning rate decays."""
-    decay_end: float = 1.1
-    """Epoch at which it would be zero, as a multiple of the epochs of the run."""
+    decay_end: float | None = None
+    """Epoch at which it would be zero, after the last; none: 1.1 times the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,21 @@ class Nlcg:
     control_period: int = 5
 
 
+_POSITIVE = (
+    *("batch_size", "epochs", "eval_batch_size", "eval_epochs", "checkpoint_epochs"),
+    *("log_period", "num_threads", "keep_checkpoints"),
+    *("start_timeout", "heartbeat_timeout"),
+)
+
+# What only one schedule reads, and the value that asks for nothing.
+_OF_SCHEDULE = {
+    "decay_epochs": ("staircase", ()),
+    "decay_rate": ("exponential", 1.0),
+    "decay_from": ("polynomial", "start"),
+    "end_value": ("polynomial", 0.0),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run."""
@@ -125,9 +146,22 @@ class Config:
     batch_size: int = 2048
     """Images in a step."""
     devices: int = 1
-    """Devices that share each step; on a CPU virtual ones are made."""
-    accumulate: int = 1
-    """Parts that a device evaluates one after the other."""
+    """Devices that share each step, those of all processes together; 0: all there are.
+    On a CPU virtual ones are made."""
+    micro_batch_size: int | None = None
+    """Images that a device evaluates at a time, whose BatchNorm is their own; of more
+    the gradients and statistics are accumulated. None: its whole share of the batch."""
+    sync_norm: bool = False
+    """Let BatchNorm see the images that all devices evaluate at a time."""
+    remat: bool = False
+    """Evaluate residual blocks anew in the backward pass, to save memory."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Whether to wait for other processes, as Slurm, MPI, Kubernetes, a TPU pod or
+    JAX_COORDINATOR_ADDRESS describe them; auto: if they say that there are any."""
+    start_timeout: float = 300.0
+    """Seconds in which all processes must have come."""
+    heartbeat_timeout: int = 100
+    """Seconds without a sign of life after which a process counts as lost."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """Labels of the curvature's gradients: the data's, or drawn from the model; SP-NGD
     has a setting of its own."""
@@ -139,7 +173,12 @@ class Config:
     epochs: float = 8.0
     schedule: Literal["cosine", "polynomial", "staircase", "exponential"] = "cosine"
     """How the learning rate falls: over the run, as (1 - step/steps)^2, or by steps: a
-    few, or one each half of an epoch."""
+    few, or one each half of an epoch. SP-NGD has a schedule of its own."""
+    decay_from: Literal["start", "warmup"] = "start"
+    """Where the steps of schedule=polynomial count from: the run's start, so that the
+    rate jumps down after the warm-up, or the warm-up's end."""
+    end_value: float = 0.0
+    """Learning rate that schedule=polynomial falls to."""
     decay_epochs: tuple[float, ...] = ()
     """Epochs after which a staircase falls to a tenth."""
     decay_rate: float = 1.0
@@ -159,8 +198,19 @@ class Config:
     """Crop and mirror training images at random, as suits the data set."""
     mixup_alpha: float = 0.0
     """Parameter of running mixup's Beta distribution; 0 for no mixup."""
+    mixup_form: virtual_batch.Form = "paper"
+    """One mixing weight a step, or one an image and at least 1/2, as in the code."""
     random_erasing: float = 0.0
     """Probability that a rectangle of a training image is erased; 0 for never."""
+    reader: Literal["array_record", "tf_data"] = "array_record"
+    """Format of the prepared data set; tf_data reads TFRecords and needs TensorFlow."""
+    num_threads: int = 16
+    """Threads that read and decode images which are not in memory."""
+    num_workers: int = 0
+    """Processes that do so in their stead; 0: none."""
+    bad_images: Literal["stop", "blank"] = "stop"
+    """What to do about an image that cannot be decoded: save and stop, or train on an
+    empty one in its place."""
     seed: int = 0
     """Seed of the initial parameters, the order of images and their augmentation."""
     eval_batch_size: int = 512
@@ -168,6 +218,11 @@ class Config:
     """Epochs between two evaluations."""
     checkpoint_epochs: float = 4.0
     """Epochs between two checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Keep the checkpoint of the best test accuracy, too, among those made at an
+    evaluation."""
     log_period: int = 1
     """Steps between two records of the training metrics."""
     directory: pathlib.Path | None = None
@@ -180,13 +235,22 @@ class Config:
         chosen = dataclasses.asdict(getattr(self, self.optimizer))
         values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
         values.setdefault(f"{self.optimizer}.momentum", 0.0)
-        positive = "batch_size epochs eval_batch_size eval_epochs checkpoint_epochs"
+        self._check_ranges(values)
+        self._check_choices()
+        self._check_schedule(values[f"{self.optimizer}.learning_rate"])
+
+    def _check_ranges(self, values: dict[str, Any]) -> None:
+        """Refuses numbers out of range."""
         rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
-        for name in (*positive.split(), "log_period", "devices", "accumulate", rate):
+        for name in (*_POSITIVE, rate):
             if not values[name] > 0:
                 raise ValueError(f"{name} must be positive, got {values[name]}")
+        for name in ("micro_batch_size", "doubly_factored"):
+            if values[name] is not None and not values[name] > 0:
+                raise ValueError(f"{name} must be positive or none, got {values[name]}")
         below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
-        below |= {"l2": math.inf, "warmup_start": math.inf}
+        below |= dict.fromkeys(("l2", "warmup_start", "mixup_alpha"), math.inf)
+        below |= dict.fromkeys(("devices", "num_workers"), math.inf)
         for name, bound in {**below, momentum: 1}.items():
             if not 0 <= values[name] < bound:
                 raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
@@ -194,10 +258,6 @@ class Config:
             raise ValueError(
                 f"weight_average must be in (0, 1) or none, got {self.weight_average}"
             )
-        if (rows := self.doubly_factored) is not None and not rows > 0:
-            raise ValueError(f"doubly_factored must be positive or none, got {rows}")
-        if self.schedule == "staircase" and not self.decay_epochs:
-            raise ValueError("decay_epochs must name the epochs of schedule=staircase")
         for name in ("decay_rate", f"{self.optimizer}.kl_clip_decay"):
             if not 0 < values.get(name, 1.0) <= 1:
                 raise ValueError(
@@ -205,18 +265,87 @@ class Config:
                 )
         if not 0 <= (p := self.random_erasing) <= 1:
             raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
-        if not 0 <= (alpha := self.mixup_alpha) < math.inf:
-            raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
-        if alpha and self.accumulate > 1:
+
+    def _check_choices(self) -> None:
+        """Refuses settings that contradict each other."""
+        if self.schedule == "staircase" and not self.decay_epochs:
+            raise ValueError("decay_epochs must name the epochs of schedule=staircase")
+        if self.doubly_factored is not None and not self.has_curvature:
             raise ValueError(
-                f"mixup_alpha={alpha} mixes whole batches; it needs accumulate=1, got "
-                f"{self.accumulate}"
+                f"doubly_factored={self.doubly_factored} needs an optimizer with "
+                f"curvature, got optimizer={self.optimizer}; pass optimizer=kfac, or "
+                "doubly_factored=None"
             )
-        if self.batch_size % (parts := self.devices * self.accumulate):
+        if self.reader == "tf_data" and (self.num_workers or self.bad_images != "stop"):
             raise ValueError(
-                f"batch_size must be a multiple of devices × accumulate = {parts}, got "
-                f"{self.batch_size}"
+                f"reader=tf_data has threads of its own and stops at bad images; leave "
+                f"out num_workers={self.num_workers} and bad_images={self.bad_images}"
             )
+
+    def _check_schedule(self, peak_value: float) -> None:
+        """Refuses schedules that are none, and settings that the schedule ignores."""
+        falls = tuple(self.decay_epochs)
+        if not all(before < epoch for before, epoch in pairwise((0, *falls))):
+            raise ValueError(f"decay_epochs must be positive and ascend, got {falls}")
+        if not 0 <= self.end_value < peak_value:
+            raise ValueError(
+                f"end_value must be in [0, {self.optimizer}.learning_rate="
+                f"{peak_value}), got {self.end_value}"
+            )
+        for name, (schedule, off) in _OF_SCHEDULE.items():
+            if self.schedule != schedule and (value := getattr(self, name)) != off:
+                raise ValueError(
+                    f"{name}={value} needs schedule={schedule}, got "
+                    f"schedule={self.schedule}; pass either that or {name}={off}"
+                )
+        decay = self.kfac.kl_clip_decay
+        if self.optimizer == "kfac" and self.kfac.kl_clip is None and decay < 1:
+            raise ValueError(
+                f"kfac.kl_clip_decay={decay} needs a bound that decays, got "
+                "kfac.kl_clip=None; pass either a number or kfac.kl_clip_decay=1"
+            )
+        if self.optimizer == "sp_ngd":
+            self._check_sp_ngd()
+
+    def _check_sp_ngd(self) -> None:
+        """Refuses what SP-NGD would do nothing with."""
+        start, end = self.sp_ngd.decay_start, self.sp_ngd.decay_end
+        if not 0 <= start < self.epochs:
+            raise ValueError(
+                f"sp_ngd.decay_start must be in [0, epochs={self.epochs}), got {start}"
+            )
+        if end is not None and end < self.epochs:
+            raise ValueError(
+                f"sp_ngd.decay_end must be at least epochs={self.epochs}, got {end}: "
+                "the learning rate would be zero after it; pass a later epoch, or none"
+            )
+        if self.fisher == "sampled" and self.sp_ngd.fisher == "empirical":
+            raise ValueError(
+                "fisher=sampled is not read by optimizer=sp_ngd, whose sp_ngd.fisher "
+                "is empirical; pass sp_ngd.fisher=sampled, or fisher=empirical"
+            )
+
+    def accumulate(self, devices: int) -> int:
+        """The micro-batches that each of so many devices evaluates one by one.
+
+        Args:
+            devices: How many share a batch.
+
+        Returns:
+            Their number, which makes the batch up exactly.
+
+        Raises:
+            ValueError: If no number does.
+        """
+        share = devices * (self.micro_batch_size or 1)
+        if self.batch_size % share:
+            of = f"{devices} devices"
+            if self.micro_batch_size:
+                of += f" × micro_batch_size={self.micro_batch_size}"
+            raise ValueError(
+                f"batch_size must be a multiple of {of}, got {self.batch_size}"
+            )
+        return self.batch_size // share if self.micro_batch_size else 1
 
     @property
     def has_curvature(self) -> bool:

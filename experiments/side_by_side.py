@@ -78,7 +78,7 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
     outcomes = {name: Outcome(0.0, [], [], {}, []) for name in configs}
 
     def accuracy(name: str) -> float:
-        return evaluate(programs[name].eval_step, states[name], data)["accuracy"]
+        return evaluate(programs[name], states[name], data)["accuracy"]
 
     for step in range(data.steps(first.epochs)):
         batch = next(data.train)

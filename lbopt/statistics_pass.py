@@ -32,7 +32,7 @@ class Evaluated(NamedTuple):
     """What a device evaluated: means over its micro-batches.
 
     Attributes:
-      model_state: the model's other collections after the last micro-batch.
+      model_state: the model's other collections after the step.
       loss: the loss.
       metrics: the loss function's metrics.
       grads: the gradient, like the parameters.
@@ -72,7 +72,8 @@ def make_evaluate(
 
     Returns:
       ``evaluate(params, model_state, batch, statistics_batch, rng, due)`` with the
-      device's examples, its key, and the mask from ``refresh``.  Of devices of their
+      device's examples, the keys of its micro-batches (see ``keys_of_parts``), and the
+      mask from ``refresh``.  Of devices of their
       own the results are scaled so that their means over all devices are the means over
       those that evaluated them.
 
@@ -88,6 +89,9 @@ def make_evaluate(
         alone = curvature_only(loss_fn, layers, **kind)
     shortened = functools.partial(_shortened, fraction, per_example)
 
+    def over_parts(one: Callable[..., Any], *own: Any) -> tuple[Any, Any]:
+        return accumulated(one, accumulate, *own, per_example=per_example)
+
     def evaluate(
         params: Params,
         model_state: Any,
@@ -100,16 +104,16 @@ def make_evaluate(
             _check_use(layers, fraction, devices, per_example)
         elif fraction == 1 and not devices:
             return _gradients(
-                together, accumulate, params, model_state, batch, rng, due
+                together, over_parts, params, model_state, batch, rng, due
             )
 
         def gradients() -> Evaluated:
-            return _gradients(plain, accumulate, params, model_state, batch, rng)
+            return _gradients(plain, over_parts, params, model_state, batch, rng)
 
         def statistics() -> Curvature:
             own = batch if statistics_batch is None else statistics_batch
             return _statistics(
-                alone, accumulate, shortened, params, model_state, own, rng, due
+                alone, over_parts, shortened, params, model_state, own, rng, due
             )
 
         if devices:
@@ -176,7 +180,7 @@ def _without_curvature(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _gradients(
     evaluate: Callable[..., Any],
-    accumulate: int,
+    over_parts: Callable[..., tuple[Any, Any]],
     params: Params,
     model_state: Any,
     batch: Any,
@@ -192,13 +196,13 @@ def _gradients(
         )
         return model_state, (loss, metrics, grads, curvature)
 
-    model_state, means = accumulated(one, accumulate, model_state, batch, rng)
+    model_state, means = over_parts(one, model_state, batch, rng)
     return Evaluated(model_state, *means)
 
 
 def _statistics(
     evaluate: Callable[..., Curvature],
-    accumulate: int,
+    over_parts: Callable[..., tuple[Any, Any]],
     shortened: Callable[[Any, Any], tuple[Any, Any]],
     params: Params,
     model_state: Any,
@@ -217,7 +221,7 @@ def _statistics(
         return model_state, curvature
 
     def run() -> Curvature:
-        return accumulated(one, accumulate, model_state, batch, rng)[1]
+        return over_parts(one, model_state, batch, rng)[1]
 
     some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
     return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))

@@ -100,8 +100,8 @@ def make_train_step(
     A step in which the loss or the norm of the gradient is not finite changes nothing
     but the counters ``step`` and ``skipped``.
 
-    On a mesh each device evaluates the loss on its share of the batch, with a key of
-    its own.  An optimizer made with ``axis_name`` combines the gradients and statistics
+    On a mesh each device evaluates the loss on its share of the batch, and each
+    micro-batch with a key of its own.  An optimizer made with ``axis_name`` combines the gradients and statistics
     of its layers itself (what stands before it in a chain sees each device's own); all
     others are averaged before the update.  Normalisation layers see a device's
     examples alone, unless they were made with ``axis_name``; their running averages are
@@ -125,8 +125,10 @@ def make_train_step(
       mesh: the devices; None for one, or where ``jit`` alone places the work.
       fisher: which Fisher matrix the statistics are of.
       axis_name: the mesh axis over which examples are spread.
-      accumulate: micro-batches that a batch is cut into, for batches beyond memory;
-        loss, gradients and statistics are the means over all of them.
+      accumulate: micro-batches that a device's share of the batch is cut into, for
+        batches beyond memory; loss, gradients, statistics and the model's running
+        averages are the means over all of them, so that only the number of all
+        micro-batches counts, not how many devices share them.
       parallel: ``"shard_map"``, or ``"pmap"`` for a mesh of one axis.
       per_example: collections of the model state whose arrays lie along the batch.
       statistics_fraction: the share of the examples that the statistics are of, in
@@ -196,9 +198,8 @@ def make_train_step(
         state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
-        if mesh is not None:
-            rng = jax.random.fold_in(rng, axis.position())
-        else:
+        rng = batch_functions.keys_of_parts(rng, axis, accumulate)
+        if mesh is None:
             _check_batch("statistics_batch", statistics_batch, axis, accumulate)
         due = None if layers is None else refresh(state.opt_state)
         new_model_state, loss, metrics, grads, curvature = evaluate(
@@ -222,6 +223,7 @@ def make_train_step(
             state.model_state,
             batch,
             rng,
+            per_example,
         )
         extra |= {
             "value": loss,

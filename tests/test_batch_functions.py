@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import lbopt
-from lbopt import training
+from lbopt import batch_functions, training
 from tests.problems import assert_close
 from tests.test_statistics_pass import (
     LAYERS,
@@ -87,3 +88,58 @@ def test_a_step_that_asks_for_both():
     assert losses[-1] < losses[0] / 4
     assert int(state.opt_state.rejected) == 0
     assert float(state.opt_state.damping) < 0.1  # the model is trusted
+
+
+def test_only_the_micro_batches_count_and_not_the_devices_that_share_them():
+    """Loss, parameters, running averages, what lies along the batch, random numbers."""
+
+    def carrying(params, model_state, batch, rng):
+        carried = model_state["carried"]
+        own = {"batch_stats": model_state["batch_stats"]}
+        first = carried["count"] == 0
+        share = jnp.where(first, 1.0, jax.random.uniform(jax.random.fold_in(rng, 1)))
+        x = share * batch["x"] + (1 - share) * carried["x"]
+        loss, (updated, metrics) = loss_fn(params, own, {**batch, "x": x}, rng)
+        carried = {"x": x, "count": carried["count"] + 1}
+        return loss, ({**updated, "carried": carried}, metrics)
+
+    nothing = jnp.zeros_like(batch_of(0, size=32)["x"])
+    start = {**MODEL_STATE, "carried": {"x": nothing, "count": jnp.int32(0)}}
+    found = []
+    for devices, accumulate in ((None, 4), (2, 2), (4, 1)):
+        mesh, tx = mesh_of(devices), optax.sgd(0.1)
+        state = training.init_state(tx, PARAMS, start, RNG, mesh)
+        train_step = training.make_train_step(
+            carrying, tx, mesh=mesh, accumulate=accumulate, per_example=("carried",)
+        )
+        losses = []
+        for step in range(3):
+            state, metrics = train_step(state, batch_of(step, size=32))
+            losses.append((metrics["loss"], metrics["plain"]))
+        assert state.model_state["carried"]["count"] == 3
+        found.append(jax.device_get((losses, state.params, state.model_state)))
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+    means = found[0][2]["batch_stats"]
+    assert not all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, means, MODEL_STATE["batch_stats"]))
+    )
+
+
+def test_numbers_without_a_mean_are_those_of_the_last_micro_batch():
+    def one(model_state, batch, rng):
+        del rng
+        return {
+            "last": batch[0],
+            "mean": model_state["mean"] + batch.sum(),
+        }, batch.sum()
+
+    state, mean = batch_functions.accumulated(
+        one,
+        2,
+        {"last": jnp.int32(7), "mean": jnp.float32(1)},
+        jnp.arange(4),
+        jax.random.split(RNG),
+    )
+    assert (int(state["last"]), float(state["mean"])) == (2, 4.0)
+    assert float(mean) == 3

@@ -401,7 +401,8 @@ def test_no_key_is_used_twice(monkeypatch):
         per_example=(),
     )
     due = lbopt.refresh(keeping_all().init(PARAMS))
-    quick_jit(evaluate)(PARAMS, MODEL_STATE, batch_of(0), None, RNG, due)
+    keys = batch_functions.keys_of_parts(RNG, Axis(None, 1), 2)
+    quick_jit(evaluate)(PARAMS, MODEL_STATE, batch_of(0), None, keys, due)
     jax.effects_barrier()
     assert len(seen["loss"]) == 4  # two micro-batches, two passes
     assert len(seen["labels"]) == 2

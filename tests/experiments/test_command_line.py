@@ -2,7 +2,13 @@
 
 import pytest
 
-from experiments import cifar100_resnet32, command_line, imagenet_alexnet, metrics
+from experiments import (
+    cifar100_resnet32,
+    command_line,
+    imagenet_alexnet,
+    loop,
+    metrics,
+)
 from experiments.settings import Config
 
 TINY = [
@@ -62,7 +68,7 @@ def test_a_number_that_may_be_none(monkeypatch, capsys):
         read.append(config.doubly_factored)
         raise ValueError("far enough")
 
-    monkeypatch.setattr(command_line, "prepare", prepare)
+    monkeypatch.setattr(loop, "prepare", prepare)
     for text in ("512", "None"):
         with pytest.raises(SystemExit, match="far enough"):
             command_line.run(["--doubly-factored", text], "", {"": Config()})

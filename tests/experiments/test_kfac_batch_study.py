@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments import classifier, side_by_side
+from experiments import optimizers, side_by_side
 from experiments import kfac_batch_study as study
 from experiments.data import pipeline
 from experiments.settings import Config, Kfac
@@ -137,7 +137,7 @@ class Images(pipeline.Data):
 
 def test_an_exponential_schedule_falls_by_half_epochs():
     config = dataclasses.replace(study.configure(1024), decay_rate=0.5)
-    rate = classifier.build_schedule(config, Images(), 0.8)
+    rate = optimizers.build_schedule(config, Images(), 0.8)
     values = [float(rate(k)) for k in (0, 4, 5, 9, 10)]
     assert values == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.2])
 
@@ -153,16 +153,16 @@ def test_decays_out_of_range_are_refused(value):
 def test_the_bound_of_the_kl_step_falls_by_half_epochs(monkeypatch):
     passed = {}
     monkeypatch.setattr(
-        classifier.lbopt, "kfac", lambda rate, layers, **settings: passed | settings
+        optimizers.lbopt, "kfac", lambda rate, layers, **settings: passed | settings
     )
-    monkeypatch.setattr(classifier.lbopt, "trace_layers", lambda *a, **k: "layers")
+    monkeypatch.setattr(optimizers.lbopt, "trace_layers", lambda *a, **k: "layers")
     kfac = Kfac(kl_clip=0.4, kl_clip_decay=0.5)
     config = dataclasses.replace(study.configure(1024), kfac=kfac)
-    settings, _ = classifier.build_optimizer(config, Images(), lambda: None, ())
+    settings, _ = optimizers.build_optimizer(config, Images(), lambda: None, (), 1)
     bound = settings["kl_clip"]
     assert [float(bound(k)) for k in (0, 4, 5, 10)] == pytest.approx(
         [0.4, 0.4, 0.2, 0.1]
     )
     constant = dataclasses.replace(config, kfac=Kfac(kl_clip=0.4))
-    settings, _ = classifier.build_optimizer(constant, Images(), lambda: None, ())
+    settings, _ = optimizers.build_optimizer(constant, Images(), lambda: None, (), 1)
     assert settings["kl_clip"] == 0.4
