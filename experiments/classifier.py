@@ -250,8 +250,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
     def init() -> training.TrainState:
         params, model_state = jax.jit(init_model)()
         state = training.init_state(tx, params, model_state, run_key, mesh)
-        along = None if mesh is None else NamedSharding(mesh, PartitionSpec(AXIS))
-        empty = jax.tree.map(lambda x: _zeros(x, along), jax.eval_shape(carried))
+        empty = jax.tree.map(lambda x: _zeros(x, mesh), jax.eval_shape(carried))
         return state._replace(model_state={**state.model_state, **empty})
 
     eval_step = training.make_eval_step(make_eval(alone))
@@ -284,11 +283,11 @@ def _loss_of(config: Config, model: Model) -> Callable:
     )
 
 
-def _zeros(shape: jax.ShapeDtypeStruct, along: NamedSharding | None) -> jax.Array:
+def _zeros(shape: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Array:
     """Zeros that lie along the devices, none of which ever holds them whole."""
-    if along is None or not shape.shape:
-        return jnp.zeros(shape.shape, shape.dtype)
-    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=along)()
+    spec = PartitionSpec(AXIS) if shape.shape else PartitionSpec()
+    lies = None if mesh is None else NamedSharding(mesh, spec)
+    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=lies)()
 
 
 def _reporting_curvature(train_step: Callable) -> Callable:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lbopt
-from lbopt import sharding, statistics_pass, training
+from lbopt import batch_functions, sharding, statistics_pass, training
 from lbopt.collectives import Axis
 from lbopt.curvature import fisher
 from tests.oracles import quick_jit

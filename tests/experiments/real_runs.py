@@ -18,6 +18,7 @@ TIMEOUT = 240.0  # seconds for any one of them, on a busy machine
 # Eight steps an epoch, a checkpoint every two steps.
 SETTINGS = {
     "dataset": "strokes/tiny",
+    "model": "convnet",
     "batch-size": 32,
     "micro-batch-size": 16,
     "devices": 2,
