@@ -21,7 +21,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import tqdm
@@ -181,8 +181,7 @@ class Reporter:
             directory / "metrics.jsonl", last_step=self._step, tell=self._note
         )
         before = [r for r in self._jsonl.kept if r["kind"] != "event"]
-        last = max(before, key=lambda record: record["seconds"], default={})
-        self._phases = _phases_after(last)
+        self._phases = _phases_after(before[-1] if before else {})
         self._tensorboard = tensorboard.EventFile(
             directory / "tensorboard", first_step=self._step + 1, tell=self._note
         )
@@ -254,12 +253,6 @@ class Reporter:
         if self._writes:
             seconds = self._phases.training()
             self._jsonl.write(self._record("event", step, seconds, message=message))
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stops the clock of `seconds` and of images/s for what is not training."""
-        with self.phase("evaluate"):
-            yield
 
     def _train(self, step: int, of_steps: list[dict[str, float]]) -> None:
         seconds = self._phases.training()

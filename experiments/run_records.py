@@ -32,7 +32,7 @@ class RunRecords(NamedTuple):
     @property
     def last(self) -> dict[str, Any]:
         """The last record of training or of a test."""
-        return max(self.train[-1], self.test[-1], key=lambda r: r["seconds"])
+        return max(self.test[-1], self.train[-1], key=lambda r: r["seconds"])
 
     def curve(self, kind: str, metric: str, axis: str) -> tuple[list, list]:
         """One metric of the run.
