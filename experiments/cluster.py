@@ -28,7 +28,6 @@ import dataclasses
 import enum
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -182,11 +181,12 @@ def others_may_die(
     """Ends this process with a clear message once another one is lost.
 
     A survivor would wait in a collective for ever, or in jax's shutdown for its
-    timeout. It ends within a second of another's end, however that came about, and
-    within `heartbeat_timeout` if a host vanished from the network.
+    timeout. It ends seconds after another's end, however that came about, and within
+    `heartbeat_timeout` if a host vanished from the network.
 
-    An exception that leaves the block ends the process too, after its traceback, since
-    the others wait for it. So leave the block before `sys.exit`.
+    For the same reason an exception that leaves the block ends the process, if there
+    are several: OSError and ValueError with one line, the others with their traceback.
+    So leave the block before `sys.exit`.
 
     Args:
         cluster: The processes.
@@ -200,12 +200,12 @@ def others_may_die(
     def reached(step: int) -> None:
         steps[0] = step
 
-    def lost(process: int) -> None:
+    def lost(process: int, why: str) -> None:
         who = roll_call.name(process, cluster.links.hosts if cluster.links else ())
-        _end(
-            ExitCode.UNAVAILABLE,
-            f"error: lost contact with {who} after step {steps[0]}; {resume_hint}\n",
-        )
+        message = f"lost contact with {who} after step {steps[0]}; {resume_hint}"
+        if why:
+            message = f"{who} failed after step {steps[0]}: {why}"
+        _end(ExitCode.UNAVAILABLE, f"error: {message}\n")
 
     if cluster.processes == 1:
         yield reached
@@ -214,10 +214,12 @@ def others_may_die(
     try:
         with watch:
             yield reached
-    except BaseException:
-        # A collective's error may arrive before the news of why it failed.
-        time.sleep(1)
-        _end(ExitCode.FAILED, traceback.format_exc())
+    except BaseException as error:
+        if cluster.links:
+            cluster.links.fail(f"{type(error).__name__}: {error}".partition("\n")[0])
+        refused = isinstance(error, (OSError, ValueError))
+        message = f"error: {error}\n" if refused else traceback.format_exc()
+        _end(ExitCode.FAILED, message)
 
 
 def _end(code: ExitCode, message: str) -> None:

@@ -13,7 +13,7 @@ while all is well. What is said, one line each:
     0 -> other   {"hosts": ["node001", ...]}   all are there
     0 -> other   {"error": "1 of 4 ..."}       they are not
     both ways    {"bye": true}                 I end, and that is right
-    0 -> other   {"lost": 2}                   process 2 is gone
+    both ways    {"lost": 2, "why": ""}        process 2 is gone; or I am, and why
 """
 
 import contextlib
@@ -37,41 +37,40 @@ class Links:
     """Connections between process 0 and each of the others.
 
     Args:
+        process: Index of this process. Process 0 tells the others who is lost.
         connections: Connections by the index of the process at the other end.
         hosts: The host of each process.
-        relay: Whether this is process 0, which tells the others who is lost.
     """
 
     def __init__(
         self,
+        process: int,
         connections: Mapping[int, socket.socket],
         hosts: Sequence[str],
-        *,
-        relay: bool,
     ):
         self.hosts = tuple(hosts)
+        self._process = process
         self._connections = dict(connections)
-        self._relay = relay
+        self._failing, self._done = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def watched(self, on_loss: Callable[[int], None]) -> Iterator[None]:
+    def watched(self, on_loss: Callable[[int, str], None]) -> Iterator[None]:
         """Watches the processes; once only, for all links are closed after it.
 
         Args:
-            on_loss: Called from another thread with the index of a process whose end
-                was not announced. It should end this process; it is called once.
+            on_loss: Called from another thread with the index of a process that is
+                gone, and why if it could say. It should end this process; it is called
+                once.
 
         Yields:
-            Nothing. If the block is left by an exception nobody is told, so that to the
-            others this process will be lost when it ends.
+            Nothing. If the block is left by an exception nobody is told: see `fail`.
         """
-        done = threading.Event()
         thread = threading.Thread(
-            target=self._watch, args=(on_loss, done), name="links", daemon=True
+            target=self._watch, args=(on_loss,), name="links", daemon=True
         )
         thread.start()
         yield
-        done.set()
+        self._done.set()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 _say(connection, {"bye": True})
@@ -79,38 +78,54 @@ class Links:
         thread.join()
         self.close()
 
+    def fail(self, why: str) -> None:
+        """Tells the others that this process is about to end, and why.
+
+        The reason may be that another one is gone, of which the news is then on its
+        way: it gets a second, in which `on_loss` may be called. That others fail too is
+        no such news: what all refuse is told by each.
+
+        Args:
+            why: The error, on one line.
+        """
+        self._failing.set()
+        time.sleep(1)
+        self._done.set()
+        self._tell({"lost": self._process, "why": why})
+
     def close(self) -> None:
         """Closes all connections."""
         for connection in self._connections.values():
             connection.close()
 
-    def _watch(self, on_loss: Callable[[int], None], done: threading.Event) -> None:
+    def _watch(self, on_loss: Callable[[int, str], None]) -> None:
         with selectors.DefaultSelector() as selector:
             for process, connection in self._connections.items():
                 selector.register(connection, selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
                     said = _hear(self._connections[key.data])
-                    if done.is_set():
+                    lost, why = said.get("lost", key.data), said.get("why", "")
+                    if self._done.is_set():
                         return
-                    if "bye" in said:
+                    if "bye" in said or (why and self._failing.is_set()):
                         selector.unregister(key.fileobj)
                         continue
-                    lost = said.get("lost", key.data)
-                    if self._relay:
-                        self._tell(lost)
-                    return on_loss(lost)
+                    if self._process == 0:
+                        self._tell({"lost": lost, "why": why})
+                    return on_loss(lost, why)
 
-    def _tell(self, lost: int) -> None:
-        """Tells the others, and lets them end first: jax aborts who outlives 0."""
-        others = [c for p, c in self._connections.items() if p != lost]
+    def _tell(self, loss: Mapping[str, Any]) -> None:
+        others = [c for p, c in self._connections.items() if p != loss["lost"]]
         for connection in others:
             with contextlib.suppress(OSError):
-                _say(connection, {"lost": lost})
-        deadline = time.monotonic() + 2
+                _say(connection, loss)
+        # Without process 0 jax would abort the others before they can speak.
+        deadline = time.monotonic() + (2 if self._process == 0 else 0)
         for connection in others:
-            connection.settimeout(max(deadline - time.monotonic(), 0.01))
-            _hear(connection)
+            with contextlib.suppress(OSError):
+                connection.settimeout(max(deadline - time.monotonic(), 0.01))
+                connection.recv(1)
 
 
 def hold(
@@ -180,7 +195,7 @@ def _call(processes, address, deadline, timeout, keepalive, hosts) -> Links:
         for connection in connections.values():
             connection.close()
         raise AbsentError(answer["error"])
-    return Links(connections, answer["hosts"], relay=True)
+    return Links(0, connections, answer["hosts"])
 
 
 def _come(process, processes, address, deadline, timeout, keepalive) -> Links:
@@ -207,7 +222,7 @@ def _come(process, processes, address, deadline, timeout, keepalive) -> Links:
         ended = f"process 0 at {address} ended before all processes came"
         raise AbsentError(said.get("error", ended))
     connection.settimeout(ANSWER)
-    return Links({0: connection}, said["hosts"], relay=False)
+    return Links(process, {0: connection}, said["hosts"])
 
 
 def name(process: int, hosts: Sequence[str]) -> str:
