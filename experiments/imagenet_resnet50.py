@@ -8,10 +8,12 @@
 
 The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
 `strokes` (20 classes, 10,240 images), 40 steps of batch 2,048. For ImageNet, prepared
-by tensorflow_datasets, there are published settings in `experiments/configs`:
+by tensorflow_datasets, there are published settings, of ResNet-50, in
+`experiments/configs`, by name and for all devices there are:
 
-    python experiments/imagenet_resnet50.py lars --data-dir ~/tensorflow_datasets
-    python experiments/imagenet_resnet50.py nlcg --data-dir ~/tensorflow_datasets
+    python experiments/imagenet_resnet50.py sp_ngd_4k --data-dir ~/tensorflow_datasets
+
+Their names, batches × lengths, and the top-1 and time that their sources report:
 """
 
 import dataclasses
@@ -23,15 +25,33 @@ from collections.abc import Sequence
 import jax
 
 from experiments import command_line
-from experiments.configs import resnet50_lars, resnet50_nlcg
+from experiments.configs import (
+    published,
+    resnet50_kfac,
+    resnet50_lars,
+    resnet50_lars_mlperf,
+    resnet50_nlcg,
+    resnet50_sgd,
+    resnet50_sp_ngd,
+    resnet50_sp_ngd_2019,
+)
 from experiments.settings import Config
 
-CONFIGS = {
-    "strokes": Config(),
-    "lars": resnet50_lars.CONFIG,
-    "nlcg": resnet50_nlcg.CONFIG,
+PUBLISHED = {
+    **resnet50_sp_ngd.RUNS,
+    **resnet50_sp_ngd_2019.RUNS,
+    **resnet50_kfac.RUNS,
+    **resnet50_lars.RUNS,
+    **resnet50_lars_mlperf.RUNS,
+    **resnet50_nlcg.RUNS,
+    **resnet50_sgd.RUNS,
 }
+"""Runs on ImageNet by name."""
+
+CONFIGS = {"strokes": Config()} | {name: run.config for name, run in PUBLISHED.items()}
 """Settings by name; the first are the default."""
+
+DESCRIPTION = f"{__doc__}\n{published.listing(PUBLISHED)}\n"
 
 DEMO = Config(devices=4)
 
@@ -52,9 +72,9 @@ def demo_configs(config: Config) -> list[Config]:
 def main(arguments: Sequence[str]) -> None:
     """Does what the command line, without the program's name, asks for."""
     if arguments[:1] == ["demo"]:
-        command_line.run(arguments, __doc__, {"demo": DEMO}, expand=demo_configs)
+        command_line.run(arguments, DESCRIPTION, {"demo": DEMO}, expand=demo_configs)
     else:
-        command_line.run(arguments, __doc__, CONFIGS)
+        command_line.run(arguments, DESCRIPTION, CONFIGS)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Settings that contradict each other are refused, with the value and a way out."""
+
+import dataclasses
+import re
+
+import pytest
+
+from experiments import imagenet_resnet50
+from experiments.settings import Config, Kfac, Lars, Nlcg, SpNgd
+
+SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"schedule": "staircase"},
+            "decay_epochs must name the epochs of schedule=staircase",
+        ),
+        (
+            {"decay_epochs": (30.0, 60.0)},
+            "decay_epochs=(30.0, 60.0) needs schedule=staircase, got schedule=cosine; "
+            "pass either that or decay_epochs=()",
+        ),
+        (
+            {"schedule": "staircase", "decay_epochs": (60.0, 30.0)},
+            "decay_epochs must be positive and ascend, got (60.0, 30.0)",
+        ),
+        (
+            {"schedule": "staircase", "decay_epochs": (0.0, 30.0)},
+            "decay_epochs must be positive and ascend, got (0.0, 30.0)",
+        ),
+        (
+            {"decay_rate": 0.9, "schedule": "polynomial"},
+            "decay_rate=0.9 needs schedule=exponential, got schedule=polynomial",
+        ),
+        (
+            {"decay_from": "warmup"},
+            "decay_from=warmup needs schedule=polynomial, got schedule=cosine; pass "
+            "either that or decay_from=start",
+        ),
+        (
+            {"end_value": 1e-4, "schedule": "exponential"},
+            "end_value=0.0001 needs schedule=polynomial, got schedule=exponential",
+        ),
+        (
+            {"end_value": 0.03, "schedule": "polynomial"},
+            "end_value must be in [0, kfac.learning_rate=0.03), got 0.03",
+        ),
+        (
+            {"end_value": -1.0, "schedule": "polynomial"},
+            "end_value must be in [0, kfac.learning_rate=0.03), got -1.0",
+        ),
+        (
+            {"kfac": Kfac(kl_clip=None, kl_clip_decay=0.9)},
+            "kfac.kl_clip_decay=0.9 needs a bound that decays, got kfac.kl_clip=None",
+        ),
+        (
+            {**SP_NGD, "sp_ngd": SpNgd(decay_end=34.0)},
+            "sp_ngd.decay_end must be at least epochs=35.0, got 34.0: the learning",
+        ),
+        (
+            {**SP_NGD, "sp_ngd": SpNgd(decay_start=35.0)},
+            "sp_ngd.decay_start must be in [0, epochs=35.0), got 35.0",
+        ),
+        (
+            {**SP_NGD, "sp_ngd": SpNgd(decay_start=-1.0)},
+            "sp_ngd.decay_start must be in [0, epochs=35.0), got -1.0",
+        ),
+        (
+            {**SP_NGD, "fisher": "sampled"},
+            "fisher=sampled is not read by optimizer=sp_ngd, whose sp_ngd.fisher is "
+            "empirical; pass sp_ngd.fisher=sampled, or fisher=empirical",
+        ),
+        (
+            {"optimizer": "sgd", "doubly_factored": 512},
+            "doubly_factored=512 needs an optimizer with curvature, got optimizer=sgd",
+        ),
+        (
+            {"reader": "tf_data", "num_workers": 2},
+            "reader=tf_data has threads of its own and stops at bad images; leave out "
+            "num_workers=2",
+        ),
+    ],
+)
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "staircase", "decay_epochs": (1.0, 200.0)},  # a run cut short
+        {"schedule": "exponential"},  # a constant
+        {"schedule": "polynomial", "decay_from": "warmup", "end_value": 1e-4},
+        {"optimizer": "sgd", "kfac": Kfac(kl_clip=None, kl_clip_decay=0.9)},
+        {**SP_NGD, "sp_ngd": SpNgd(decay_end=35.0)},
+        {**SP_NGD, "fisher": "sampled", "sp_ngd": SpNgd(fisher="sampled")},
+        {"optimizer": "sgd", "fisher": "sampled"},  # beside K-FAC in a study
+        {"optimizer": "lars", "lars": Lars(after_kfac=True), "doubly_factored": 512},
+        {
+            "optimizer": "nlcg",
+            "nlcg": Nlcg(preconditioner="kfac"),
+            "doubly_factored": 512,
+        },
+        {"optimizer": "nlcg", "label_smoothing": 0.1},
+        {"eval_epochs": 100.0},  # an evaluation at the end
+    ],
+)
+def test_what_makes_sense_is_not_refused(settings):
+    assert (
+        dataclasses.asdict(Config(**settings)).items()
+        >= {
+            name: value
+            for name, value in settings.items()
+            if not dataclasses.is_dataclass(value)
+        }.items()
+    )
+
+
+def test_a_published_run_that_is_made_longer_asks_for_the_end_of_its_decay(
+    tmp_path, capsys
+):
+    arguments = ["sp_ngd_4k", "--epochs", "60", "--directory", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        imagenet_resnet50.main(arguments)
+    assert "sp_ngd.decay_end must be at least epochs=60" in capsys.readouterr().err
