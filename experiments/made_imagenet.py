@@ -60,28 +60,6 @@ class Options:
     seed: int = 0
     """Chooses the drawings and their sizes."""
 
-    def __post_init__(self):
-        """Refuses what cannot be made, naming the option."""
-        most = _VALIDATION_PER_CLASS * self.num_classes
-        checks = {
-            f"num_classes must be 2 to 1,000, got {self.num_classes}": (
-                2 <= self.num_classes <= 1000
-            ),
-            f"train_images must be at least num_classes = {self.num_classes}, got "
-            f"{self.train_images}": self.train_images >= self.num_classes,
-            f"validation_images must be 1 to {most:,}, for the official labels name "
-            f"each class {_VALIDATION_PER_CLASS} times, got {self.validation_images}": (
-                1 <= self.validation_images <= most
-            ),
-            f"min_size must be 8 to max_size = {self.max_size}, got {self.min_size}": (
-                8 <= self.min_size <= self.max_size
-            ),
-            f"seed must not be negative, got {self.seed}": self.seed >= 0,
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise ValueError(message)
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carries out a command line.
@@ -109,8 +87,10 @@ def make(options: Options) -> None:
         options: What to make, and where.
 
     Raises:
+        ValueError: If an option cannot be meant; the message names it.
         FileExistsError: If there are archives already; they might be the official ones.
     """
+    _check(options)
     directory = options.directory.expanduser()
     tars = {split: directory / name for split, name in imagenet_archives.TARS.items()}
     for path in tars.values():
@@ -123,6 +103,22 @@ def make(options: Options) -> None:
         _make_validation(options, made / "validation.tar")
         for split, path in tars.items():
             (made / f"{split}.tar").rename(path)
+
+
+def _check(options: Options) -> None:
+    classes, most = options.num_classes, _VALIDATION_PER_CLASS * options.num_classes
+    ranges = {
+        "num_classes": (2, 1000, "that many there are"),
+        "train_images": (classes, None, "one a class"),
+        "validation_images": (1, most, "the official labels name a class 50 times"),
+        "min_size": (8, options.max_size, "less than max_size"),
+        "seed": (0, None, "not negative"),
+    }
+    for name, (least, greatest, reason) in ranges.items():
+        value = getattr(options, name)
+        if value < least or (greatest is not None and value > greatest):
+            bounds = f"at least {least}" if greatest is None else f"{least}..{greatest}"
+            raise ValueError(f"{name} must be {bounds} ({reason}), got {value}")
 
 
 def _make_train(options: Options, tar: pathlib.Path, scratch: pathlib.Path) -> None:

@@ -51,17 +51,6 @@ class Options:
     verify: bool = False
     """Decode every image of what is prepared, instead of preparing it."""
 
-    def __post_init__(self):
-        """Refuses what cannot be meant, naming the option."""
-        for name in ("train_images", "validation_images", "workers"):
-            if (value := getattr(self, name)) < 1:
-                raise PreparationError(f"{name} must be positive, got {value}")
-        if self.archives is None and not self.verify:
-            raise PreparationError(
-                "archives: say with --archives in which directory the archives "
-                f"{' and '.join(TARS.values())} are"
-            )
-
 
 class PreparationError(ValueError):
     """The data set cannot be prepared, or not yet."""
@@ -96,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         options = tyro.cli(Options, args=arguments, description=__doc__)
+        _check(options)
         data_dir = options.data_dir.expanduser().absolute()
         if options.verify:
             verify(data_dir, options.workers)
@@ -133,13 +123,14 @@ def prepare(options: Options, data_dir: pathlib.Path) -> None:
     }
     builder = imagenet_builder.open_builder(data_dir)
     target = pathlib.Path(builder.data_path)
+    work = Work(target.with_name(f"incomplete.{target.name}"))
     if target.exists():
         _check_prepared(builder, target, expected)
+        shutil.rmtree(work.directory, ignore_errors=True)  # killed while doing this
         print(f"{target} is prepared already")
         return
     assert options.archives is not None
     archives = _find_archives(options.archives.expanduser())
-    work = Work(target.with_name(f"incomplete.{target.name}"))
     with _begun(work, archives):
         images: dict[Split, np.ndarray] = {
             split: _indexed(split, path, work, options.workers)
@@ -196,6 +187,18 @@ def verify(data_dir: pathlib.Path, workers: int) -> None:
     if failed:
         raise PreparationError(f"{failed:,} of {total:,} images cannot be decoded")
     print(f"all {total:,} images can be decoded")
+
+
+def _check(options: Options) -> None:
+    """Refuses what cannot be meant, naming the option."""
+    for name in ("train_images", "validation_images", "workers"):
+        if (value := getattr(options, name)) < 1:
+            raise PreparationError(f"{name} must be positive, got {value}")
+    if options.archives is None and not options.verify:
+        raise PreparationError(
+            "archives: say with --archives in which directory the archives "
+            f"{' and '.join(TARS.values())} are"
+        )
 
 
 def _find_archives(directory: pathlib.Path) -> dict[Split, pathlib.Path]:

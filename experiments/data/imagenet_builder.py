@@ -14,10 +14,13 @@
 The result is the standard directory of `imagenet2012`, in ArrayRecord: the records,
 their order, the number of shards and the metadata are those of `tensorflow_datasets`'
 own preparation, which needs TensorFlow (to open the archives, and to sort any split
-larger than 1 GB). Its order is that of a hash of the names. With an index of the
-archives the order is known before any image is read, so each shard can be written by
-itself, by any process, straight from the archive; nothing is sorted on disk. A shard
-takes its name only when it is whole.
+larger than 1 GB). The bytes are the same in every run; there, the order of the three
+fields within a record is left to chance.
+
+The order of the records is that of a hash of the names. With an index of the archives
+it is known before any image is read, so each shard can be written by itself, by any
+process, straight from the archive; nothing is sorted on disk. A shard takes its name
+only when it is whole.
 
 What is read: the headers of the archives and the beginning of each image for the index,
 then each image once. The images of a shard, 1,251 of 110 kB, lie all over the archive;
@@ -208,7 +211,9 @@ def _records(
     for image, content in zip(images, contents, strict=True):
         name = image["name"].decode()
         example = {"image": content, "label": int(image["label"]), "file_name": name}
-        record = serializer.serialize_example(features.encode_example(example))
+        message = serializer.get_tf_example(features.encode_example(example))
+        # Without `deterministic` the order of the fields differs from run to run.
+        record = message.SerializeToString(deterministic=True)
         total += len(record)
         yield name, record
     if total != num_bytes(images):

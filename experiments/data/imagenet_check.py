@@ -3,11 +3,9 @@
 import pathlib
 from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data import imagenet_builder
+from experiments.data import decoding, imagenet_builder
 
 
 class Undecodable(NamedTuple):
@@ -49,16 +47,8 @@ def undecodable(
         except (OSError, RuntimeError, ValueError) as error:
             found.append(Undecodable(index, "?", f"cannot be read ({error})"))
             continue
-        if not _decodes(record["image"]):
+        if decoding.decode(record["image"]) is None:
             name = record["file_name"].decode()
             reason = f"{len(record['image']):,} bytes that cannot be decoded"
             found.append(Undecodable(index, name, reason))
     return found
-
-
-def _decodes(image: bytes) -> bool:
-    try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # of an empty file
-        return False
-    return pixels is not None
