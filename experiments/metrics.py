@@ -311,9 +311,11 @@ class Reporter:
             self.event(message)
 
     def _print(self, line: str) -> None:
-        if self._writes:
-            self._bar.write(line, file=self._stream)
-            self._stream.flush()
+        # A log is often a file on the disk that is full.
+        with contextlib.suppress(OSError):
+            if self._writes:
+                self._bar.write(line, file=self._stream)
+                self._stream.flush()
 
 
 def _phases_after(record: Mapping[str, Any]) -> phases.Phases:

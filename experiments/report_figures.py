@@ -165,7 +165,7 @@ def draw_curvature(run: RunRecords, path: str | os.PathLike) -> None:
     age.set_ylabel("age of inverses\n(steps)")
     age.set_ylim(bottom=0)
     for panel in (share, age):
-        panel.legend(loc="upper right", fontsize=8, framealpha=0.9)
+        panel.legend(loc="best", fontsize=8, framealpha=0.9)
     if sends:
         steps, sent = _thinned(*run.curve("train", "sent_bytes", "step"))
         figures.plot(panels[2], 0, steps, [x / 1e6 for x in sent], "", marked=False)

@@ -17,6 +17,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import shlex
 import sys
@@ -73,6 +74,17 @@ def start_facts(
     if memory_plan is not None:
         facts["memory_plan"] = dict(memory_plan)
     return json.loads(json.dumps(facts, default=str))
+
+
+def write(directory: str | os.PathLike, facts: Mapping[str, Any]) -> None:
+    """Writes `run.json`, over that of an earlier start.
+
+    Args:
+        directory: The directory of the run.
+        facts: What `start_facts` returns.
+    """
+    text = json.dumps(facts, indent=2) + "\n"
+    markdown.replace_text(pathlib.Path(directory, "run.json"), text)
 
 
 def rows(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -327,6 +327,15 @@ def test_a_run_on_a_full_disk_goes_on_and_loses_nothing(tmp_path, monkeypatch):
     assert any("metrics.jsonl could not be" in event["message"] for event in events)
 
 
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    report(tmp_path, range(1, 11), stream=Full())
+    assert [r["step"] for r in train_records(tmp_path)] == list(range(1, 11))
+
+
 def read_scalars(directory):
     """The scalars of a TensorBoard file, read as its framing of records demands."""
     (path,) = (directory / "tensorboard").iterdir()

@@ -70,7 +70,7 @@ def facts(directory, **more):
         data={"train_images": 640, "classes": 20, "image_shape": (24, 24, 3)},
         memory_plan={"state": 2.5e6},
     )
-    (directory / "run.json").write_text(json.dumps(found | more))
+    run_facts.write(directory, found | more)
 
 
 @pytest.fixture(scope="module")
