@@ -7,7 +7,9 @@ VENV   ?= .venv
 RUN     = $(VENV)/bin/python
 export OPENBLAS_NUM_THREADS = 1
 
-# uv installs several times faster than pip; pip does it where uv cannot be had.
+# uv installs several times faster than pip; pip does it where uv cannot be had. Bytecode
+# is made at once, as pip does: else each process of the tests compiles jax anew where
+# PYTHONDONTWRITEBYTECODE is set.
 define install
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { \
 	  echo "cannot make a virtual environment: install your system's python3-venv"; \
@@ -16,7 +18,7 @@ define install
 	  echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing .[$(1)] into $(VENV)"
 	@{ $(RUN) -m pip install -q --disable-pip-version-check uv && \
-	   $(VENV)/bin/uv pip install -q --python $(RUN) -e ".[$(1)]"; } || \
+	   $(VENV)/bin/uv pip install -q --compile-bytecode --python $(RUN) -e ".[$(1)]"; } || \
 	  $(RUN) -m pip install -q --disable-pip-version-check -e ".[$(1)]"
 	@touch $@
 endef

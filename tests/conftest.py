@@ -1,6 +1,9 @@
 """The test session is stricter than users are."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # One thread: LAPACK's own threads fight with XLA's, and times become erratic.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,6 +14,12 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of the time goes into compiling small programs that run once or twice.
 jax.config.update("jax_disable_most_optimizations", True)
+# Different tests compile the same programs; a third of the time goes without this.
+_PROGRAMS = tempfile.mkdtemp(prefix="lbopt-programs-")
+atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # They start here, so that no experiment's command line can change their number.
 assert len(jax.devices()) == 8
