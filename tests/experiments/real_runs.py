@@ -19,23 +19,29 @@ TIMEOUT = 240.0  # seconds for any one of them, on a busy machine
 SETTINGS = {
     "dataset": "strokes/tiny",
     "model": "convnet",
+    "recipe.image-size": 8,
     "batch-size": 32,
-    "micro-batch-size": 16,
-    "devices": 2,
-    "placement": "memory",
-    "optimizer": "sp_ngd",
-    "mixup-alpha": 0.4,
+    "devices": 1,
+    "optimizer": "kfac",
     "eval-batch-size": 100,
     "eval-epochs": 3,
     "checkpoint-epochs": 0.25,
 }
+ALL_AT_ONCE = {
+    "optimizer": "sp_ngd",
+    "devices": 2,
+    "micro-batch-size": 8,
+    "placement": "memory",
+    "mixup-alpha": 0.4,
+}
+"""Whatever a state may hold: shares, desks, clocks, and a virtual batch."""
 
 
 class Place:
     """Where the runs of a test are, and how they are started."""
 
-    def __init__(self, root, epochs):
-        self.root, self.epochs = root, epochs
+    def __init__(self, root, epochs, **settings):
+        self.root, self.settings = root, {"epochs": epochs, **settings}
 
     def start(self, name, process=0, processes=1, port=0, **settings):
         """The command, which begins the run or goes on with it.
@@ -45,8 +51,8 @@ class Place:
         values = SETTINGS | {
             "data-dir": self.root / "data",
             "directory": self.root / name,
-            "epochs": self.epochs,
         }
+        settings = self.settings | settings
         values |= {key.replace("_", "-"): value for key, value in settings.items()}
         flags = [part for key, x in values.items() for part in (f"--{key}", str(x))]
         environment = os.environ | {

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import cluster
-from tests.experiments.real_runs import TIMEOUT, Place, until
-
-
-@pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    place = Place(tmp_path_factory.mktemp("short"), epochs=3)
-    place.finish("undisturbed")
-    assert place.steps("undisturbed") == list(range(1, 25))
-    return place
+from tests.experiments.real_runs import ALL_AT_ONCE, Place, until
 
 
 def in_a_write(place, name, process):
@@ -53,42 +45,41 @@ def assert_same(place, name):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_run_that_is_killed_twice(short):
-    """Once in the middle of writing a checkpoint, once at any other time."""
-    in_a_write(short, "killed", short.start("killed"))
-    before = short.times("killed")
-    at_random(short, "killed", short.start("killed"), before, steps=3, delay=0.01)
-    short.finish("killed")
-    assert_same(short, "killed")
-
-
-def test_a_run_that_is_told_to_stop(short):
-    process = short.start("stopped")
-    until(lambda: 5 in short.steps("stopped"), process, lambda: short.log("stopped"))
+def stop(place, name, process, at):
+    """Tells a run to stop once it has done some steps; returns how many."""
+    until(lambda: at in place.steps(name), process, lambda: place.log(name))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(TIMEOUT) == cluster.ExitCode.PREEMPTED, short.log("stopped")
-    assert "start again with --resume" in short.log("stopped")
-    done = short.steps("stopped")[-1]
-    assert 5 <= done < 24
-    assert (short.root / "stopped" / "checkpoints" / str(done)).is_dir()
-    short.finish("stopped")
-    assert_same(short, "stopped")
+    place.expect(cluster.ExitCode.PREEMPTED, name, [process])
+    assert "start again with --resume" in place.log(name)
+    done = place.steps(name)[-1]
+    assert (place.root / name / "checkpoints" / str(done)).is_dir()
+    return done
+
+
+def test_a_run_that_is_killed_while_it_saves_and_then_told_to_stop(tmp_path):
+    place = Place(tmp_path, epochs=3)
+    place.finish("undisturbed")
+    assert place.steps("undisturbed") == list(range(1, 25))
+    in_a_write(place, "disturbed", place.start("disturbed"))
+    assert 7 <= stop(place, "disturbed", place.start("disturbed"), at=7) < 24
+    place.finish("disturbed")
+    assert_same(place, "disturbed")
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ten_times(tmp_path):
-    place, rng = Place(tmp_path, epochs=30), random.Random(0)
+@pytest.mark.parametrize("settings", [{}, ALL_AT_ONCE], ids=["K-FAC", "all at once"])
+def test_a_run_that_is_killed_ten_times(tmp_path, settings):
+    """Five times in the middle of writing a checkpoint, five times at any moment."""
+    place, rng = Place(tmp_path, epochs=30, **settings), random.Random(0)
     place.finish("undisturbed")
-    in_writes = 0
     for number in range(10):
-        before, process = place.times("killed"), place.start("killed")
+        before, process = place.times("disturbed"), place.start("disturbed")
         if number % 2:
-            in_a_write(place, "killed", process)
-            in_writes += 1
+            in_a_write(place, "disturbed", process)
         else:
             steps, delay = rng.randrange(1, 15), rng.uniform(0, 0.1)
-            at_random(place, "killed", process, before, steps, delay)
-    assert in_writes == 5
-    assert len(set(place.steps("killed"))) < 240, "it was to be killed before its end"
-    place.finish("killed")
-    assert_same(place, "killed")
+            at_random(place, "disturbed", process, before, steps, delay)
+    assert place.steps("disturbed")[-1] < 240, "it was to be killed before its end"
+    stop(place, "disturbed", place.start("disturbed"), at=200)
+    place.finish("disturbed")
+    assert_same(place, "disturbed")

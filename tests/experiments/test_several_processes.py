@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import cluster
-from tests.experiments.real_runs import TIMEOUT, Place, until
+from tests.experiments.real_runs import ALL_AT_ONCE, Place, until
 
 # Gloo and other numbers of devices add up in another order than one process does:
 # float32's 6e-8 of a loss near 1, which grows by the inverses of some thirty steps.
@@ -27,22 +27,23 @@ def assert_close(place, name, other):
 
 def test_two_processes_and_one_with_other_devices_carry_on_one_run(tmp_path):
     """Two processes with four devices, told to stop; then one process with two."""
-    place = Place(tmp_path, epochs=2)
-    place.finish("undisturbed", devices=4, micro_batch_size=8)
-    running = place.start_several("ours", 2, devices=4, micro_batch_size=8)
+    place = Place(tmp_path, epochs=2, micro_batch_size=8, placement="memory")
+    place.finish("undisturbed", devices=4)
+    running = place.start_several("ours", 2, devices=4)
     until(lambda: 5 in place.steps("ours"), running[0], lambda: place.log("ours"))
     running[1].send_signal(signal.SIGTERM)  # and not the one that writes
     place.expect(cluster.ExitCode.PREEMPTED, "ours", running)
     done = place.steps("ours")[-1]
     assert 5 <= done < 16
-    place.finish("ours", devices=2, micro_batch_size=8, placement="comm")
+    place.finish("ours", devices=2, placement="comm")
     assert "goes on with 2 devices instead of 4" in place.log("ours")
     assert_close(place, "ours", "undisturbed")
 
 
 @pytest.mark.slow
-def test_four_processes_do_what_one_does(tmp_path):
-    place = Place(tmp_path, epochs=3)
+@pytest.mark.parametrize("settings", [{}, ALL_AT_ONCE], ids=["K-FAC", "all at once"])
+def test_two_and_four_processes_do_what_one_does(tmp_path, settings):
+    place = Place(tmp_path, epochs=3, **settings)
     settings = {"devices": 4, "micro_batch_size": 4}  # two micro-batches on each
     for name, processes in (("undisturbed", 1), ("two", 2), ("four", 4)):
         place.finish(name, processes, **settings)
@@ -53,26 +54,24 @@ def test_four_processes_do_what_one_does(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_is_killed_and_the_job_goes_on(tmp_path, victim):
-    place = Place(tmp_path, epochs=3)
-    settings = {"devices": 4, "micro_batch_size": 8}
-    place.finish("undisturbed", **settings)
-    running = place.start_several("ours", 2, **settings)
+    place = Place(tmp_path, epochs=3, devices=4, micro_batch_size=8)
+    place.finish("undisturbed")
+    running = place.start_several("ours", 2)
     until(lambda: 6 in place.steps("ours"), running[0], lambda: place.log("ours"))
     running[victim].kill()
     other = running[1 - victim]
     place.expect(cluster.ExitCode.UNAVAILABLE, "ours", [other], timeout=30)
     assert f"lost contact with process {victim}" in place.log("ours")
     assert "start again with --resume" in place.log("ours")
-    place.finish("ours", 2, **settings)
+    place.finish("ours", 2)
     assert_close(place, "ours", "undisturbed")
 
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named(tmp_path):
-    place = Place(tmp_path, epochs=3)
-    settings = {"devices": 4, "micro_batch_size": 8, "start_timeout": 20}
-    running = place.start_several("ours", 3, **settings | {"devices": 3})
+    place = Place(tmp_path, epochs=3, devices=3, batch_size=30, start_timeout=20)
+    running = place.start_several("ours", 3)
     running[2].kill()
     running[2].wait()
-    place.expect(cluster.ExitCode.UNAVAILABLE, "ours", running[:2], TIMEOUT)
+    place.expect(cluster.ExitCode.UNAVAILABLE, "ours", running[:2])
     assert "1 of 3 processes did not come within 20 s: process 2" in place.log("ours")
