@@ -47,7 +47,7 @@ class Options:
     validation_images: int = NUM_IMAGES["validation"]
     """Images that the validation archive should hold."""
     workers: int = 4
-    """Processes; each needs about 500 MB of memory."""
+    """Processes; each needs about 400 MB of memory."""
     verify: bool = False
     """Decode every image of what is prepared, instead of preparing it."""
 

@@ -80,8 +80,18 @@ def open_builder(data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
 
     Returns:
         The builder, prepared or not.
+
+    Raises:
+        FileExistsError: If the data set is prepared there in another format.
     """
-    return tfds.builder(NAME, data_dir=data_dir, file_format=FORMAT.value)
+    try:
+        return tfds.builder(NAME, data_dir=data_dir, file_format=FORMAT.value)
+    except ValueError as error:
+        raise FileExistsError(
+            f"{data_dir / NAME} holds the data set in another format than ArrayRecord "
+            f"({str(error).rpartition(': ')[2]}). Move it away or name another "
+            "--data-dir"
+        ) from error
 
 
 def plan(images: np.ndarray, split: Split, directory: pathlib.Path) -> list[Shard]:

@@ -238,6 +238,15 @@ def test_a_directory_that_is_no_data_set(made, tmp_path):
         run(made, tmp_path)
 
 
+@pytest.mark.parametrize("options", [["--archives", "x"], ["--verify"]])
+def test_a_copy_in_tensorflows_format(undisturbed, tmp_path, options):
+    shutil.copytree(target(undisturbed), target(tmp_path))
+    info = target(tmp_path) / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(SystemExit, match=r"^error: .* in another format than Array"):
+        prepare_imagenet.main([*options, "--data-dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
 def test_missing_archive(archives, tmp_path, name):
     (archives / name).unlink()
