@@ -6,6 +6,8 @@
 Meant for NVIDIA V100, 32 images on each, as in the last columns. A device evaluates 32
 images at a time, whose BatchNorm is their own, on however many devices there are: of
 fewer, gradients and statistics are accumulated, as the paper did for the last two rows.
+A device holds its share of the batch twice, as mixup keeps the last one: 0.6 MB an
+image each, which limits how few devices there may be.
 
 Expected top-1 of a single crop (Osawa et al., IEEE TPAMI 2022, Tables 1 and 2):
 
