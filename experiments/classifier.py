@@ -155,6 +155,7 @@ class Program(NamedTuple):
         eval_step: `(state, batch) -> sums`.
         layers: What the optimizer has curvature of; `None` without curvature.
         mesh: The devices, if there are several.
+        per_example: Collections of the model state whose arrays lie along the batch.
         state_shapes: The state's global shapes on other devices, or with another
             placement: `(devices, placement) -> state`.
     """
@@ -164,6 +165,7 @@ class Program(NamedTuple):
     eval_step: Callable
     layers: registry.Layers | None
     mesh: Mesh | None
+    per_example: tuple[str, ...]
     state_shapes: Callable[[int, str], training.TrainState]
 
 
@@ -253,6 +255,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         empty = jax.tree.map(lambda x: _zeros(x, mesh), jax.eval_shape(carried))
         return state._replace(model_state={**state.model_state, **empty})
 
+    per_example = (VIRTUAL_BATCH,) if config.mixup_alpha else ()
     eval_step = training.make_eval_step(make_eval(alone))
     train_step = training.make_train_step(
         _loss_of(config, model),
@@ -261,7 +264,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         mesh,
         fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
         accumulate=accumulate,
-        per_example=(VIRTUAL_BATCH,) if config.mixup_alpha else (),
+        per_example=per_example,
     )
     return Program(
         init=init,
@@ -269,6 +272,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         eval_step=_of_averages(eval_step) if config.weight_average else eval_step,
         layers=layers,
         mesh=mesh,
+        per_example=per_example,
         state_shapes=state_shapes,
     )
 

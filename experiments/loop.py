@@ -18,9 +18,12 @@ from jax.experimental import multihost_utils
 from experiments import (
     checkpoints,
     figures,
+    memory_plan,
     metrics,
     preemption,
+    report,
     resuming,
+    run_facts,
     runs,
 )
 from experiments.classifier import Program, build_program, evaluate, open_data
@@ -121,7 +124,11 @@ def train(
         steps = _Loop(run, store, reporter, feed, place, preempted, reached)
         accuracy = steps.go(state, start)
     if jax.process_index() == 0:
-        draw([run], directory / "curves.png")
+        try:
+            draw([run], directory / "curves.png")
+            report.write(directory)
+        except OSError as error:  # a full disk: the run itself is safe by now
+            print(f"no report: {error}; python -m experiments.report {directory}")
     return accuracy
 
 
@@ -148,6 +155,8 @@ class _Loop:
         for step in range(start + 1, total + 1):
             with self.reporter.phase("input"), self._saving_on_error(step - 1, state):
                 batch = next(self.feed)
+            if step == start + 1:
+                self._begin(state, batch)
             with self.reporter.phase("step"):
                 state, of_step = program.train_step(state, batch)
             self.reached(step)
@@ -172,6 +181,32 @@ class _Loop:
         if accuracy is None:  # nothing was left to do
             accuracy = evaluate(program, state, data)["accuracy"]
         return accuracy
+
+    def _begin(self, state: training.TrainState, batch: Any) -> None:
+        """Compiles the step, and tells what it needs and what the run is."""
+        data, program = self.run.data, self.run.program
+        devices, along = self.place.devices, program.per_example
+        needed = memory_plan.plan(state, batch, devices, per_example=along)
+        with self.reporter.phase("step"):
+            compiled = program.train_step.lower(state, batch).compile()
+        needed = memory_plan.with_xla(needed, compiled)
+        if jax.process_index() > 0:
+            return
+        print(needed)
+        facts = run_facts.start_facts(
+            devices=devices,
+            parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+            steps=data.steps(self.run.config.epochs),
+            steps_per_epoch=data.steps_per_epoch,
+            data={
+                "train_images": data.train_images,
+                "test_images": data.test_images,
+                "classes": data.num_classes,
+                "image_shape": data.image_shape,
+            },
+            memory_plan=needed._asdict(),
+        )
+        run_facts.write(self.run.directory, facts)
 
     def _save(self, step: int, state: Any, accuracy: float | None = None) -> None:
         place = self.place._replace(batches_taken=self.feed.get_state())

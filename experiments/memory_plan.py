@@ -1,0 +1,195 @@
+"""What a step needs of each device's memory: from shapes alone, and as XLA counts it.
+
+State and batch are known before anything is compiled. What a step needs besides, above
+all activations, only the compiler knows:
+
+    state = jax.eval_shape(program.init)
+    needed = memory_plan.plan(state, batch, devices=8)
+    step = program.train_step.lower(*memory_plan.on_mesh(state, batch, mesh)).compile()
+    print(memory_plan.with_xla(needed, step))
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments import markdown
+from lbopt import sharding, training
+from lbopt.transforms.kfac_state import KfacState
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on each device; `str` of it is one line for the start of a run.
+
+    Attributes:
+        parameters: Of the model.
+        model_state: The model's other collections, and what mixup carries.
+        factors: Curvature: running averages, and what adaptive refreshing keeps of
+            earlier statistics.
+        inverses: Their inverses, also those that have no effect yet, and corrected
+            eigenvalues.
+        optimizer: The rest of the optimizer's state, such as momentum.
+        batch: The device's share of a batch.
+        arguments: What XLA counts for all of these; `None` before it compiled the step.
+        temporaries: What XLA needs besides: activations, gradients, statistics.
+    """
+
+    parameters: int
+    model_state: int
+    factors: int
+    inverses: int
+    optimizer: int
+    batch: int
+    arguments: int | None = None
+    temporaries: int | None = None
+
+    @property
+    def total(self) -> int:
+        """State and batch, from shapes alone."""
+        return sum(self[:6])
+
+    def __str__(self) -> str:
+        """The parts that are not empty, and XLA's count if there is one."""
+        parts = zip(self._fields[:6], self[:6], strict=True)
+        named = [(name.replace("_", " "), size) for name, size in parts if size]
+        line = f"memory per device: {_listed(named)}"
+        if self.arguments is None or self.temporaries is None:
+            return line
+        by_xla = [("arguments", self.arguments), ("temporaries", self.temporaries)]
+        return f"{line}; XLA: {_listed(by_xla)}"
+
+
+def plan(
+    state: training.TrainState,
+    batch: Any,
+    devices: int = 1,
+    *,
+    per_example: Sequence[str] = (),
+) -> MemoryPlan:
+    """The bytes of a run's state and batch.
+
+    Args:
+        state: The state or its shapes, as `jax.eval_shape` of `init` returns them.
+        batch: The batch of all devices, or its shapes.
+        devices: How many devices share the batch.
+        per_example: Collections of the model state whose arrays lie along the batch.
+
+    Returns:
+        The plan, without XLA's count.
+
+    Raises:
+        ValueError: If the number of devices is not the one that the state was made for.
+    """
+    _check_devices(state, devices)
+    found = {"factors": 0, "inverses": 0}
+    for node in jax.tree.leaves(state.opt_state, is_leaf=_is_curvature):
+        if _is_curvature(node):
+            found["factors"] += _own((node.factors, node.before, node.traces), devices)
+            inverses = node.inverses, node.kept, node.pending, node.moments
+            found["inverses"] += _own(inverses, devices)
+    collections = dict(state.model_state)
+    along = [collections.pop(name) for name in per_example]
+    return MemoryPlan(
+        parameters=_own(state.params, devices),
+        model_state=_own(collections, devices) + _own(along, devices, split=True),
+        optimizer=_own(state.opt_state, devices) - sum(found.values()),
+        batch=_own(batch, devices, split=True),
+        **found,
+    )
+
+
+def with_xla(needed: MemoryPlan, step: jax.stages.Compiled) -> MemoryPlan:
+    """A plan with what the compiler says about the step.
+
+    Args:
+        needed: The plan.
+        step: The compiled step.
+
+    Returns:
+        The plan; unchanged on a platform whose compiler says nothing.
+    """
+    counted = step.memory_analysis()
+    if counted is None:
+        return needed
+    return needed._replace(
+        arguments=counted.argument_size_in_bytes,
+        temporaries=counted.temp_size_in_bytes,
+    )
+
+
+def on_mesh(
+    state: training.TrainState,
+    batch: Any,
+    mesh: Mesh | None,
+    *,
+    per_example: Sequence[str] = (),
+) -> tuple[training.TrainState, Any]:
+    """Shapes of state and batch as they lie on the mesh, to lower a step for.
+
+    Args:
+        state: The state's shapes.
+        batch: Those of the batch of all devices.
+        mesh: The devices, along its only axis; `None` for one.
+        per_example: Collections of the model state whose arrays lie along the batch.
+
+    Returns:
+        Both, with shardings.
+    """
+    if mesh is None:
+        return state, batch
+    (axis_name,) = mesh.axis_names
+
+    def placed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    def along(tree: Any) -> Any:
+        spec = PartitionSpec(axis_name)
+        return jax.tree.map(
+            lambda x: placed(x, spec if x.ndim else PartitionSpec()), tree
+        )
+
+    state = jax.tree.map(placed, state, sharding.specs(state, axis_name))
+    carried = {name: along(state.model_state[name]) for name in per_example}
+    if carried:
+        state = state._replace(model_state={**state.model_state, **carried})
+    return state, along(batch)
+
+
+def _own(tree: Any, devices: int, *, split: bool = False) -> int:
+    """Bytes of a tree on each device; `split` if all arrays lie along the devices."""
+
+    def size(node: Any) -> int:
+        shared = devices if split or _is_sharded(node) else 1
+        return sum(
+            math.ceil(x.size / (shared if x.ndim else 1)) * x.dtype.itemsize
+            for x in jax.tree.leaves(node)
+        )
+
+    return sum(map(size, jax.tree.leaves(tree, is_leaf=_is_sharded)))
+
+
+def _is_curvature(node: Any) -> bool:
+    return isinstance(node, KfacState)
+
+
+def _is_sharded(node: Any) -> bool:
+    return isinstance(node, sharding.Sharded)
+
+
+def _check_devices(state: training.TrainState, devices: int) -> None:
+    for node in jax.tree.leaves(state.opt_state, is_leaf=_is_sharded):
+        for x in jax.tree.leaves(node) if _is_sharded(node) else []:
+            if x.shape[0] != devices:
+                raise ValueError(
+                    f"devices={devices}, but the optimizer's state was made for "
+                    f"{x.shape[0]}; pass that many, or make the state anew"
+                )
+
+
+def _listed(sizes: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {markdown.size(size)}" for name, size in sizes)
