@@ -17,6 +17,12 @@ Border = Literal["reflect", "zero"]
 SQUASHED_SIZE = 256
 """Height and width, in pixels, that `random_squashed_crop` crops from."""
 
+RESIZED_CROP_DRAWS = 41
+"""Random numbers that `random_resized_crop` needs: four a try, and the mirror's."""
+
+SQUASHED_CROP_DRAWS = 3
+"""Random numbers that `random_squashed_crop` needs: top, left, and the mirror's."""
+
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
 
 
@@ -76,9 +82,7 @@ def pad_crop_flip(
     return images
 
 
-def random_resized_crop(
-    image: np.ndarray, position: int, seed: int, size: int
-) -> np.ndarray:
+def random_resized_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
     """The crop of Szegedy et al. (2015), mirrored with probability 1/2.
 
     A rectangle of 8 % to 100 % of the area and aspect ratio 3/4 to 4/3 (log-uniform)
@@ -86,17 +90,16 @@ def random_resized_crop(
 
     Args:
         image: uint8 `[height, width, channels]`, of any height and width.
-        position: The image's place in the stream.
-        seed: Seed of the run.
+        draws: The image's `RESIZED_CROP_DRAWS` numbers of `uniforms`.
         size: Height and width of the result, in pixels.
 
     Returns:
         uint8 `[size, size, channels]`.
     """
-    draws = uniforms(seed, np.array([position]), 41)[0]
-    crop = _sampled_crop(image, draws[:40].reshape(10, 4))
+    *numbers, mirror = draws.tolist()
+    crop = _sampled_crop(image, numbers)
     crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)
-    return crop[:, ::-1] if draws[40] < 0.5 else crop
+    return cv2.flip(crop, 1) if mirror < 0.5 else crop
 
 
 def centre_crop(image: np.ndarray, size: int, share: float = 0.875) -> np.ndarray:
@@ -115,9 +118,7 @@ def centre_crop(image: np.ndarray, size: int, share: float = 0.875) -> np.ndarra
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def random_squashed_crop(
-    image: np.ndarray, position: int, seed: int, size: int
-) -> np.ndarray:
+def random_squashed_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
     """A square from anywhere in the image, mirrored with probability 1/2.
 
     The image is resized to 256x256 beforehand, whatever its aspect ratio, as Caffe's
@@ -125,16 +126,15 @@ def random_squashed_crop(
 
     Args:
         image: uint8 `[height, width, channels]`, of any height and width.
-        position: The image's place in the stream.
-        seed: Seed of the run.
+        draws: The image's `SQUASHED_CROP_DRAWS` numbers of `uniforms`.
         size: Height and width of the result, at most 256 pixels.
 
     Returns:
         uint8 `[size, size, channels]`.
     """
-    top, left, mirror = uniforms(seed, np.array([position]), 3)[0]
+    top, left, mirror = draws.tolist()
     crop = _window(_squashed(image), size, size, top, left)
-    return crop[:, ::-1] if mirror < 0.5 else crop
+    return cv2.flip(crop, 1) if mirror < 0.5 else crop
 
 
 def centre_squashed_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -173,9 +173,10 @@ def _squashed(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (SQUASHED_SIZE, SQUASHED_SIZE))
 
 
-def _sampled_crop(image: np.ndarray, tries: np.ndarray) -> np.ndarray:
+def _sampled_crop(image: np.ndarray, numbers: list[float]) -> np.ndarray:
     height, width = image.shape[:2]
-    for area_draw, ratio_draw, top, left in tries:
+    for i in range(0, len(numbers), 4):
+        area_draw, ratio_draw, top, left = numbers[i : i + 4]
         area = height * width * (0.08 + 0.92 * area_draw)
         ratio = (3 / 4) * (16 / 9) ** ratio_draw
         crop_width = round((area * ratio) ** 0.5)

@@ -1,13 +1,21 @@
 """From the bytes of an image file to pixels; and what to say where that fails."""
 
+import concurrent.futures
+import os
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue] compiled
+)
 
 # Orientation that a camera noted is ignored, as TensorFlow and Pillow do.
 _COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
+
+
+_VERIFY = "`python experiments/prepare_imagenet.py --verify` lists such records"
 
 
 class RecordError(ValueError):
@@ -56,18 +64,45 @@ class Origin(NamedTuple):
     def read_error(self, record: int, reason: object) -> RecordError:
         """What to raise for a record that cannot be read."""
         return RecordError(
-            f"{self.describe(record)} cannot be read: {reason}. `python "
-            "experiments/prepare_imagenet.py --verify` lists such records; the file "
-            "has to be prepared once more"
+            f"{self.describe(record)} cannot be read: {reason}. {_VERIFY}; its file "
+            "has to be copied or prepared once more"
         )
 
     def image_error(self, record: int) -> RecordError:
         """What to raise for an image that is none."""
         return RecordError(
             f"{self.describe(record)}: the image is neither a JPEG nor a PNG that can "
-            "be decoded. `python experiments/prepare_imagenet.py --verify` lists such "
-            "records; `--bad-images blank` goes on without them"
+            f"be decoded. {_VERIFY}; --bad-images blank goes on without them"
         )
+
+    def check(self) -> None:
+        """Makes sure that the record files are as long as they were written.
+
+        Raises:
+            RecordError: If one is missing, cut off or another one.
+        """
+        # Each is opened, which on a shared disk is all waiting.
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            for fault in pool.map(_fault, self.shards):
+                if fault is not None:
+                    raise RecordError(
+                        f"{self.split!r} of {self.dataset}: {fault}. The file has to "
+                        "be copied or prepared once more"
+                    )
+
+
+def _fault(shard: Shard) -> str | None:
+    if not os.path.exists(shard.path):
+        return f"{shard.path} is missing"
+    try:
+        reader = array_record_module.ArrayRecordReader(shard.path)
+        records = reader.num_records()
+        reader.close()
+    except RuntimeError as error:  # what is cut off has no index at its end
+        return f"{shard.path} is damaged, perhaps cut off: {error}"
+    if records != shard.size:
+        return f"{shard.path} holds {records} records instead of {shard.size}"
+    return None
 
 
 UNKNOWN = Origin("a data set", "a split")
@@ -82,8 +117,11 @@ def decode(encoded: bytes) -> np.ndarray | None:
 
     Returns:
         uint8 `[h, w, 3]`, **blue first**, as OpenCV has it; `None` if the file is
-        neither, or broken off: OpenCV would make up the rest of a JPEG in grey.
+        neither, or broken off: OpenCV 4 would make up the rest of a JPEG in grey.
     """
     if encoded.startswith(_JPEG) and encoded.rfind(_END_OF_JPEG) < 0:
         return None
-    return cv2.imdecode(np.frombuffer(encoded, np.uint8), _COLOUR)
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), _COLOUR)
+    except cv2.error:  # of an empty file, or a size that no image has
+        return None

@@ -1,9 +1,11 @@
 """From places in the stream to batches: reading, cropping, augmenting, normalising."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import cv2
+import grain
 import numpy as np
 
 from experiments.data import augment, decoding, normalising, splits
@@ -37,7 +39,8 @@ class Form(NamedTuple):
     with_index: bool = False
 
 
-_Crop = Callable[[np.ndarray, int], np.ndarray]
+_Crop = Callable[[np.ndarray], np.ndarray]
+_Crops = Callable[[np.ndarray], list[_Crop]]  # of the images at some positions
 _Shift = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -45,7 +48,7 @@ def training_loader(
     split: splits.Split,
     seed: int,
     augmented: bool,
-    order: Sequence[int],
+    order: grain.MapDataset[int],
     form: Form,
 ) -> Load:
     """Loads positions of the endless stream.
@@ -54,19 +57,19 @@ def training_loader(
         split: What to read.
         seed: Seed of the augmentation.
         augmented: Whether images are cropped and mirrored at random.
-        order: The record at each position; records count on from epoch to epoch.
+        order: The record at each position.
         form: Type of the images, and what to do about bad ones.
 
     Returns:
         The loader.
     """
-    crop = _random_crop(split, seed) if augmented else _centre_crop(split)
+    crops = _random_crops(split, seed) if augmented else _centre_crops(split)
     moved = augmented and split.fixed_size
     shift = _shift(split, seed) if moved else _unmoved
-    images_of = _loader(split, crop, shift, form)
+    images_of = _loader(split, crops, shift, form)
 
     def load(positions: np.ndarray) -> Batch:
-        records = [order[position] % len(split) for position in positions.tolist()]
+        records = [order[position] for position in positions.tolist()]
         return images_of(np.array(records), positions)
 
     return load
@@ -82,7 +85,7 @@ def evaluation_loader(split: splits.Split, form: Form) -> Load:
     Returns:
         The loader.
     """
-    images_of = _loader(split, _centre_crop(split), _unmoved, form)
+    images_of = _loader(split, _centre_crops(split), _unmoved, form)
 
     def load(positions: np.ndarray) -> Batch:
         real = positions < len(split)
@@ -109,11 +112,11 @@ _Fetch = Callable[[np.ndarray, np.ndarray], _Fetched]
 
 
 def _loader(
-    split: splits.Split, crop: _Crop, shift: _Shift, form: Form
+    split: splits.Split, crops: _Crops, shift: _Shift, form: Form
 ) -> Callable[[np.ndarray, np.ndarray], Batch]:
     """Loads records that stand at positions of the stream."""
     normalise = normalising.normaliser(split, form.dtype)
-    fetch = _fetcher(split, crop, form.bad_images)
+    fetch = _fetcher(split, crops, form.bad_images)
 
     def load(records: np.ndarray, positions: np.ndarray) -> Batch:
         images, labels, bad = fetch(records, positions)
@@ -128,7 +131,7 @@ def _loader(
     return load
 
 
-def _fetcher(split: splits.Split, crop: _Crop, bad_images: BadImages) -> _Fetch:
+def _fetcher(split: splits.Split, crops: _Crops, bad_images: BadImages) -> _Fetch:
     """Images of varying size are cropped to the model's; others are as on disk."""
     records = split.records
     if isinstance(records, splits.InMemory):
@@ -142,15 +145,15 @@ def _fetcher(split: splits.Split, crop: _Crop, bad_images: BadImages) -> _Fetch:
         images = np.zeros((len(chosen), *split.image_shape), np.uint8)
         labels = np.empty(len(chosen), np.int32)
         bad = []
-        pairs = zip(chosen.tolist(), positions.tolist(), strict=True)
-        for i, (record, position) in enumerate(pairs):
+        pairs = zip(chosen.tolist(), crops(positions), strict=True)
+        for i, (record, crop) in enumerate(pairs):
             # One by one: `__getitems__` would start a thread for each file touched.
             row = split.read(record)
             labels[i] = row["label"]
             pixels = decoding.decode(row["image"])
             if pixels is not None:
                 # Red first only now that there are fewer pixels.
-                cv2.cvtColor(crop(pixels, position), cv2.COLOR_BGR2RGB, images[i])
+                cv2.cvtColor(crop(pixels), cv2.COLOR_BGR2RGB, images[i])
             elif bad_images == "stop":
                 raise split.origin.image_error(record)
             else:
@@ -183,15 +186,25 @@ def _unmoved(images: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return images
 
 
-def _random_crop(split: splits.Split, seed: int) -> _Crop:
-    """The random part of an image that training at a position sees."""
-    size, plain = split.image_shape[0], split.recipe.crop == "plain"
-    cropped = augment.random_squashed_crop if plain else augment.random_resized_crop
-    return lambda pixels, position: cropped(pixels, position, seed, size)
+def _random_crops(split: splits.Split, seed: int) -> _Crops:
+    """The random parts of images that training at their positions sees."""
+    size = split.image_shape[0]
+    if split.recipe.crop == "plain":
+        crop, draws = augment.random_squashed_crop, augment.SQUASHED_CROP_DRAWS
+    else:
+        crop, draws = augment.random_resized_crop, augment.RESIZED_CROP_DRAWS
+
+    def crops(positions: np.ndarray) -> list[_Crop]:
+        # Drawn for all at once: alone, each would wait for the interpreter lock.
+        numbers = augment.uniforms(seed, positions, draws)
+        return [functools.partial(crop, draws=row, size=size) for row in numbers]
+
+    return crops
 
 
-def _centre_crop(split: splits.Split) -> _Crop:
-    """The part of an image that evaluation sees, whatever its position."""
-    size, plain = split.image_shape[0], split.recipe.crop == "plain"
-    cropped = augment.centre_squashed_crop if plain else augment.centre_crop
-    return lambda pixels, position: cropped(pixels, size)
+def _centre_crops(split: splits.Split) -> _Crops:
+    """The parts of images that evaluation sees, whatever their positions."""
+    plain = split.recipe.crop == "plain"
+    crop = augment.centre_squashed_crop if plain else augment.centre_crop
+    centre = functools.partial(crop, size=split.image_shape[0])
+    return lambda positions: [centre] * len(positions)

@@ -8,7 +8,7 @@ import numpy as np
 _EPOCHS = 1 << 32  # of the endless stream
 
 
-def shuffled(records: int, seed: int) -> grain.MapDataset:
+def shuffled(records: int, seed: int) -> grain.MapDataset[int]:
     """Numbers of records by position: each epoch is a random order of its own.
 
     Args:
@@ -16,8 +16,7 @@ def shuffled(records: int, seed: int) -> grain.MapDataset:
         seed: In `[0, 2**32)`.
 
     Returns:
-        Random access without a table, however many records there are; numbers count on
-        from epoch to epoch.
+        Numbers in `[0, records)`, by random access without a table.
     """
     # Not `repeat()`, whose length, the largest index there is, could not be rounded
     # up to whole batches.

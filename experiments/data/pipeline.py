@@ -139,7 +139,6 @@ class EvaluationBatches:
         process_index: Which of the processes this is.
         process_count: How many processes share the split.
         num_threads: Threads that read and decode images which are not in memory.
-        num_workers: Worker processes among which those threads are divided.
         dtype: Of the images.
         bad_images: As in `TrainingBatches`.
         with_index: As in `TrainingBatches`; the index of the padding is -1.
@@ -156,7 +155,6 @@ class EvaluationBatches:
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 16,
-        num_workers: int = 0,
         dtype: np.typing.DTypeLike = np.float32,
         bad_images: loading.BadImages = "stop",
         with_index: bool = False,
@@ -169,7 +167,8 @@ class EvaluationBatches:
             loading.evaluation_loader(split, form),
             slices,
             range(self._length),
-            **_pool(split, num_threads, num_workers),
+            # Not in worker processes, which every pass would have to start anew.
+            **_pool(split, num_threads, 0),
         )
         self._blanks = _Blanks(split)
 
@@ -285,13 +284,17 @@ def open_data(
         "process_count": jax.process_count(),
         "dtype": dtype,
         "num_threads": num_threads,
-        "num_workers": num_workers,
         "bad_images": bad_images,
         "with_index": with_index,
     }
     return Data(
         train=TrainingBatches(
-            train, batch_size=batch_size, seed=seed, augmented=augmented, **shared
+            train,
+            batch_size=batch_size,
+            seed=seed,
+            augmented=augmented,
+            num_workers=num_workers,
+            **shared,
         ),
         test=EvaluationBatches(test, batch_size=eval_batch_size, **shared),
         image_shape=train.image_shape,

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 
+import cv2
 import grain
 import numpy as np
 from absl import flags
@@ -72,6 +73,7 @@ def _parse_flags() -> None:
 def _start_worker(index: int, count: int) -> None:
     """Ends a worker with its parent, even one that was killed and told nobody."""
     del index, count
+    cv2.setNumThreads(1)  # it would start a thread a core, in each of the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments.data import augment, decoding, strokes_builder
 
@@ -139,15 +140,28 @@ class Split:
         return len(self.records)
 
     def read(self, record: int) -> dict[str, Any]:
-        """One record, by number.
+        """One record, by number; a `RecordError` if it cannot be read."""
+        return read(self.records, record, self.origin)
 
-        Raises:
-            RecordError: If it cannot be read, or decoded where that is done here.
-        """
-        try:
-            return self.records[record]
-        except Exception as error:  # of array_record or the decoder, by no contract
-            raise self.origin.read_error(record, error) from error
+
+def read(records: Records, record: int, origin: decoding.Origin) -> dict[str, Any]:
+    """One record, by number.
+
+    Args:
+        records: Of which.
+        record: Number of the record.
+        origin: Where the records come from.
+
+    Returns:
+        The record's features.
+
+    Raises:
+        RecordError: If it cannot be read, or decoded where the records are.
+    """
+    try:
+        return records[record]
+    except Exception as error:  # array_record's or the decoder's, by no contract
+        raise origin.read_error(record, error) from error
 
 
 class InMemory:
@@ -155,21 +169,20 @@ class InMemory:
 
     Args:
         records: What to decode; images of one size.
+        origin: Where they come from.
 
     Attributes:
         images: uint8 `[n, h, w, c]`.
         labels: int32 `[n]`.
     """
 
-    def __init__(self, records: Records):
-        image_shape = records[0]["image"].shape
+    def __init__(self, records: Records, origin: decoding.Origin):
+        image_shape = read(records, 0, origin)["image"].shape
         self.images = np.empty((len(records), *image_shape), np.uint8)
         self.labels = np.empty(len(records), np.int32)
-        # A thousand records at a time, so that no second copy of the whole set exists.
-        for start in range(0, len(records), 1024):
-            indices = range(start, min(start + 1024, len(records)))
-            for index, row in enumerate(records.__getitems__(list(indices)), start):
-                self.images[index], self.labels[index] = row["image"], row["label"]
+        for index in range(len(records)):
+            row = read(records, index, origin)
+            self.images[index], self.labels[index] = row["image"], row["label"]
 
     def __len__(self) -> int:
         """Number of records."""
@@ -178,6 +191,38 @@ class InMemory:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One record, by index."""
         return {"image": self.images[index], "label": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several records, by index."""
+        return [self[index] for index in indices]
+
+
+class Encoded:
+    """Labelled images as the bytes of files, from records of `tensorflow_datasets`.
+
+    Its own parser copies each image twice more and holds the interpreter lock for it;
+    and worker processes need nothing of it but the names of the files.
+
+    Args:
+        records: The serialised `tf.train.Example`s.
+    """
+
+    def __init__(self, records: Sequence[bytes]):
+        self._records = records
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One record, by index."""
+        messages: Any = tf_example_pb2  # whose classes are made as it is imported
+        example = messages.Example.FromString(self._records[index])
+        features = example.features.feature
+        return {
+            "image": features["image"].bytes_list.value[0],
+            "label": features["label"].int64_list.value[0],
+        }
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several records, by index."""
@@ -209,6 +254,8 @@ def open_split(
 
     Raises:
         FileNotFoundError: If the data set is not prepared in `data_dir`.
+        RecordError: If a record file is missing or is not as long as it was written,
+            or an image that is kept in memory cannot be decoded.
         ValueError: If there is no such data set or split, the split is empty, or the
             records are not labelled images.
     """
@@ -224,15 +271,22 @@ def open_split(
             f"{name} has the features {sorted(features)}, not image, label"
         )
 
+    shards = tuple(
+        decoding.Shard(os.fspath(f.filename), f.skip, f.take, f.examples_in_shard)
+        for f in builder.info.splits[split].file_instructions
+    )
+    origin = decoding.Origin(name, split, shards)
+    origin.check()
     shape = features["image"].shape
     fixed_size = None not in shape
     preprocessing = PREPROCESSING.get(builder.name, Preprocessing())
-    # Of a photograph only a crop is used, so decoding is left to whoever crops.
-    decoders = None if fixed_size else {"image": tfds.decode.SkipDecoding()}
     open_records: Any = builder.as_data_source  # whose decorator hides its parameters
-    records: Records = open_records(split, decoders=decoders)
+    records: Any = open_records(split)
+    if not fixed_size:
+        # Of a photograph only a crop is used, so decoding is left to whoever crops.
+        records = Encoded(records.data_source)
     if fixed_size and len(records) * int(np.prod(shape)) <= memory_limit:
-        records = InMemory(records)
+        records = InMemory(records, origin)
     size = recipe.image_size
     if not fixed_size:
         size = size or preprocessing.crop_size
@@ -246,6 +300,7 @@ def open_split(
         preprocessing=preprocessing,
         fixed_size=fixed_size,
         recipe=recipe,
+        origin=origin,
     )
 
 
@@ -271,9 +326,23 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
     except (tfds.core.DatasetNotFoundError, ValueError):
         raise ValueError(f"dataset: tensorflow_datasets has no {name!r}") from None
     if not builder.is_prepared():
+        where = "is not prepared in" if os.path.isdir(data_dir) else "cannot be in"
         raise FileNotFoundError(
-            f"dataset: {name!r} is not prepared in {builder.data_path}. Prepare it "
-            f"once with tfds.builder({name!r}, data_dir={str(data_dir)!r})"
-            ".download_and_prepare(file_format='array_record')."
+            f"dataset: {name!r} {where} {builder.data_path}. {_advice(name, data_dir)}"
         )
     return builder
+
+
+def _advice(name: str, data_dir: str) -> str:
+    """How a data set that is missing gets there."""
+    if not os.path.isdir(data_dir):
+        return f"There is no directory {data_dir}; give another as data_dir"
+    if name.startswith("imagenet2012"):
+        return (
+            "Prepare it once with `python experiments/prepare_imagenet.py --archives "
+            f"DIRECTORY --data-dir {data_dir}`"
+        )
+    return (
+        f"Prepare it once with tfds.builder({name!r}, data_dir={data_dir!r})"
+        ".download_and_prepare(file_format='array_record')."
+    )

@@ -69,9 +69,10 @@ def test_nothing_is_done_unless_asked_for(images):
 @pytest.mark.parametrize("shape", [(50, 70, 3), (300, 60, 3), (1, 1, 3)])
 def test_random_resized_crops_have_the_size_and_vary(shape):
     image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    crops = [augment.random_resized_crop(image, i, 0, 16) for i in range(20)]
+    draws = augment.uniforms(0, np.arange(20), augment.RESIZED_CROP_DRAWS)
+    crops = [augment.random_resized_crop(image, row, 16) for row in draws]
     assert {crop.shape for crop in crops} == {(16, 16, 3)}
-    again = augment.random_resized_crop(image, 5, 0, 16)
+    again = augment.random_resized_crop(image, draws[5], 16)
     np.testing.assert_array_equal(again, crops[5])
     if shape != (1, 1, 3):
         assert len({crop.tobytes() for crop in crops}) > 10
@@ -93,9 +94,9 @@ def test_a_squashed_crop_is_a_window_of_the_resized_image():
         for x in range(4)
     }
     mirrored, places = 0, []
-    for position in range(200):
-        crop = augment.random_squashed_crop(image, position, 5, 253)
-        again = augment.random_squashed_crop(image, position, 5, 253)
+    for draws in augment.uniforms(5, np.arange(200), augment.SQUASHED_CROP_DRAWS):
+        crop = augment.random_squashed_crop(image, draws, 253)
+        again = augment.random_squashed_crop(image, draws, 253)
         np.testing.assert_array_equal(crop, again)
         mirror = crop.tobytes() not in windows
         mirrored += mirror
@@ -110,8 +111,11 @@ def test_a_squashed_crop_is_a_window_of_the_resized_image():
 def test_seeds_give_unrelated_squashed_crops():
     image = np.random.default_rng(0).integers(0, 256, (40, 90, 3)).astype(np.uint8)
     one, other = (
-        [augment.random_squashed_crop(image, i, s, 200).tobytes() for i in range(9)]
-        for s in (0, 1)
+        [
+            augment.random_squashed_crop(image, draws, 200).tobytes()
+            for draws in augment.uniforms(seed, np.arange(9), 3)
+        ]
+        for seed in (0, 1)
     )
     assert len({*one, *other}) == 18
 

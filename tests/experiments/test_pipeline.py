@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments.data import augment, pipeline, splits
+from experiments.data import augment, decoding, pipeline, splits
 
 EPOCH = 256  # training images of strokes/tiny
 
@@ -308,6 +308,91 @@ def test_photographs_keep_their_colours_and_labels(photographs):
     assert seen == {i: i % 3 for i in range(11)}
 
 
+class Damaged(tfds.core.GeneratorBasedBuilder):
+    """Twelve JPEG files, of which the third is none and the eighth is broken off."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(num_classes=12),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(12):
+            image = np.full((40, 50, 3), 20 * i, np.uint8)
+            file = cv2.imencode(".jpg", image)[1].tobytes()
+            file = {2: b"no image at all", 7: file[:-300]}.get(i, file)
+            yield i, {"image": io.BytesIO(file), "label": i}
+
+
+@pytest.fixture(scope="module")
+def damaged(data_dir):
+    builder = Damaged(data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+    recipe = splits.Recipe(image_size=16)
+    split = splits.open_split("damaged", "train", data_dir, recipe=recipe)
+    # Records come in the order of their hashed keys; their labels tell which they were.
+    bad = [i for i in range(12) if split.read(i)["label"] in (2, 7)]
+    return split, bad
+
+
+def test_a_bad_image_stops_the_stream_in_its_place_with_the_way_out(damaged):
+    split, bad = damaged
+    first = min(places(12, 0, 12).index(record) for record in bad)
+    batches = pipeline.TrainingBatches(split, batch_size=1, seed=0, num_threads=3)
+    assert len(take(batches, first)) == first
+    for _ in range(2):  # asked once more, it is read once more
+        with pytest.raises(decoding.RecordError) as error:
+            next(batches)
+        assert batches.get_state() == first
+    record = places(12, 0, 12)[first]
+    (shard,) = split.origin.shards
+    for part in (
+        f"record {record} of damaged, 'train' (number {record} in {shard.path})",
+        "prepare_imagenet.py --verify",
+        "--bad-images blank",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(decoding.RecordError):
+        list(pipeline.EvaluationBatches(split, batch_size=6))
+
+
+@pytest.mark.parametrize("normalise", ["dataset", "image", "caffe"])
+def test_blank_images_are_of_the_mean_colour_and_told_of_once(damaged, normalise):
+    split, bad = damaged
+    recipe = splits.Recipe(image_size=16, normalise=normalise)
+    split = splits.dataclasses.replace(split, recipe=recipe)
+    batches = pipeline.TrainingBatches(
+        split, batch_size=4, seed=0, bad_images="blank", with_index=True
+    )
+    with pytest.warns(UserWarning, match="of damaged, 'train'.*mean colour") as warned:
+        epochs = take(batches, 6)
+    assert len(warned) == batches.bad_images == 2
+    for batch in epochs:
+        assert batch.keys() == {"image", "label", "index"}
+        blank = np.isin(batch["index"], bad)
+        np.testing.assert_array_equal(np.isin(batch["label"], (2, 7)), blank)
+        assert (batch["image"][blank] == 0).all()
+        if normalise != "image":  # by which one colour alone is 0, whichever it is
+            assert (batch["image"][~blank] != 0).any((1, 2, 3)).all()
+    batches.set_state(0)
+    for batch, same in zip(take(batches, 3), epochs[:3], strict=True):
+        assert_same(batch, same)
+    evaluation = pipeline.EvaluationBatches(split, batch_size=12, bad_images="blank")
+    with pytest.warns(UserWarning, match="mean colour"):
+        (whole,) = evaluation
+    assert (whole["image"][bad] == 0).all()
+    assert evaluation.bad_images == 2
+
+
 class Encoded(list):
     """Records of PNG files, held in a list."""
 
@@ -417,6 +502,7 @@ def test_recipes_for_photographs(textured, crop, image_size, normalise):
     batches = pipeline.TrainingBatches(split, batch_size=13, seed=2, num_threads=2)
     training = next(batches)
     draws = augment.uniforms(2, np.arange(13), 3)
+    tries = augment.uniforms(2, np.arange(13), 41)
     for position, record in enumerate(places(11, 2, 13)):
         image = images[record]
         if crop == "plain":
@@ -425,7 +511,7 @@ def test_recipes_for_photographs(textured, crop, image_size, normalise):
             image = image[y : y + size, x : x + size]
             image = image[:, ::-1] if draws[position, 2] < 0.5 else image
         else:
-            image = augment.random_resized_crop(image, position, 2, size)
+            image = augment.random_resized_crop(image, tries[position], size)
         image = normalised(image, recipe, split.preprocessing)
         np.testing.assert_allclose(training["image"][position], image, atol=2e-5)
         assert training["label"][position] == record
@@ -549,3 +635,16 @@ def test_negative_states_are_refused(train):
     batches = pipeline.TrainingBatches(train, batch_size=32, seed=0)
     with pytest.raises(ValueError, match=r"taken.*-1"):
         batches.set_state(-1)
+
+
+def test_a_closed_stream_goes_on(train):
+    batches = pipeline.TrainingBatches(train, batch_size=32, seed=0)
+    first, second = take(batches, 2)
+    batches.close()
+    batches.set_state(1)
+    batches.close()
+    assert batches.get_state() == 1
+    assert_same(next(batches), second)
+    batches.set_state(0)
+    assert_same(next(batches), first)
+    batches.close()

@@ -1,9 +1,13 @@
 """Opening a split: what is kept in memory, and what is refused."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
-from experiments.data import splits
+from experiments.data import decoding, splits
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,12 @@ def test_the_test_split_is_the_labelled_one():
         ("strokes/tiny", "train[:0]", ValueError, "no images"),
         ("no_such_set", "train", ValueError, "dataset.*'no_such_set'"),
         ("cifar10", "train", FileNotFoundError, "download_and_prepare"),
+        (
+            "imagenet2012",
+            "train",
+            FileNotFoundError,
+            "not prepared in .*python experiments/prepare_imagenet.py --archives",
+        ),
     ],
 )
 def test_what_cannot_be_opened_is_refused(data_dir, name, split, error, message):
@@ -89,3 +99,78 @@ def test_recipes_reach_their_bounds():
     splits.Recipe(image_size=256, crop="plain")
     splits.Recipe(image_size=299)
     splits.Recipe(image_size=1)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere; give"):
+        splits.open_split("cifar10", "train", tmp_path / "nowhere")
+
+
+@pytest.fixture
+def copied(data_dir, tmp_path):
+    """A copy of a data set, and its only file of training records."""
+    splits.open_split("strokes/tiny", "train", data_dir)  # made if it is missing
+    shutil.copytree(data_dir / "strokes" / "tiny", tmp_path / "strokes" / "tiny")
+    (path,) = tmp_path.glob("strokes/tiny/*/*train.array_record*")
+    return tmp_path, path
+
+
+def _cut_off(path):
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def _emptied(path):
+    os.truncate(path, 0)
+
+
+def _with_fewer_records(path):
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for _ in range(255):
+        writer.write(b"record")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_cut_off, "damaged, perhaps cut off"),
+        (_emptied, "damaged, perhaps cut off"),
+        (_with_fewer_records, "holds 255 records instead of 256"),
+        (os.remove, "is missing"),
+    ],
+)
+def test_faults_of_record_files_are_found_at_the_door(copied, fault, message):
+    directory, path = copied
+    assert len(splits.open_split("strokes/tiny", "train", directory)) == 256
+    fault(path)
+    with pytest.raises(decoding.RecordError) as error:
+        splits.open_split("strokes/tiny", "train", directory)
+    for part in (message, str(path), "'train' of strokes/tiny", "prepared once more"):
+        assert part in str(error.value)
+    assert len(splits.open_split("strokes/tiny", "test", directory)) == 100
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1 << 30])
+def test_a_damaged_record_is_named(copied, memory_limit):
+    directory, path = copied
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 3)
+        file.write(bytes(2000))
+
+    def read_all():
+        split = splits.open_split(
+            "strokes/tiny", "train", directory, memory_limit=memory_limit
+        )
+        for record in range(256):
+            split.read(record)
+
+    with pytest.raises(decoding.RecordError, match=r"cannot be read: .*--verify") as e:
+        read_all()
+    assert f"in {path})" in str(e.value)
+
+
+def test_parts_of_a_split_know_their_place_in_the_file(data_dir):
+    split = splits.open_split("strokes/tiny", "train[50:60]", data_dir)
+    text = split.origin.describe(3)
+    assert text.startswith("record 3 of strokes/tiny, 'train[50:60]' (number 53 in ")
