@@ -97,6 +97,7 @@ def make_loss(
     *,
     l2: float = 0.0,
     mixup_alpha: float = 0.0,
+    mixup_form: virtual_batch.Form = "paper",
     random_erasing: float = 0.0,
 ) -> Callable:
     """Mean cross entropy of a batch, with the new model state and the accuracy.
@@ -113,7 +114,7 @@ def make_loss(
         if mixup_alpha:
             key, previous = jax.random.fold_in(rng, 0), collections.pop(VIRTUAL_BATCH)
             virtual = virtual_batch.running_mixup(
-                key, previous, images, labels, alpha=mixup_alpha
+                key, previous, images, labels, alpha=mixup_alpha, form=mixup_form
             )
             images, labels = virtual.images, virtual.labels
             carried = {VIRTUAL_BATCH: virtual}
@@ -283,6 +284,7 @@ def _loss_of(config: Config, model: Model) -> Callable:
         config.label_smoothing,
         l2=config.l2,
         mixup_alpha=config.mixup_alpha,
+        mixup_form=config.mixup_form,
         random_erasing=config.random_erasing,
     )
 

@@ -57,6 +57,10 @@ def _parse(
 ) -> Config:
     """The settings that a command line asks for."""
     named = arguments[0] if arguments and arguments[0] in configs else None
+    if arguments and named is None and not arguments[0].startswith("-"):
+        raise ValueError(
+            f"{arguments[0]!r} names no settings; there are {', '.join(configs)}"
+        )
     return tyro.cli(
         Config,
         args=arguments[named is not None :],

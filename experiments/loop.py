@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from experiments import (
@@ -286,7 +287,7 @@ def _require_space(directory: pathlib.Path, program: Program) -> None:
     needed = sum(
         x.size * x.dtype.itemsize
         for x in jax.tree.leaves(state)
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
     )
     if (free := shutil.disk_usage(directory).free) < needed:
         raise OSError(

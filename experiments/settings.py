@@ -249,7 +249,7 @@ class Config:
             if values[name] is not None and not values[name] > 0:
                 raise ValueError(f"{name} must be positive or none, got {values[name]}")
         below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
-        below |= dict.fromkeys(("l2", "warmup_start", "mixup_alpha"), math.inf)
+        below |= dict.fromkeys(("l2", "warmup_start"), math.inf)
         below |= dict.fromkeys(("devices", "num_workers"), math.inf)
         for name, bound in {**below, momentum: 1}.items():
             if not 0 <= values[name] < bound:
@@ -265,6 +265,8 @@ class Config:
                 )
         if not 0 <= (p := self.random_erasing) <= 1:
             raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
+        if not 0 <= (alpha := self.mixup_alpha) < math.inf:
+            raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
 
     def _check_choices(self) -> None:
         """Refuses settings that contradict each other."""

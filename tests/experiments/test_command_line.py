@@ -55,9 +55,14 @@ def test_alexnet_reads_resized_strokes(data_dir, tmp_path):
     assert 1.4 < records[0]["loss"] < 1.9
 
 
+def test_an_unknown_name_is_refused_with_the_names_there_are():
+    with pytest.raises(SystemExit, match="'vgg' names no settings.*alexnet_bn, alexn"):
+        imagenet_alexnet.main(["vgg"])
+
+
 def test_an_unknown_setting_is_refused(capsys):
     with pytest.raises(SystemExit):
-        imagenet_alexnet.main(["vgg"])
+        imagenet_alexnet.main(["--vgg"])
     assert "vgg" in capsys.readouterr().err
 
 

@@ -337,6 +337,25 @@ def with_virtual(model_state, virtual):
     return {**model_state, classifier.VIRTUAL_BATCH: virtual}
 
 
+def test_the_form_of_mixup_is_passed_on(problem):
+    """In the code's form the real image has the larger share, in the paper's at times."""
+    model, params, model_state = problem
+    shares = {}
+    for form in ("paper", "code"):
+        loss_fn = jax.jit(
+            classifier.make_loss(model, 0.0, mixup_alpha=ALPHA, mixup_form=form)
+        )
+        before = with_virtual(model_state, mixed(1)[0])
+        least = []
+        for step in range(1, 9):
+            batch = make_batch(step)
+            _, (after, _) = loss_fn(params, before, batch, key_of(step))
+            labels = after[classifier.VIRTUAL_BATCH].labels
+            least.append(labels[np.arange(N), batch["label"]].min())
+        shares[form] = float(min(least))
+    assert shares["paper"] < 0.5 <= shares["code"]
+
+
 def test_the_loss_is_on_the_soft_labels_and_the_accuracy_on_the_real_ones(problem):
     model, params, model_state = problem
     batch, previous = make_batch(1), mixed(1)[0]
@@ -426,6 +445,8 @@ def data():
         image_shape=SHAPE,
         num_classes=CLASSES,
         steps_per_epoch=4,
+        train_images=4 * N,
+        test_images=N,
     )
 
 
@@ -455,11 +476,11 @@ def test_a_run_resumes_bit_for_bit_and_a_refused_step_changes_nothing(
     assert state.model_state[name].count == 3
 
     with checkpoints.Checkpoints(tmp_path) as store:
-        store.save(3, state, batches_taken=3)
+        store.save(3, state, checkpoints.Place(3))
     with checkpoints.Checkpoints(tmp_path) as store:
-        latest = store.restore_latest(program.init())
+        latest = store.restore_latest(lambda place: program.init())
     assert latest is not None
-    restored = latest[1]
+    restored = latest.state
     assert_bits_equal(restored, state)
     on, resumed = (program.train_step(s, make_batch(3)) for s in (state, restored))
     assert_bits_equal(on, resumed)
@@ -487,7 +508,7 @@ def test_kfac_finds_its_layers_and_its_step_keeps_the_state(config, data):
     state: training.TrainState = jax.eval_shape(program.init)
     batch = pipeline.batch_shapes(N, SHAPE)
     after, metrics = jax.eval_shape(program.train_step, state, batch)
-    assert metrics.keys() == {"accuracy", "loss", "skipped"}
+    assert metrics.keys() > {"accuracy", "loss", "skipped", "refreshed"}
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for a, b in zip(*map(jax.tree.leaves, (after, state)), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
