@@ -35,6 +35,7 @@ def claim(
 
     Raises:
         FileExistsError: If `directory` holds a run and `resume` is off.
+        OSError: If `directory` cannot be written.
         ValueError: If the run in `directory` has other settings, naming the first.
     """
     directory = pathlib.Path(directory)
@@ -55,10 +56,16 @@ def claim(
                     f"so it cannot go on with {settings[name]!r}"
                 )
         return
-    directory.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"directory: {directory} cannot be written ({error.strerror}); choose "
+            "another --directory"
+        ) from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
