@@ -42,10 +42,10 @@ def write(
         f"# {len(runs)} runs",
         "![Training loss and test accuracy of the runs](comparison.png)",
         markdown.table(head, rows),
-        "Training time is without evaluation and checkpoints; images/s is the median "
-        "over the run. Statistics renewed: the share of all that could have been, over "
-        "the run. Sent: what each device sent of statistics and inverses, mean of all "
-        "steps.",
+        "Times in the table are those of training, with compilation; images/s is the "
+        "median over the run. Statistics renewed: the share of all that could have "
+        "been, over the run. Sent: what each device sent of statistics and inverses, "
+        "mean of all steps.",
     ]
     path = output / "comparison.md"
     markdown.replace_text(path, "\n\n".join(parts) + "\n")

@@ -65,16 +65,23 @@ def axes_of(runs: Sequence[RunRecords]) -> list[Axis]:
     Returns:
         The axes.
     """
+    records = [r for run in runs for r in (*run.train, *run.test)]
     axes = [Axis("step", "step")]
-    if all("epoch" in r for run in runs for r in (*run.train, *run.test)):
+    if all("epoch" in r for r in records):
         axes.append(Axis("epoch", "epoch"))
-    longest = max(run.last["seconds"] for run in runs)
+    time, compiling = "seconds", "with"
+    if all("after_compiling" in r for r in records):
+        time, compiling = "after_compiling", "without"
+    longest = max(r[time] for r in records)
     unit, scale = next(
         (unit, scale)
         for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0))
         if longest >= 2 * scale or unit == "s"
     )
-    return [*axes, Axis("seconds", f"training time ({unit}), with compilation", scale)]
+    return [
+        *axes,
+        Axis(time, f"training time ({unit})\n{compiling} compilation", scale),
+    ]
 
 
 def draw_curves(runs: Mapping[str, RunRecords], path: str | os.PathLike) -> None:

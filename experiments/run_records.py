@@ -40,7 +40,8 @@ class RunRecords(NamedTuple):
         Args:
             kind: `"train"` or `"test"`.
             metric: Its name; records in which it is missing or null are left out.
-            axis: `"step"`, `"epoch"` or `"seconds"`.
+            axis: `"step"`, `"epoch"`, `"seconds"`, or `"after_compiling"`: the seconds
+                without those of compilation.
 
         Returns:
             Abscissae and ordinates; empty if nothing has both.
@@ -105,6 +106,8 @@ def read(directory: str | os.PathLike) -> RunRecords:
         )
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "event": []}
     for record in metrics.read_json_lines(path):
+        if "compile_seconds" in record:
+            record["after_compiling"] = record["seconds"] - record["compile_seconds"]
         kinds[record["kind"]].append(record)
     for kind, what in (("train", "step"), ("test", "evaluation")):
         if not kinds[kind]:

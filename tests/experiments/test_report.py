@@ -135,6 +135,16 @@ def test_the_report_says_where_the_time_went(kept):
     assert found["evaluation"] == ["12.0", "10.9%", ""]
 
 
+def test_curves_may_leave_out_compilation(kept):
+    run = run_records.read(kept / "kfac")
+    seconds, _ = run.curve("test", "accuracy", "seconds")
+    assert seconds[:2] == [20 + 9 * 1.5 + 10 * 0.5, 20 + 19 * 1.5 + 20 * 0.5]
+    without, _ = run.curve("test", "accuracy", "after_compiling")
+    assert without == [s - 20 for s in seconds]
+    axes = report_figures.axes_of([run])
+    assert [axis.key for axis in axes] == ["step", "epoch", "after_compiling"]
+
+
 def test_the_report_tells_events_and_settings(kept):
     text = (kept / "kfac" / "report.md").read_text()
     assert "| 15 | 48.5 s | checkpoint skipped: a \\| b |" in text
