@@ -94,10 +94,11 @@ def _carry_out(
 
 def _conclude(prepared: Sequence[loop.Run], accuracies: Mapping[str, float]) -> None:
     """Draws the runs together and says how they ended."""
-    picture = prepared[0].directory / "curves.png"
+    for optimizer, accuracy in accuracies.items():
+        print(f"{optimizer:7} test accuracy {accuracy:.1%}")
+    for run in prepared:
+        print(f"report: {(run.directory / 'report.md').resolve()}")
     if len(prepared) > 1:
         picture = prepared[0].directory.parent / f"{'_and_'.join(accuracies)}.png"
         loop.draw(prepared, picture)
-    for optimizer, accuracy in accuracies.items():
-        print(f"{optimizer:7} test accuracy {accuracy:.1%}")
-    print(f"picture: {picture.resolve()}")
+        print(f"picture: {picture.resolve()}")

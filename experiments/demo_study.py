@@ -54,7 +54,7 @@ def configure(settings: Sgd | Kfac, seed: int) -> Config:
 def accuracies(settings: Sgd | Kfac, seed: int) -> figures.Curve:
     """The test accuracies of one run, which is carried out if it is not there."""
     directory = directory_of(settings, seed)
-    if not (directory / "curves.png").exists():
+    if not (directory / "report.md").exists():
         train(prepare(configure(settings, seed)))
     return figures.read_curve(directory / "metrics.jsonl", "test", "accuracy")
 

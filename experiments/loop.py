@@ -126,7 +126,6 @@ def train(
         accuracy = steps.go(state, start)
     if jax.process_index() == 0:
         try:
-            draw([run], directory / "curves.png")
             report.write(directory)
         except OSError as error:  # a full disk: the run itself is safe by now
             print(f"no report: {error}; python -m experiments.report {directory}")
