@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest whole checkpoint, laid out for the devices it has now.
+"""Where a run goes on: its newest whole checkpoint, laid out for its present devices.
 
 A checkpoint holds the state as the devices of its run had it. On as many devices with
 the same placement it is read straight to them. Otherwise what belongs to the curvature
