@@ -10,7 +10,9 @@ from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue] compiled
 )
 
-# Orientation that a camera noted is ignored, as TensorFlow and Pillow do.
+# Orientation that a camera noted is ignored, as TensorFlow and Pillow do. Decoding to
+# half the size takes 0.7 of the time, but gives other pixels, and is enough only for
+# crops of 448 pixels or more, which few of ImageNet's photographs have room for.
 _COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 

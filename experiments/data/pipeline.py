@@ -17,6 +17,7 @@ for decoding releases the interpreter lock, or in worker processes.
 import dataclasses
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,22 +77,24 @@ class TrainingBatches(Iterator[loading.Batch]):
         self._load = loading.training_loader(split, seed, augmented, positions, form)
         self._pool = _pool(split, num_threads, num_workers)
         self._blanks = _Blanks(split)
-        self._iterator: grain.DatasetIterator | None = None
         self._taken = 0
+        self._running: list[grain.DatasetIterator] = []  # one, or none
+        # At exit too: left to itself, grain meets modules that are gone already.
+        weakref.finalize(self, _end, self._running)
 
     def __next__(self) -> loading.Batch:
         """The next batch; after an error, the same batch once more."""
-        if self._iterator is None:
+        if not self._running:
             span = range(self._taken, self._end)
             ahead = reading.batches(self._load, self._slices, span, **self._pool)
-            self._iterator = iter(ahead)
+            self._running.append(iter(ahead))
         try:
-            batch = next(self._iterator)
+            batch = self._blanks.counted(next(self._running[0]))
         except BaseException:
             self.close()  # where grain goes on after an error is left open
             raise
         self._taken += 1
-        return self._blanks.counted(batch)
+        return batch
 
     @property
     def bad_images(self) -> int:
@@ -122,9 +125,7 @@ class TrainingBatches(Iterator[loading.Batch]):
 
     def close(self) -> None:
         """Ends threads and worker processes; the next batch starts them again."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        _end(self._running)
 
 
 class EvaluationBatches:
@@ -325,6 +326,11 @@ class _Blanks:
                 stacklevel=3,
             )
         return batch
+
+
+def _end(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def _pool(split: splits.Split, num_threads: int, num_workers: int) -> dict[str, int]:

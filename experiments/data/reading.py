@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.data import loading, order
 
-_GROUP = 16  # images that a thread takes at a time; one by one they cost as much again
+_GROUP = 16  # images that a thread takes at a time: of small ones, each costs as much
 
 
 def batches(

@@ -68,6 +68,11 @@ PREPROCESSING = {
 class Recipe:
     """What a run wants done differently from a data set's `Preprocessing`.
 
+    The defaults crop photographs as Szegedy et al. (2015) do. `crop="plain",
+    normalise="caffe"` is Caffe's preprocessing and nearly that of SP-NGD; both subtract
+    a mean image, here it is the mean colour, and SP-NGD has a 255th of the values, a
+    factor that the first BatchNorm takes out.
+
     Attributes:
         normalise: `"dataset"` for the constants of the data set, one a channel;
             `"image"` for the mean and the standard deviation of all pixels and

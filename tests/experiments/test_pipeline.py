@@ -1,5 +1,6 @@
 """The stream of batches: complete, exact to resume, the same for any process count."""
 
+import functools
 import io
 import itertools
 
@@ -13,6 +14,9 @@ import tensorflow_datasets as tfds
 from experiments.data import augment, decoding, pipeline, splits
 
 EPOCH = 256  # training images of strokes/tiny
+
+# So that little is read ahead, which most tests would not take.
+stream = functools.partial(pipeline.TrainingBatches, num_threads=2)
 
 
 class Photographs(tfds.core.GeneratorBasedBuilder):
@@ -82,7 +86,7 @@ def take(batches, count):
 
 
 def test_batches_have_the_declared_shapes_and_types(train):
-    batch = next(pipeline.TrainingBatches(train, batch_size=32, seed=0))
+    batch = next(stream(train, batch_size=32, seed=0))
     shapes = pipeline.batch_shapes(32, train.image_shape)
     assert batch.keys() == shapes.keys()
     for key, expected in shapes.items():
@@ -92,7 +96,7 @@ def test_batches_have_the_declared_shapes_and_types(train):
 
 
 def test_an_epoch_holds_each_image_once_and_the_next_another_order(train):
-    batches = pipeline.TrainingBatches(train, batch_size=32, seed=0, augmented=False)
+    batches = stream(train, batch_size=32, seed=0, augmented=False)
     first, second = (
         [i for batch in take(batches, EPOCH // 32) for i in originals(train, batch)]
         for _ in range(2)
@@ -103,14 +107,14 @@ def test_an_epoch_holds_each_image_once_and_the_next_another_order(train):
 
 
 def test_batches_run_on_over_the_end_of_an_epoch(train):
-    batches = pipeline.TrainingBatches(train, batch_size=96, seed=0, augmented=False)
+    batches = stream(train, batch_size=96, seed=0, augmented=False)
     seen = [i for batch in take(batches, 8) for i in originals(train, batch)]
     # 8 batches of 96 are 3 epochs of 256 exactly: no image is dropped.
     assert np.bincount(seen).tolist() == [3] * EPOCH
 
 
 def test_labels_belong_to_their_images(train):
-    batches = pipeline.TrainingBatches(train, batch_size=64, seed=3, augmented=False)
+    batches = stream(train, batch_size=64, seed=3, augmented=False)
     batch = next(batches)
     rows = train.records.__getitems__(originals(train, batch))
     np.testing.assert_array_equal(batch["label"], [row["label"] for row in rows])
@@ -118,9 +122,9 @@ def test_labels_belong_to_their_images(train):
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 9])
 def test_resumes_bit_for_bit_from_one_integer(train, taken):
-    batches = pipeline.TrainingBatches(train, batch_size=48, seed=1)
+    batches = stream(train, batch_size=48, seed=1)
     through = take(batches, 10)
-    resumed = pipeline.TrainingBatches(train, batch_size=48, seed=1)
+    resumed = stream(train, batch_size=48, seed=1)
     take(resumed, 2)
     resumed.set_state(taken)
     assert resumed.get_state() == taken
@@ -130,29 +134,26 @@ def test_resumes_bit_for_bit_from_one_integer(train, taken):
 
 
 def test_any_batch_size_will_do(train):
-    batches = pipeline.TrainingBatches(train, batch_size=1, seed=0, augmented=False)
+    batches = stream(train, batch_size=1, seed=0, augmented=False)
     one_by_one = [i for batch in take(batches, 21) for i in originals(train, batch)]
-    batches = pipeline.TrainingBatches(train, batch_size=7, seed=0, augmented=False)
+    batches = stream(train, batch_size=7, seed=0, augmented=False)
     by_seven = [i for batch in take(batches, 3) for i in originals(train, batch)]
     assert one_by_one == by_seven
 
 
 def test_seed_decides_the_order(train):
     one, same, other = (
-        next(pipeline.TrainingBatches(train, batch_size=32, seed=seed))
-        for seed in (0, 0, 1)
+        next(stream(train, batch_size=32, seed=seed)) for seed in (0, 0, 1)
     )
     assert_same(one, same)
     assert not np.array_equal(one["image"], other["image"])
 
 
 def test_processes_together_read_what_one_process_reads(train):
-    whole = take(pipeline.TrainingBatches(train, batch_size=64, seed=2), 6)
+    whole = take(stream(train, batch_size=64, seed=2), 6)
     shares = [
         take(
-            pipeline.TrainingBatches(
-                train, batch_size=64, seed=2, process_index=index, process_count=4
-            ),
+            stream(train, batch_size=64, seed=2, process_index=index, process_count=4),
             6,
         )
         for index in range(4)
@@ -170,8 +171,8 @@ def test_memory_and_disk_give_the_same_batches(data_dir):
         for limit in (0, 1 << 30)
     )
     for batch, same in zip(
-        take(pipeline.TrainingBatches(one, batch_size=40, seed=0), 4),
-        take(pipeline.TrainingBatches(other, batch_size=40, seed=0), 4),
+        take(stream(one, batch_size=40, seed=0), 4),
+        take(stream(other, batch_size=40, seed=0), 4),
         strict=True,
     ):
         assert_same(batch, same)
@@ -183,21 +184,20 @@ def test_augmentation_follows_the_preprocessing(data_dir):
         split, preprocessing=splits.Preprocessing(pad=2, flip=True)
     )
     plain = splits.dataclasses.replace(split, preprocessing=splits.Preprocessing())
-    augmented, still = (
-        next(pipeline.TrainingBatches(s, batch_size=64, seed=0)) for s in (moved, plain)
-    )
+    augmented, still = (next(stream(s, batch_size=64, seed=0)) for s in (moved, plain))
     np.testing.assert_array_equal(augmented["label"], still["label"])
     differs = (augmented["image"] != still["image"]).any((1, 2, 3))
     assert 0.9 < differs.mean() <= 1  # 1 in 50 stays where it is
-    without = pipeline.TrainingBatches(moved, batch_size=64, seed=0, augmented=False)
+    without = stream(moved, batch_size=64, seed=0, augmented=False)
     assert_same(next(without), still)
 
 
 @pytest.mark.parametrize("batch_size", [64, 96])
-def test_slices_of_an_epoch_are_disjoint_and_complete(train, batch_size):
+def test_slices_of_an_epoch_are_disjoint_and_complete(data_dir, batch_size):
+    train = splits.open_split("strokes/tiny", "train", data_dir)
     seen = []
     for index in range(4):
-        batches = pipeline.TrainingBatches(
+        batches = stream(
             train,
             batch_size=batch_size,
             seed=5,
@@ -215,9 +215,7 @@ def test_slices_of_an_epoch_are_disjoint_and_complete(train, batch_size):
 
 
 def test_an_index_is_of_the_image_it_comes_with(train):
-    batches = pipeline.TrainingBatches(
-        train, batch_size=64, seed=1, augmented=False, with_index=True
-    )
+    batches = stream(train, batch_size=64, seed=1, augmented=False, with_index=True)
     for batch in take(batches, 5):
         assert batch["index"].tolist() == originals(train, batch)
 
@@ -246,7 +244,7 @@ def test_bfloat16_images_are_the_float32_ones_rounded(train, textured, normalise
     recipe = splits.Recipe(normalise=normalise)
     for split in (with_recipe(train, recipe), textured[1](recipe)):
         exact, rounded = (
-            next(pipeline.TrainingBatches(split, batch_size=6, seed=0, dtype=dtype))
+            next(stream(split, batch_size=6, seed=0, dtype=dtype))
             for dtype in (np.float32, ml_dtypes.bfloat16)
         )
         shapes = pipeline.batch_shapes(6, split.image_shape, ml_dtypes.bfloat16)
@@ -288,7 +286,7 @@ def test_evaluation_counts_each_image_once(data_dir, batch_size, process_count):
 
 def test_photographs_are_cropped_to_one_size(photographs):
     assert not photographs.fixed_size
-    batches = pipeline.TrainingBatches(photographs, batch_size=8, seed=0, num_threads=2)
+    batches = stream(photographs, batch_size=8, seed=0)
     through = take(batches, 3)
     for batch in through:
         assert batch["image"].shape == (8, 224, 224, 3)
@@ -347,7 +345,7 @@ def damaged(data_dir):
 def test_a_bad_image_stops_the_stream_in_its_place_with_the_way_out(damaged):
     split, bad = damaged
     first = min(places(12, 0, 12).index(record) for record in bad)
-    batches = pipeline.TrainingBatches(split, batch_size=1, seed=0, num_threads=3)
+    batches = stream(split, batch_size=1, seed=0, num_threads=3)
     assert len(take(batches, first)) == first
     for _ in range(2):  # asked once more, it is read once more
         with pytest.raises(decoding.RecordError) as error:
@@ -370,9 +368,7 @@ def test_blank_images_are_of_the_mean_colour_and_told_of_once(damaged, normalise
     split, bad = damaged
     recipe = splits.Recipe(image_size=16, normalise=normalise)
     split = splits.dataclasses.replace(split, recipe=recipe)
-    batches = pipeline.TrainingBatches(
-        split, batch_size=4, seed=0, bad_images="blank", with_index=True
-    )
+    batches = stream(split, batch_size=4, seed=0, bad_images="blank", with_index=True)
     with pytest.warns(UserWarning, match="of damaged, 'train'.*mean colour") as warned:
         epochs = take(batches, 6)
     assert len(warned) == batches.bad_images == 2
@@ -470,7 +466,7 @@ def test_recipes_for_images_of_one_size(train, recipe):
 
     order = places(EPOCH, 4, 2 * 160)  # on into the second epoch
     draws = augment.uniforms(4, np.arange(2 * 160), 3)
-    training = take(pipeline.TrainingBatches(split, batch_size=160, seed=4), 2)
+    training = take(stream(split, batch_size=160, seed=4), 2)
     images = np.concatenate([batch["image"] for batch in training])
     labels = np.concatenate([batch["label"] for batch in training])
     for position, record in enumerate(order):
@@ -482,7 +478,7 @@ def test_recipes_for_images_of_one_size(train, recipe):
         np.testing.assert_allclose(images[position], expected(moved), atol=2e-5)
         assert labels[position] == row["label"]
 
-    still = pipeline.TrainingBatches(split, batch_size=160, seed=4, augmented=False)
+    still = stream(split, batch_size=160, seed=4, augmented=False)
     evaluation = pipeline.EvaluationBatches(split, batch_size=EPOCH)
     first, everything = next(still)["image"], next(iter(evaluation))["image"]
     np.testing.assert_array_equal(first, everything[order[:160]])
@@ -499,7 +495,7 @@ def test_recipes_for_photographs(textured, crop, image_size, normalise):
     recipe = splits.Recipe(crop=crop, image_size=image_size, normalise=normalise)
     images, opened = textured
     split, size = opened(recipe), image_size or 224
-    batches = pipeline.TrainingBatches(split, batch_size=13, seed=2, num_threads=2)
+    batches = stream(split, batch_size=13, seed=2)
     training = next(batches)
     draws = augment.uniforms(2, np.arange(13), 3)
     tries = augment.uniforms(2, np.arange(13), 41)
@@ -517,9 +513,7 @@ def test_recipes_for_photographs(textured, crop, image_size, normalise):
         assert training["label"][position] == record
 
     batches = pipeline.EvaluationBatches(split, batch_size=11, num_threads=2)
-    still = pipeline.TrainingBatches(
-        split, batch_size=11, seed=2, augmented=False, num_threads=2
-    )
+    still = stream(split, batch_size=11, seed=2, augmented=False, num_threads=2)
     everything = next(iter(batches))["image"]
     np.testing.assert_array_equal(next(still)["image"], everything[places(11, 2, 11)])
     for image, got in zip(images, everything, strict=True):
@@ -536,12 +530,12 @@ def test_recipes_for_photographs(textured, crop, image_size, normalise):
 @recipes
 def test_recipes_keep_the_order_for_any_processes_and_resume(train, recipe):
     split = with_recipe(train, recipe)
-    through = take(pipeline.TrainingBatches(split, batch_size=48, seed=1), 7)
-    resumed = pipeline.TrainingBatches(split, batch_size=48, seed=1)
+    through = take(stream(split, batch_size=48, seed=1), 7)
+    resumed = stream(split, batch_size=48, seed=1)
     resumed.set_state(5)
     assert_same(next(resumed), through[5])
     for index in range(3):
-        share = pipeline.TrainingBatches(
+        share = stream(
             split, batch_size=48, seed=1, process_index=index, process_count=3
         )
         share.set_state(6)
@@ -553,9 +547,7 @@ def test_plain_crops_keep_the_order_for_any_processes_and_resume(textured):
     split = textured[1](splits.Recipe(crop="plain", image_size=64))
 
     def batches(**process):
-        return pipeline.TrainingBatches(
-            split, batch_size=6, seed=1, num_threads=2, **process
-        )
+        return stream(split, batch_size=6, seed=1, **process)
 
     through, resumed = take(batches(), 4), batches()
     resumed.set_state(2)
@@ -600,7 +592,7 @@ def test_open_data_follows_the_recipe(photographs, data_dir, dataset, recipe, sh
     training, test = next(data.train), next(iter(data.test))
     assert training["image"].shape == test["image"].shape == (4, *shape)
     opened = splits.open_split(dataset, "train", data_dir, recipe=recipe)
-    assert_same(next(pipeline.TrainingBatches(opened, batch_size=4, seed=0)), training)
+    assert_same(next(stream(opened, batch_size=4, seed=0)), training)
 
 
 def test_open_data_counts_steps(data_dir):
@@ -628,17 +620,17 @@ def test_open_data_counts_steps(data_dir):
 )
 def test_bad_arguments_are_refused_by_name(train, arguments, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.TrainingBatches(train, **{"seed": 0, **arguments})
+        stream(train, **{"seed": 0, **arguments})
 
 
 def test_negative_states_are_refused(train):
-    batches = pipeline.TrainingBatches(train, batch_size=32, seed=0)
+    batches = stream(train, batch_size=32, seed=0)
     with pytest.raises(ValueError, match=r"taken.*-1"):
         batches.set_state(-1)
 
 
 def test_a_closed_stream_goes_on(train):
-    batches = pipeline.TrainingBatches(train, batch_size=32, seed=0)
+    batches = stream(train, batch_size=32, seed=0)
     first, second = take(batches, 2)
     batches.close()
     batches.set_state(1)
