@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments.models.resnet import Layer, conv_and_norm
+from experiments.models.resnet import Layer, conv_and_norm, rematerialised
 
 _conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -66,6 +66,8 @@ class PreactResNet(nn.Module):
         width: Channels of the first convolution and of the first stage.
         norm_momentum: Decay of the running statistics that evaluation normalises by;
             a run of few steps needs a smaller one.
+        axis_name: Mapped axis over which batch statistics are averaged.
+        remat: Whether blocks are evaluated anew in the backward pass.
         dtype: Type of activations; parameters and logits are float32.
     """
 
@@ -73,6 +75,8 @@ class PreactResNet(nn.Module):
     stage_sizes: Sequence[int]
     width: int = 16
     norm_momentum: float = 0.99
+    axis_name: str | None = None
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -91,13 +95,15 @@ class PreactResNet(nn.Module):
             _conv_init,
             train=train,
             norm_momentum=self.norm_momentum,
+            axis_name=self.axis_name,
             dtype=self.dtype,
         )
+        block = rematerialised(PreactBlock) if self.remat else PreactBlock
         x = x.astype(self.dtype)
         x = conv(self.width, (3, 3), padding=1, name="conv_stem")(x)
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
-                x = PreactBlock(
+                x = block(
                     channels=self.width * 2**stage,
                     stride=2 if stage > 0 and index == 0 else 1,
                     projection=index == 0,

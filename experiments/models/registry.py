@@ -45,6 +45,6 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
 }
 """Constructors by name.
 
-All take `num_classes`, `norm_momentum` and `dtype`; those of `ResNet` also take
-`zero_init_residual`.
+All take `num_classes`, `norm_momentum` and `dtype`; those of residual networks also
+take `remat` and `axis_name`, and those of `ResNet` `zero_init_residual`.
 """

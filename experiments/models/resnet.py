@@ -22,6 +22,30 @@ Layer = Callable[..., nn.Module]
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+CPU_KEEPS_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+"""Compiler options without which `remat` saves nothing on a CPU.
+
+XLA drops there the barriers that JAX puts before what is evaluated anew, and then
+merges it with what was evaluated before.
+"""
+
+
+def rematerialised(block: type[nn.Module]) -> Callable[..., Any]:
+    """A block of which nothing but the input is kept for the backward pass.
+
+    The backward pass evaluates the block anew, and holds the activations of one block
+    at a time. Names, parameters, numbers and curvature statistics stay the same. Batch
+    statistics over a mapped axis are exchanged once more.
+
+    Args:
+        block: The block.
+
+    Returns:
+        Its constructor.
+    """
+    return nn.remat(block)
+
+
 def conv_and_norm(
     kernel_init: nn.initializers.Initializer,
     *,
@@ -144,6 +168,8 @@ class ResNet(nn.Module):
             a run of few steps needs a smaller one.
         axis_name: Mapped axis over which batch statistics are averaged (`shard_map`,
             `pmap`). Under `jit` the batch is whole and this stays `None`.
+        remat: Whether blocks are evaluated anew in the backward pass, see
+            `rematerialised`.
         dtype: Type of activations; parameters and logits are float32.
     """
 
@@ -155,6 +181,7 @@ class ResNet(nn.Module):
     zero_init_residual: bool = False
     norm_momentum: float = 0.9
     axis_name: str | None = None
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -177,10 +204,11 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
         x = self._stem(x.astype(self.dtype), conv, norm)
+        block = rematerialised(self.block) if self.remat else self.block
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
-                x = self.block(
+                x = block(
                     channels=self.width * 2**stage,
                     stride=2 if stage > 0 and index == 0 else 1,
                     conv=conv,
