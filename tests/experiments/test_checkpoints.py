@@ -11,7 +11,6 @@ import pytest
 
 from experiments import checkpoints
 
-
 SMALL = {"x": jnp.arange(1000.0)}
 
 
@@ -187,7 +186,7 @@ def test_a_run_never_begins_anew_because_its_checkpoints_are_damaged(tmp_path):
     for _ in range(2):  # and not at the second attempt either
         with (
             checkpoints.Checkpoints(directory) as saved,
-            pytest.raises(ValueError, match="no checkpoint that is whole.*--dir"),
+            pytest.raises(ValueError, match=r"no checkpoint that is whole.*--dir"),
         ):
             saved.restore_latest(lambda place: SMALL)
 

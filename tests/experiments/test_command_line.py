@@ -56,7 +56,7 @@ def test_alexnet_reads_resized_strokes(data_dir, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are():
-    with pytest.raises(SystemExit, match="'vgg' names no settings.*alexnet_bn, alexn"):
+    with pytest.raises(SystemExit, match=r"'vgg' names no settings.*alexnet_bn, alexn"):
         imagenet_alexnet.main(["vgg"])
 
 

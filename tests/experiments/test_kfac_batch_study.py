@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from experiments import optimizers, side_by_side
 from experiments import kfac_batch_study as study
+from experiments import optimizers, side_by_side
 from experiments.data import pipeline
 from experiments.settings import Config, Kfac
 from experiments.side_by_side import Outcome

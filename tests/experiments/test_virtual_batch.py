@@ -338,7 +338,7 @@ def with_virtual(model_state, virtual):
 
 
 def test_the_form_of_mixup_is_passed_on(problem):
-    """In the code's form the real image has the larger share, in the paper's at times."""
+    """In the code's form the real image has the larger share, in the paper's not."""
     model, params, model_state = problem
     shares = {}
     for form in ("paper", "code"):
