@@ -101,11 +101,11 @@ def make_train_step(
     but the counters ``step`` and ``skipped``.
 
     On a mesh each device evaluates the loss on its share of the batch, and each
-    micro-batch with a key of its own.  An optimizer made with ``axis_name`` combines the gradients and statistics
-    of its layers itself (what stands before it in a chain sees each device's own); all
-    others are averaged before the update.  Normalisation layers see a device's
-    examples alone, unless they were made with ``axis_name``; their running averages are
-    averaged over devices.
+    micro-batch with a key of its own.  An optimizer made with ``axis_name`` combines
+    the gradients and statistics of its layers itself (what stands before it in a chain
+    sees each device's own); all others are averaged before the update.  Normalisation
+    layers see a micro-batch alone, or, if they were made with ``axis_name``, those that
+    all devices evaluate at a time; their running averages are averaged over devices.
 
     The statistics come out of the gradient's own pass, unless they are to be those of a
     part of the batch, of a batch of their own, or of devices of their own.  A pass of
