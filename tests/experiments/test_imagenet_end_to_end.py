@@ -32,7 +32,11 @@ def data_dir(tmp_path_factory):
     ("name", "flags"),
     [
         ("sgd", ["--dtype", "bfloat16"]),
-        ("sp_ngd_4k", ["--micro-batch-size", "8", "--devices", "2"]),
+        pytest.param(
+            "sp_ngd_4k",
+            ["--micro-batch-size", "8", "--devices", "2"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_published_settings_train_on_what_was_prepared(

@@ -25,6 +25,7 @@ def assert_close(place, name, other):
         )
 
 
+@pytest.mark.slow  # test_processes has two processes in the ordinary run
 def test_two_processes_and_one_with_other_devices_carry_on_one_run(tmp_path):
     """Two processes with four devices, told to stop; then one process with two."""
     place = Place(tmp_path, epochs=2, micro_batch_size=8, placement="memory")
