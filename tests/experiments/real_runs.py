@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from experiments import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMEOUT = 240.0  # seconds for any one of them, on a busy machine
+TIMEOUT = 600.0  # seconds for any one of them, on a busy machine
 # Eight steps an epoch, a checkpoint every two steps.
 SETTINGS = {
     "dataset": "strokes/tiny",
