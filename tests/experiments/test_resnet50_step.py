@@ -1,4 +1,8 @@
-"""Full-size ResNet-50: its table, its state, and one step of K-FAC."""
+"""Full-size ResNet-50: its table, its memory, and steps of every optimizer."""
+
+import functools
+import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +10,13 @@ import optax
 import pytest
 
 import lbopt
+from experiments import memory_plan, resnet50_steps
 from experiments.models import resnet
 from lbopt import training
 
 CLASSES, SIZE, BATCH = 1000, 64, 2
+# Triangles of A, of G, and of the 2×2 blocks, as counted from the architecture.
+FACTORS = 62_348_671 + 14_618_356 + 79_680
 
 
 @pytest.fixture(scope="module")
@@ -34,43 +41,81 @@ def problem():
 
     model_state = {"batch_stats": variables["batch_stats"]}
     batch = {"image": images, "label": labels}
-    layers = lbopt.trace_layers(
-        loss_fn,
-        variables["params"],
-        model_state,
-        batch,
-        jax.random.key(0),
-        has_aux=True,
-        strict=True,
-    )
-    return model, loss_fn, layers
+    arguments = (variables["params"], model_state, batch, jax.random.key(0))
+    layers = lbopt.trace_layers(loss_fn, *arguments, has_aux=True, strict=True)
+    return arguments, layers
 
 
 def test_every_layer_has_a_block_of_its_own(problem):
-    *_, layers = problem
+    _, layers = problem
     kinds = [layer.block.kind for layer in layers.values()]
     # 53 convolutions and the dense layer; 53 BatchNorms.
     assert (kinds.count("kronecker"), kinds.count("unit_wise")) == (54, 53)
-    factors = {p: x.block.init(())[0] for p, x in layers.items() if x.has_tap}
-    elements = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: factors)))
-    # Triangles of A, of G, and of the 2×2 blocks, as counted from the architecture.
-    assert elements == 62_348_671 + 14_618_356 + 79_680
+    factors = [layer.factor_shapes() for layer in layers.values() if layer.has_tap]
+    assert sum(x.size for x in jax.tree.leaves(factors)) == FACTORS
+
+
+def test_the_plan_of_kfac_is_that_of_the_architecture(problem):
+    arguments, layers = problem
+    params, model_state, batch, rng = arguments
+    start = functools.partial(training.init_state, lbopt.kfac(1e-3, layers))
+    state = jax.eval_shape(start, params, model_state, rng)
+    plan = memory_plan.plan(state, batch)
+    assert plan.parameters == 4 * 25_557_032
+    # A whole inverse of A and of G for each kernel; the head's has a row for its bias.
+    kernels = [x.shape for x in jax.tree.leaves(params) if x.ndim > 1]
+    rows = [math.prod(shape[:-1]) + (len(shape) == 2) for shape in kernels]
+    columns = [shape[-1] for shape in kernels]
+    inverses = sum(n**2 for n in (*rows, *columns))
+    assert len(kernels) == 54
+    assert plan.inverses == 4 * (inverses + 79_680)
+    traces = 2 * 54 + 53
+    assert plan.factors == 4 * (FACTORS + traces)
+    assert plan.batch == BATCH * (SIZE * SIZE * 3 + 1) * 4
+
+
+def assert_complete(row):
+    """A step that changed every array of parameters, and whose memory was foreseen."""
+    assert row["skipped"] == 0
+    assert row["finite"]
+    assert row["unmoved"] == []
+    assert_foreseen(row)
+
+
+def assert_foreseen(row):
+    plan = memory_plan.MemoryPlan(**row["memory_plan"])
+    assert plan.arguments == pytest.approx(plan.total, rel=0.1)
+    assert plan.temporaries > plan.parameters
+
+
+STEPS = [name for name in resnet50_steps.CASES if name != resnet50_steps.ACCUMULATED]
+
+
+def test_every_case_on_record_is_complete():
+    """Those that are there; `make slow` runs them all."""
+    record = json.loads(resnet50_steps.RESULTS.read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in record["rows"]}
+    assert rows
+    assert list(rows) == [name for name in resnet50_steps.CASES if name in rows]
+    for name, row in rows.items():
+        if name == resnet50_steps.ACCUMULATED:
+            assert_accumulated(row)
+        else:
+            assert_complete(row)
+
+
+def assert_accumulated(row):
+    sizes = row["batch_size"], row["devices"], row["micro_batches"]
+    assert sizes == (131_072, 8, 512)
+    assert_foreseen(row)
 
 
 @pytest.mark.slow
-def test_one_step_at_full_size(problem):
-    model, loss_fn, layers = problem
-    image = jax.random.normal(jax.random.key(1), (BATCH, SIZE, SIZE, 3))
-    batch = {"image": image, "label": jnp.arange(BATCH)}
-    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=True))(image)
-    model_state = {"batch_stats": variables["batch_stats"]}
-    tx = lbopt.kfac(1e-3, layers)
-    state = training.init_state(tx, variables["params"], model_state, jax.random.key(2))
-    train_step = training.make_train_step(loss_fn, tx, layers)
-    before = jax.tree.map(jnp.copy, state.params)
-    state, metrics = train_step(state, batch)
-    assert int(metrics["skipped"]) == 0
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.params)
-    assert all(jax.tree.leaves(moved))
-    finite = jax.tree.map(lambda x: bool(jnp.all(jnp.isfinite(x))), state.params)
-    assert all(jax.tree.leaves(finite))
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_at_full_size(name):
+    assert_complete(resnet50_steps.in_own_process(name))
+
+
+@pytest.mark.slow
+def test_a_batch_of_131072_compiles():
+    assert_accumulated(resnet50_steps.in_own_process(resnet50_steps.ACCUMULATED))
