@@ -97,7 +97,7 @@ class TfTrainingBatches(Iterator[loading.Batch]):
         """The next batch; after an error, the same batch once more."""
         if self._iterator is None:
             images = self._reader.decoded(self._images(tf_splits.read))
-            self._iterator = self._reader.batches(images)
+            self._iterator = _iterator(self._reader.batched(images))
         try:
             batch = next(self._iterator)
         except tf.errors.OpError as error:
@@ -195,6 +195,7 @@ class TfEvaluationBatches:
         form = loading.Form(dtype, with_index=with_index)
         self._reader = _Reader(split, slices, False, form, num_threads)
         self._length = -(-len(split) // batch_size)
+        self._batches = self._padded_batches()
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -202,7 +203,18 @@ class TfEvaluationBatches:
 
     def __iter__(self) -> Iterator[loading.Batch]:
         """A pass over the split."""
-        size = self._reader.slices.local_size
+        iterator = _iterator(self._batches)
+        for number in range(self._length):
+            try:
+                batch = next(iterator)
+            except tf.errors.OpError as error:
+                rest = self._images(_numbers).skip(
+                    number * self._reader.slices.local_size
+                )
+                raise self._reader.explained(error, rest) from error
+            yield batch
+
+    def _padded_batches(self) -> tf.data.Dataset:
         images = self._reader.decoded(self._images(tf_splits.read))
         images = images.map(lambda image: {**image, "mask": tf.ones([])})
         specs: Any = images.element_spec
@@ -210,15 +222,8 @@ class TfEvaluationBatches:
         if "index" in padding:
             padding["index"] -= 1
         padded = images.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-        padded = padded.take(self._length * size)
-        iterator = self._reader.batches(padded)
-        for number in range(self._length):
-            try:
-                batch = next(iterator)
-            except tf.errors.OpError as error:
-                rest = self._images(_numbers).skip(number * size)
-                raise self._reader.explained(error, rest) from error
-            yield batch
+        size = self._reader.slices.local_size
+        return self._reader.batched(padded.take(self._length * size))
 
     def _images(self, read: "_Read") -> tf.data.Dataset:
         """Records, and the random numbers that are none."""
@@ -287,14 +292,13 @@ class _Reader:
         """Images for the model, from records and random numbers."""
         return images.map(self._load, self._num_threads, deterministic=True)
 
-    def batches(self, images: tf.data.Dataset) -> Iterator[loading.Batch]:
+    def batched(self, images: tf.data.Dataset) -> tf.data.Dataset:
         """Batches of images, two of them read ahead."""
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = self._num_threads
         batches = images.batch(self.slices.local_size, drop_remainder=True)
-        ahead: Any = batches.prefetch(2).with_options(options)
-        return ahead.as_numpy_iterator()
+        return batches.prefetch(2).with_options(options)
 
     def explained(self, error: tf.errors.OpError, rest: tf.data.Dataset) -> Exception:
         """What to raise for an error that the next batch ended in.
@@ -355,6 +359,10 @@ class _Reader:
         if self._with_index:
             loaded["index"] = tf.cast(record, tf.int32)
         return loaded
+
+
+def _iterator(batches: Any) -> Iterator[loading.Batch]:
+    return batches.as_numpy_iterator()
 
 
 def _files(share: list[tf_splits.Part]) -> tf.data.Dataset:
