@@ -43,8 +43,8 @@ class TfTrainingBatches(Iterator[loading.Batch]):
 
     It goes on bit for bit the same after `set_state`. The first batch after that takes
     longer, for what this process had taken of the epoch is read again, though not
-    decoded: a core reads about 5,000 images of 126 kB in the time in which it decodes
-    300.
+    decoded: ten times faster than it was taken, by a core that read 3,500 images of 126
+    kB in a second and decoded 350.
 
     Args:
         split: What to read.
