@@ -8,6 +8,10 @@ import tempfile
 # One thread: LAPACK's own threads fight with XLA's, and times become erratic.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's older code generator compiles a small program in half the time of the newer one.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+)
 
 import jax
 
