@@ -327,13 +327,20 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
     if family == "strokes":
         return strokes_builder.prepare(config or "20", data_dir)
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError):
         raise ValueError(f"dataset: tensorflow_datasets has no {name!r}") from None
     if not builder.is_prepared():
         where = "is not prepared in" if os.path.isdir(data_dir) else "cannot be in"
         raise FileNotFoundError(
             f"dataset: {name!r} {where} {builder.data_path}. {_advice(name, data_dir)}"
+        )
+    found = builder.info.file_format
+    if found is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"dataset: {name!r} is prepared in {builder.data_path} as "
+            f"{found and found.value}, and reader=array_record reads array_record; "
+            "choose reader=tf_data, or another data_dir"
         )
     return builder
 

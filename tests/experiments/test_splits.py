@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from experiments.data import decoding, splits
@@ -104,6 +105,15 @@ def test_recipes_reach_their_bounds():
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere; give"):
         splits.open_split("cifar10", "train", tmp_path / "nowhere")
+
+
+def test_a_copy_in_another_format_names_its_reader(tmp_path):
+    builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="tfrecord")
+    directory = builder.data_path
+    directory.mkdir(parents=True)
+    builder.info.write_to_directory(directory)
+    with pytest.raises(ValueError, match=r"^dataset: .* as tfrecord, .*=tf_data"):
+        splits.open_split("cifar10", "train", tmp_path)
 
 
 @pytest.fixture
