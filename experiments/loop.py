@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from experiments import (
     checkpoints,
     figures,
-    memory_plan,
     metrics,
     preemption,
     report,
@@ -30,7 +29,7 @@ from experiments import (
 from experiments.classifier import Program, build_program, evaluate, open_data
 from experiments.data import device_feed, pipeline
 from experiments.settings import Config
-from lbopt import training
+from lbopt import memory_plan, training
 
 
 class Run(NamedTuple):

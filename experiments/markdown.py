@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lbopt import sizes
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table of Markdown.
@@ -35,12 +37,7 @@ def percent(value: float | None) -> str | None:
 
 def size(number_of_bytes: float | None) -> str | None:
     """Bytes in the unit that suits them; None stays None."""
-    if number_of_bytes is None:
-        return None
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number_of_bytes >= scale:
-            return f"{number_of_bytes / scale:.3g} {unit}"
-    return f"{number_of_bytes:.0f} B"
+    return None if number_of_bytes is None else sizes.text_of(number_of_bytes)
 
 
 def duration(seconds: float) -> str:

@@ -32,11 +32,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import classifier, memory_plan
+from experiments import classifier
 from experiments.configs import resnet50_sp_ngd
 from experiments.data import pipeline
 from experiments.models import resnet
 from experiments.settings import Config
+from lbopt import memory_plan
 
 BATCH = 4
 BASE = Config(

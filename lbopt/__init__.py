@@ -1,6 +1,6 @@
 """Large-batch training with curvature, as optax transformations."""
 
-from lbopt import presets, schedules, sharding, training
+from lbopt import memory_plan, presets, schedules, sharding, training
 from lbopt.background import BackgroundInversion
 from lbopt.curvature.fisher import curvature_only, value_grad_and_curvature
 from lbopt.curvature.fisher_products import fisher_products
@@ -32,6 +32,7 @@ __all__ = [
     "kfac",
     "lars",
     "likelihood",
+    "memory_plan",
     "nlcg",
     "presets",
     "refresh",

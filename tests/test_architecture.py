@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # row names several, nothing of its own row.
 ROWS = [
     ["_typing"],
-    ["collectives", "in_place", "linalg", "parameter_paths", "patches"],
+    ["collectives", "in_place", "linalg", "parameter_paths", "patches", "sizes"],
     ["curvature.factor"],
     ["curvature.block"],
     ["curvature.eigen_moments", "curvature.linear_maps"],
@@ -38,8 +38,8 @@ ROWS = [
     ["optimizers.kfac", "optimizers.lars", "optimizers.nlcg", "optimizers.sp_ngd"],
     ["presets.lars", "presets.nlcg", "presets.sp_ngd", "statistics_pass"],
     ["training"],
-    ["inversion_worker"],
-    ["background"],
+    ["inversion_worker", "memory_plan"],
+    ["background", "explain"],
     [""],  # lbopt/__init__.py re-exports all
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lbopt import sizes
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import (
@@ -105,12 +106,12 @@ class Layers(Mapping[str, Layer]):
                     layer.module,
                     layer.block.kind if layer.used else "none",
                     _sizes(layer) if layer.used else "",
-                    _bytes(size),
+                    sizes.text_of(size),
                     layer.why,
                 )
             )
         marked = sum(row[0] == "!" for row in rows)
-        rows.append(("", f"{len(self)} layers", "", "", "", _bytes(total), ""))
+        rows.append(("", f"{len(self)} layers", "", "", "", sizes.text_of(total), ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -413,11 +414,3 @@ def _sizes(layer: Layer) -> str:
         "×".join(map(str, s.shape)) for s in layer.block.sums if s.shape != (1, 1)
     ]
     return " + ".join(shapes) + (f" (× {copies})" if copies else "")
-
-
-def _bytes(size: float | int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

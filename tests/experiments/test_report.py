@@ -296,14 +296,6 @@ def test_durations(seconds, text):
     assert markdown.duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(12, "12 B"), (1500, "1.5 kB"), (2e6, "2 MB"), (3.21e9, "3.21 GB")],
-)
-def test_sizes(size, text):
-    assert markdown.size(size) == text
-
-
 def test_long_curves_are_thinned_to_means():
     x, y = report_figures._thinned(range(1000), [i % 4 for i in range(1000)])
     assert len(x) == len(y) == 250

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import lbopt
-from experiments import memory_plan, resnet50_steps
+from experiments import resnet50_steps
 from experiments.models import resnet
-from lbopt import training
+from lbopt import memory_plan, training
 
 CLASSES, SIZE, BATCH = 1000, 64, 2
 # Triangles of A, of G, and of the 2×2 blocks, as counted from the architecture.

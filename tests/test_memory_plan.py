@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import lbopt
-from experiments import memory_plan
-from lbopt import sharding, training
+from lbopt import memory_plan, sharding, training
 from lbopt.transforms.kfac_state import KfacState
 from tests.problems import cross_entropy
 

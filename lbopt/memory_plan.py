@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import markdown
-from lbopt import sharding, training
+from lbopt import sharding, sizes, training
 from lbopt.transforms.kfac_state import KfacState
 
 
@@ -25,16 +24,16 @@ class MemoryPlan(NamedTuple):
     """Bytes on each device; `str` of it is one line for the start of a run.
 
     Attributes:
-        parameters: Of the model.
-        model_state: The model's other collections, and what mixup carries.
-        factors: Curvature: running averages, and what adaptive refreshing keeps of
-            earlier statistics.
-        inverses: Their inverses, also those that have no effect yet, and corrected
-            eigenvalues.
-        optimizer: The rest of the optimizer's state, such as momentum.
-        batch: The device's share of a batch.
-        arguments: What XLA counts for all of these; `None` before it compiled the step.
-        temporaries: What XLA needs besides: activations, gradients, statistics.
+      parameters: of the model.
+      model_state: the model's other collections, and what mixup carries.
+      factors: curvature: running averages, and what adaptive refreshing keeps of
+        earlier statistics.
+      inverses: their inverses, also those that have no effect yet, and corrected
+        eigenvalues.
+      optimizer: the rest of the optimizer's state, such as momentum.
+      batch: the device's share of a batch.
+      arguments: what XLA counts for all of these; `None` before it compiled the step.
+      temporaries: what XLA needs besides: activations, gradients, statistics.
     """
 
     parameters: int
@@ -72,16 +71,25 @@ def plan(
     """The bytes of a run's state and batch.
 
     Args:
-        state: The state or its shapes, as `jax.eval_shape` of `init` returns them.
-        batch: The batch of all devices, or its shapes.
-        devices: How many devices share the batch.
-        per_example: Collections of the model state whose arrays lie along the batch.
+      state: the state or its shapes, as `jax.eval_shape` of `init` returns them.
+      batch: the batch of all devices, or its shapes.
+      devices: how many devices share the batch.
+      per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
-        The plan, without XLA's count.
+      The plan, without XLA's count.
 
     Raises:
-        ValueError: If the number of devices is not the one that the state was made for.
+      ValueError: if the number of devices is not the one that the state was made for.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lbopt import memory_plan, training
+      >>> params, batch = {"w": jnp.ones((1000, 10))}, jnp.ones((64, 1000))
+      >>> tx = optax.sgd(0.1, momentum=0.9)
+      >>> state = training.init_state(tx, params, {}, jax.random.key(0))
+      >>> print(memory_plan.plan(state, batch, devices=8))
+      memory per device: parameters 40 kB, optimizer 40 kB, batch 32 kB
     """
     _check_devices(state, devices)
     found = {"factors": 0, "inverses": 0}
@@ -105,11 +113,11 @@ def with_xla(needed: MemoryPlan, step: jax.stages.Compiled) -> MemoryPlan:
     """A plan with what the compiler says about the step.
 
     Args:
-        needed: The plan.
-        step: The compiled step.
+      needed: the plan.
+      step: the compiled step.
 
     Returns:
-        The plan; unchanged on a platform whose compiler says nothing.
+      The plan; unchanged on a platform whose compiler says nothing.
     """
     counted = step.memory_analysis()
     if counted is None:
@@ -130,13 +138,13 @@ def on_mesh(
     """Shapes of state and batch as they lie on the mesh, to lower a step for.
 
     Args:
-        state: The state's shapes.
-        batch: Those of the batch of all devices.
-        mesh: The devices, along its only axis; `None` for one.
-        per_example: Collections of the model state whose arrays lie along the batch.
+      state: the state's shapes.
+      batch: those of the batch of all devices.
+      mesh: the devices, along its only axis; `None` for one.
+      per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
-        Both, with shardings.
+      Both, with shardings.
     """
     if mesh is None:
         return state, batch
@@ -191,5 +199,5 @@ def _check_devices(state: training.TrainState, devices: int) -> None:
                 )
 
 
-def _listed(sizes: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {markdown.size(size)}" for name, size in sizes)
+def _listed(named: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {sizes.text_of(size)}" for name, size in named)

@@ -1,0 +1,151 @@
+"""What a model is told about itself before it is trained."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lbopt
+from lbopt import explain
+
+HERE = "tests.test_explain"
+
+
+class Net(nn.Module):
+    """A normalised model with dropout that must be told whether it trains."""
+
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(self.width, (3, 3), name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return {"logits": nn.Dense(5, name="head")(x.mean((1, 2))), "code": x[0, 0, 0]}
+
+
+class Words(nn.Module):
+    """A model of two inputs, one of them numbers of words."""
+
+    @nn.compact
+    def __call__(self, words, scale):
+        return nn.Embed(11, 6, name="table")(words) * scale[:, None, None]
+
+
+net = Net(width=4)
+NOT_A_MODEL = 3.0
+
+
+def run(capsys, *arguments):
+    explain.main(arguments)
+    return capsys.readouterr().out
+
+
+def test_all_three_parts_are_printed(capsys):
+    arguments = ["--input", "32x8x8x3", "--set", "train=True", "--devices", "4"]
+    out = run(capsys, f"{HERE}:Net", *arguments)
+    table, memory, owners = out.split("\n\n")
+    kinds = {line.split()[0]: line.split()[2] for line in table.splitlines()[1:4]}
+    assert kinds == {"conv": "kronecker", "norm": "unit_wise", "head": "kronecker"}
+    parameters = 27 * 12 + 12 + 2 * 12 + 12 * 5 + 5
+    assert f"{parameters} parameters; memory per device: parameters 1.7 kB" in memory
+    assert "model state 96 B" in memory
+    assert f"batch {32 * 8 * 8 * 3 * 4 / 4 / 1e3:.3g} kB" in memory
+    assert len(re.findall(r"^ +[0-3] ", owners, re.MULTILINE)) == 4
+
+
+def test_memory_is_that_of_the_state_and_what_placement_spreads_is_less(capsys):
+    arguments = ["--input", "32x8x8x3", "--set", "train=False", "--devices", "2"]
+    comm, memory = (
+        re.search(r"inverses ([\d.]+) kB", run(capsys, f"{HERE}:Net", *arguments, *p))
+        for p in ([], ["--placement", "memory"])
+    )
+    inverses = 4 * (28**2 + 12**2 + 13**2 + 5**2 + 12 * 3) / 1e3
+    assert comm is not None
+    assert float(comm[1]) == pytest.approx(inverses, rel=5e-3)
+    assert memory is not None
+    assert float(memory[1]) < float(comm[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "width"), [("Net", 12), ("net", 4), ("Net(7)", 7), ("Net(width=8)", 8)]
+)
+def test_a_model_is_named_made_or_called(capsys, model, width):
+    out = run(capsys, f"{HERE}:{model}", "--input", "4x8x8x3", "--set", "train=True")
+    assert f" 28×28 + {width}×{width} " in out
+
+
+def test_several_inputs_and_their_types(capsys):
+    out = run(capsys, f"{HERE}:Words", "--input", "8x5:int32", "--input", "8")
+    assert re.search(r"table +Embed +kronecker", out)
+
+
+def test_periods_and_blocks_reach_the_owner_table(capsys):
+    arguments = ["--input", "8x8x8x3", "--set", "train=True", "--devices", "2"]
+    out = run(capsys, f"{HERE}:Net", *arguments, "--inverse-period", "3")
+    assert "a step of the period of 3" in out
+    cut = run(capsys, f"{HERE}:Net", *arguments, "--block-size", "7")
+    whole, blocks = (int(re.search(r"(\d+) units", o)[1]) for o in (out, cut))  # pyright: ignore
+    assert blocks > whole
+
+
+def test_the_report_is_of_what_training_would_use():
+    x = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32)
+    text = explain.report(net, [x], arguments={"train": True})
+    init = functools.partial(net.init, train=True)
+    variables = jax.jit(init)(jax.random.key(0), jnp.zeros(x.shape))
+
+    def loss_fn(params, stats, x):
+        variables, rngs = {"params": params, **stats}, {"dropout": jax.random.key(1)}
+        outputs, _ = net.apply(
+            variables, x, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return sum(output.mean() for output in outputs.values())
+
+    layers = lbopt.trace_layers(
+        loss_fn,
+        variables["params"],
+        {"batch_stats": variables["batch_stats"]},
+        jnp.zeros(x.shape),
+    )
+    assert text.startswith(repr(layers))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([f"{HERE}", "--input", "4"], "must be MODULE:ATTR"),
+        ([f"{HERE}:Net(", "--input", "4"], "must be MODULE:ATTR"),
+        ([f"{HERE}:Net(**{{'width': 3}})", "--input", "4"], "must be MODULE:ATTR"),
+        ([f"{HERE}:Net(width=x)", "--input", "4"], "with literals"),
+        (["no.such:Net", "--input", "4"], "No module named 'no'"),
+        ([f"{HERE}:Nat", "--input", "4"], "has no attribute 'Nat'"),
+        ([f"{HERE}:Net(depth=3)", "--input", "4"], "cannot be made: .*depth"),
+        ([f"{HERE}:NOT_A_MODEL", "--input", "4"], "is a float, not a Flax"),
+        ([f"{HERE}:Net", "--input", "4x8x8x3"], r"called with float32\[4, 8.*--set"),
+        ([f"{HERE}:net", "--input", "4 x"], "input='4 x' must be sizes"),
+        ([f"{HERE}:net", "--input", "4:real"], "input='4:real' must be sizes"),
+        ([f"{HERE}:net", "--input", "4", "--set", "train"], "must be NAME=VALUE"),
+        ([f"{HERE}:net", "--input", "4", "--set", "train=yes"], "must be NAME=VALUE"),
+        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "4"], "2 examples are"),
+        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "0"], "at least 1"),
+        (
+            [
+                *(f"{HERE}:net", "--input", "8x8x8x3", "--set", "train=True"),
+                *("--devices", "2", "--placement", "both"),
+            ],
+            "placement='both'",
+        ),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_by_name(arguments, message):
+    with pytest.raises(SystemExit, match=rf"^error: (.|\n)*{message}"):
+        explain.main(arguments)
+
+
+def test_a_model_without_inputs_is_refused():
+    with pytest.raises(ValueError, match="at least one array with a batch axis"):
+        explain.report(net, [])
