@@ -44,7 +44,7 @@ demo: $(VENV)/.demo  ## train a small network with SP-NGD and with SGD
 	$(RUN) experiments/imagenet_resnet50.py demo
 
 test: $(VENV)/.test  ## all checks that fit in minutes
-	$(RUN) -m pytest -q -n 2 -m "not slow"
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 slow: $(VENV)/.test  ## the checks that take longer
 	$(RUN) -m pytest -q -m slow

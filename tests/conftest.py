@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of the time goes into compiling small programs that run once or twice.
@@ -27,3 +28,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # They start here, so that no experiment's command line can change their number.
 assert len(jax.devices()) == 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_file_end_with_it():
+    """Else a process of a whole run grows to more memory than machines have."""
+    yield
+    jax.clear_caches()
