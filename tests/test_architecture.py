@@ -16,6 +16,7 @@ ROWS = [
     ["curvature.eigen_moments", "curvature.linear_maps"],
     ["curvature.kronecker", "curvature.unit_wise", "curvature.diagonal"],
     ["curvature.doubly_factored", "curvature.embedding"],
+    ["curvature.tap_rules"],
     ["curvature.flax_layers"],
     ["curvature.capture"],
     ["curvature.discovery", "curvature.verification"],

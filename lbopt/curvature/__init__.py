@@ -16,10 +16,10 @@ groups), ``batch`` examples, ``shared`` the locations, tokens or uses that share
 kernel.  The backward signal of a loss that averages n terms is ``δ = g / n``; every
 division stands in ``curvature.block``.
 
-The rooms, in the order in which data passes through them: ``flax_layers`` (what a layer
-is), ``capture`` (the tap), ``kronecker``, ``doubly_factored``, ``unit_wise`` and
-``diagonal`` (the blocks), ``fisher`` (loss, gradient and statistics at once),
-``fisher_products`` (the exact Fisher between vectors), ``refresh`` (when statistics are
-renewed).
+The rooms, in the order in which data passes through them: ``tap_rules`` and
+``flax_layers`` (what a layer is), ``capture`` (the tap), ``kronecker``,
+``doubly_factored``, ``unit_wise`` and ``diagonal`` (the blocks), ``fisher`` (loss,
+gradient and statistics at once), ``fisher_products`` (the exact Fisher between
+vectors), ``refresh`` (when statistics are renewed).
 ``discovery`` and ``registry`` make the table of layers; ``verification`` tests it.
 """

@@ -12,6 +12,7 @@ One forward and one backward pass give loss, gradients and statistics.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.core
@@ -23,7 +24,7 @@ from jaxtyping import Float
 
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
-from lbopt.curvature import flax_layers
+from lbopt.curvature import flax_layers, tap_rules
 
 PREFIX = "probe"
 
@@ -59,12 +60,14 @@ class Tapped(NamedTuple):
       copies: sizes of the lifted axes (``nn.scan``, ``nn.vmap``), in the order of
         ``axes``.
       axes: positions of the lifted axes in the layer's arrays and probes.
+      rules: the user's own rules, of which one may be the layer's.
     """
 
     location: Location
     block: blocks.CurvatureBlock
     copies: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
+    rules: tap_rules.Rules = MappingProxyType({})
 
 
 def find_locations(params: Params) -> list[Location]:
@@ -226,14 +229,17 @@ class Probes(NamedTuple):
             sums.append(type(layer.block.sums)(*moved))
         return grads, sums
 
-    def find(self, context: Any) -> tuple[int, flax_layers.Rule, dict[str, Any]] | None:
+    def find(self, context: Any) -> tuple[int, tap_rules.Rule, dict[str, Any]] | None:
         """The number, the rule and the arrays of the layer that an interceptor sees."""
-        rule = flax_layers.find_rule(context.orig_method)
-        if rule is None or context.module.scope is None:
+        if context.module.scope is None:
             return None
         variables = own_params(context.module)
         number = marked_number(variables, f"{PREFIX}{self.trace}_")
-        return None if number is None else (number, rule, variables)
+        if number is None:
+            return None
+        rules = self.tapped[number].rules
+        rule = flax_layers.find_rule(context.orig_method, rules)
+        return None if rule is None else (number, rule, variables)
 
     def given_to(self, number: int, variables: dict[str, Any]) -> list[Array]:
         """What one copy of a layer is given; it has these variables."""
@@ -261,9 +267,9 @@ class Probes(NamedTuple):
         names = self.names(number)
         probe = type(fields)(*(variables[name] for name in names))
         _check_probe(self.tapped[number], fields, probe)
-        arguments = flax_layers.bind_arguments(context.orig_method, args, kwargs)
+        arguments = tap_rules.bind_arguments(context.orig_method, args, kwargs)
         params = {k: v for k, v in variables.items() if k in rule.names}
-        residual = rule.residual(flax_layers.Seen(context.module, arguments, params))
+        residual = rule.residual(tap_rules.Seen(context.module, arguments, params))
         if self.given[number]:
             residual = (residual, *self.given_to(number, variables))
         return tap(

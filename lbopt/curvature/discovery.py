@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array, Params
-from lbopt.curvature import capture, flax_layers
+from lbopt.curvature import capture, flax_layers, tap_rules
 
 _MARKER = "marker"
 
@@ -37,8 +37,8 @@ class Sighting(NamedTuple):
         it made; None if that was no convolution.
     """
 
-    rule: flax_layers.Rule
-    seen: flax_layers.Seen
+    rule: tap_rules.Rule
+    seen: tap_rules.Seen
     lanes: list[int]
     map_channels: int | None
 
@@ -134,6 +134,7 @@ def find_sightings(
     params: Params,
     args: Sequence[Any],
     locations: Sequence[capture.Location],
+    rules: tap_rules.Rules,
 ) -> dict[int, Sighting]:
     """The layers that run, by the number of the location of their arrays."""
     sightings: dict[int, Sighting] = {}
@@ -151,7 +152,7 @@ def find_sightings(
 
     def interceptor(next_fun, args, kwargs, context):
         outputs = next_fun(*args, **kwargs)
-        rule = flax_layers.find_rule(context.orig_method)
+        rule = flax_layers.find_rule(context.orig_method, rules)
         if rule is None or context.module.scope is None:
             return outputs
         own = capture.own_params(context.module)
@@ -159,9 +160,9 @@ def find_sightings(
         if number is None:
             return outputs
         _refuse_raw_transform(context.module)
-        arguments = flax_layers.bind_arguments(context.orig_method, args, kwargs)
+        arguments = tap_rules.bind_arguments(context.orig_method, args, kwargs)
         params = {name: own[name] for name in rule.names if name in own}
-        seen = flax_layers.Seen(
+        seen = tap_rules.Seen(
             context.module.clone(parent=None), _shapes(arguments), _shapes(params)
         )
         sighting = sightings.setdefault(
@@ -303,7 +304,7 @@ def lifted_axes(
     pairs = [(whole[name].shape, x.shape) for name, x in sighting.seen.params.items()]
     extra = {len(w) - len(one) for w, one in pairs}
     if len(extra) != 1 or min(extra) < 0:
-        raise flax_layers.Refusal("its parameters change shape on the way to it")
+        raise tap_rules.Refusal("its parameters change shape on the way to it")
     rank = min(len(w) for w, _ in pairs)
     candidates = [
         axes
@@ -311,7 +312,7 @@ def lifted_axes(
         if all(_without(w, axes) == one for w, one in pairs)
     ]
     if not candidates:
-        raise flax_layers.Refusal(
+        raise tap_rules.Refusal(
             "its lifted axis has no common position in its arrays; use axis 0 in "
             "variable_axes"
         )
@@ -319,7 +320,7 @@ def lifted_axes(
         fits = len(candidates) == 1 or _marker_fits(loss, params, args, location, axes)
         if fits:
             return axes
-    raise flax_layers.Refusal("its lifted axes could not be told from its own")
+    raise tap_rules.Refusal("its lifted axes could not be told from its own")
 
 
 def _marker_fits(loss, params, args, location, axes) -> bool:

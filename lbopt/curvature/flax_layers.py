@@ -11,8 +11,8 @@ fall back to the diagonal block.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,68 +28,21 @@ from lbopt.curvature import (
     linear_maps,
     unit_wise,
 )
+from lbopt.curvature.tap_rules import Choice, Refusal, Rule, Rules, Seen
 
-Arguments = Mapping[str, Any]
 
+def find_rule(method: Callable[..., Any], own: Rules) -> Rule | None:
+    """The rule of the function behind a bound Flax method, if there is one.
 
-class Seen(NamedTuple):
-    """One call of a layer, as its rule sees it.
+    Args:
+      method: the method.
+      own: the user's rules as ``own_rules`` returns them; they come first.
 
-    Attributes:
-      module: the bound Flax module.
-      arguments: the call's arguments by name.
-      params: the layer's own parameters, one copy of them.
+    Returns:
+      The rule.
     """
-
-    module: Any
-    arguments: Arguments
-    params: Mapping[str, Array]
-
-
-class Choice(NamedTuple):
-    """Which of the approximations that suit a layer it gets.
-
-    Attributes:
-      sharing: how locations that share a kernel are treated.
-      norm_blocks: what a normalisation layer's block holds.
-      feature_map: locations and channels of the map that a dense layer's input is
-        flattened from, where it gets a factor for each; None where it gets one factor.
-    """
-
-    sharing: kronecker.WeightSharing
-    norm_blocks: unit_wise.NormBlocks
-    feature_map: tuple[int, int] | None
-
-
-class Rule(NamedTuple):
-    """How one method of one Flax class is tapped.
-
-    Attributes:
-      block: ``(seen, batched, choice) -> block``; raises ``Refusal`` with the reason
-        where the theory does not hold.
-      residual: ``seen -> arrays`` that the backward rule needs.
-      names: the names of the parameters that the block covers.
-    """
-
-    block: Callable[[Seen, bool, Choice], block.CurvatureBlock]
-    residual: Callable[[Seen], Any]
-    names: tuple[str, ...] = ("kernel", "bias")
-
-
-class Refusal(Exception):  # noqa: N818  (a verdict that falls back, not an error)
-    """Why a layer that is otherwise known gets no block of its own."""
-
-
-def find_rule(method: Callable[..., Any]) -> Rule | None:
-    """The rule of the function behind a bound Flax method, if there is one."""
-    return _RULES.get(getattr(method, "func", method))
-
-
-def bind_arguments(method: Any, args: tuple, kwargs: Mapping[str, Any]) -> Arguments:
-    """The call's arguments by the names of the method's signature."""
-    bound = inspect.signature(method).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+    function = getattr(method, "func", method)
+    return own.get(function) or _RULES.get(function)
 
 
 # ------------------------------------------------------------------ dense layers

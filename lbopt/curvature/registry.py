@@ -15,8 +15,8 @@ from lbopt.curvature import (
     capture,
     diagonal,
     discovery,
-    flax_layers,
     kronecker,
+    tap_rules,
     unit_wise,
     verification,
 )
@@ -135,6 +135,7 @@ def trace_layers(
     weight_sharing: Sharing = "expand",
     norm_blocks: unit_wise.NormBlocks = "unit_wise",
     doubly_factored: int | Mapping[str, tuple[int, int]] | None = None,
+    rules: Mapping[Any, Any] | None = None,
     batch_size: int | None = None,
 ) -> Layers:
     """Finds the layers of a model and gives each a curvature block.
@@ -162,6 +163,8 @@ def trace_layers(
         would have more rows than this number, if the last layer with a kernel before
         them is a convolution whose channels explain the map; or these,
         ``{path: (locations, channels)}``; or none.
+      rules: how layers of your own are tapped, or those of Flax otherwise, by method:
+        ``{MyLayer.__call__: Rule(block, residual, names)}``; see ``tap_rules.Rule``.
       batch_size: examples in the batch, where it cannot be read off the arguments.
 
     Returns:
@@ -208,20 +211,21 @@ def trace_layers(
             "to any of them. Inside it, apply the model to its argument params, not to "
             "parameters from outside."
         )
-    sightings = discovery.find_sightings(loss, params, args, locations)
+    own = tap_rules.own_rules(rules or {})
+    sightings = discovery.find_sightings(loss, params, args, locations, own)
     maps, unexplained = discovery.find_feature_maps(
         doubly_factored, locations, sightings, n
     )
     layers: dict[str, Layer] = {}
     for number, location in enumerate(locations):
         if number in sightings:
-            choice = flax_layers.Choice(
+            choice = tap_rules.Choice(
                 _sharing_of(location.path, weight_sharing),
                 norm_blocks,
                 maps.get(location.path),
             )
             rows = _layer_rows(
-                loss, params, args, location, sightings[number], choice, n
+                loss, params, args, location, sightings[number], choice, own, n
             )
         else:
             rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
@@ -303,28 +307,30 @@ def _sharing_of(path: str, weight_sharing: Sharing) -> kronecker.WeightSharing:
     return sharing
 
 
-def _layer_rows(loss, params, args, location, sighting, choice, n):
+def _layer_rows(loss, params, args, location, sighting, choice, own, n):
     """The rows of a location that a known layer reads."""
     try:
         axes = discovery.lifted_axes(loss, params, args, location, sighting)
         batched = n not in sighting.lanes
-        row = _tapped_row(location, sighting, axes, batched, choice, params)
-    except flax_layers.Refusal as reason:
+        row = _tapped_row(location, sighting, axes, batched, choice, params, own)
+    except tap_rules.Refusal as reason:
         return _diagonal_rows(location, params, (), str(reason))
     return [row, *_diagonal_rows(location, params, row.shapes, "beside a layer")]
 
 
-def _tapped_row(location, sighting, axes, batched, choice, params) -> Layer:
+def _tapped_row(location, sighting, axes, batched, choice, params, own) -> Layer:
     """The row of a layer with a rule."""
     block = sighting.rule.block(sighting.seen, batched, choice)
     if any(max(axes, default=0) > len(x.shape) for x in block.sums):
-        raise flax_layers.Refusal("its lifted axis lies too far back; use axis 0")
+        raise tap_rules.Refusal("its lifted axis lies too far back; use axis 0")
     arrays = capture.lookup(params, location)
     names = tuple(sighting.seen.params)
     copies = tuple(arrays[names[0]].shape[a] for a in axes)
     module = type(sighting.seen.module).__name__
     why = "norm layer"
-    if block.kind == "kronecker":
+    if sighting.rule in own.values():
+        why = "by a rule of your own"
+    elif block.kind == "kronecker":
         why = f"{choice.sharing} over locations"
     elif block.kind == "doubly_factored":
         why = "{} locations × {} channels, rank one an example".format(
@@ -335,7 +341,7 @@ def _tapped_row(location, sighting, axes, batched, choice, params) -> Layer:
     return Layer(
         path=location.path,
         module=module,
-        tapped=capture.Tapped(location._replace(names=names), block, copies, axes),
+        tapped=capture.Tapped(location._replace(names=names), block, copies, axes, own),
         has_tap=True,
         shapes={name: tuple(arrays[name].shape) for name in names},
         why=why,
