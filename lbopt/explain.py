@@ -1,11 +1,13 @@
 """What an optimizer with curvature would do to a model, before anything is trained.
 
+This command ::
+
     python -m lbopt.explain my_package.models:Net --input 256x32x32x3 --devices 8
 
 prints which layer gets which curvature block and why, what each device would keep in
-memory, and which device would invert what. `Net` is a Flax (linen) module, or a class
+memory, and which device would invert what. ``Net`` is a Flax (linen) module, or a class
 or function that makes one, with literal arguments if it needs some:
-`'my_package.models:Net(width=64)'`; `--input` is an array that the model is
+``'my_package.models:Net(width=64)'``; ``--input`` is an array that the model is
 called with, the whole batch of all devices. The model is traced, and nothing computed:
 the devices need not be there.
 """

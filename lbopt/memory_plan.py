@@ -1,7 +1,7 @@
 """What a step needs of each device's memory: from shapes alone, and as XLA counts it.
 
 State and batch are known before anything is compiled. What a step needs besides, above
-all activations, only the compiler knows:
+all activations, only the compiler knows::
 
     state = jax.eval_shape(program.init)
     needed = memory_plan.plan(state, batch, devices=8)
@@ -21,7 +21,7 @@ from lbopt.transforms.kfac_state import KfacState
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes on each device; `str` of it is one line for the start of a run.
+    """Bytes on each device; ``str`` of it is one line for the start of a run.
 
     Attributes:
       parameters: of the model.
@@ -32,7 +32,7 @@ class MemoryPlan(NamedTuple):
         eigenvalues.
       optimizer: the rest of the optimizer's state, such as momentum.
       batch: the device's share of a batch.
-      arguments: what XLA counts for all of these; `None` before it compiled the step.
+      arguments: what XLA counts for all of these; ``None`` before it compiled the step.
       temporaries: what XLA needs besides: activations, gradients, statistics.
     """
 
@@ -71,7 +71,7 @@ def plan(
     """The bytes of a run's state and batch.
 
     Args:
-      state: the state or its shapes, as `jax.eval_shape` of `init` returns them.
+      state: the state or its shapes, as ``jax.eval_shape`` of ``init`` returns them.
       batch: the batch of all devices, or its shapes.
       devices: how many devices share the batch.
       per_example: collections of the model state whose arrays lie along the batch.
@@ -140,7 +140,7 @@ def on_mesh(
     Args:
       state: the state's shapes.
       batch: those of the batch of all devices.
-      mesh: the devices, along its only axis; `None` for one.
+      mesh: the devices, along its only axis; ``None`` for one.
       per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
@@ -169,7 +169,7 @@ def on_mesh(
 
 
 def _own(tree: Any, devices: int, *, split: bool = False) -> int:
-    """Bytes of a tree on each device; `split` if all arrays lie along the devices."""
+    """Bytes of a tree on each device; ``split`` if all arrays lie along the devices."""
 
     def size(node: Any) -> int:
         shared = devices if split or _is_sharded(node) else 1

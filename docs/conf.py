@@ -1,0 +1,46 @@
+"""The site: the pages of the repository as they are, and the API from docstrings.
+
+The repository's root is the source directory, so that the pages' links to each other,
+to the code and to the figures lead to the same files as on a repository's pages.
+"""
+
+import importlib.metadata
+
+project = "lbopt"
+author = "The lbopt developers"
+release = importlib.metadata.version("lbopt")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**",
+    "notebooks/*.ipynb",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "experiments/README.md",
+    "experiments/launch/README.md",
+]
+exclude_patterns = ["docs/_build/**"]
+
+html_theme = "furo"
+html_title = "lbopt"
+templates_path = ["_templates"]
+html_additional_pages = {"index": "start.html"}
+
+# As on a repository's pages: a heading is a target of links.
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+# The outputs are those that are committed; the tests execute notebooks.
+nb_execution_mode = "off"
+
+autodoc_typehints = "none"  # the docstrings have types where they say something
+napoleon_use_ivar = True  # fields of a NamedTuple are listed once
+autodoc_member_order = "bysource"
+default_role = "code"
