@@ -193,9 +193,17 @@ def assert_same(course, reference, rounding=ROUNDING):
 @pytest.mark.parametrize(
     ("devices", "parallel", "placement"),
     [
-        *[(n, "shard_map", p) for n in (1, 2, 4, 8) for p in ("comm", "memory")],
-        *[(2, "pmap", "memory"), (4, "pmap", "comm"), (8, "pmap", "memory")],
-        (4, "shard_map", 0.5),
+        *[(1, "shard_map", "comm"), (2, "shard_map", "memory")],
+        *[(4, "shard_map", 0.5), (8, "shard_map", "comm"), (4, "pmap", "comm")],
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *[(1, "shard_map", "memory"), (2, "shard_map", "comm")],
+                *[(4, "shard_map", p) for p in ("comm", "memory")],
+                *[(8, "shard_map", "memory"), (2, "pmap", "memory")],
+                (8, "pmap", "memory"),
+            ]
+        ],
     ],
 )
 def test_adaptive_refresh_on_several_devices(devices, parallel, placement):
