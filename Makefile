@@ -23,7 +23,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test slow lint bench clean
+.PHONY: help demo test slow lint notebooks docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +34,12 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.test: pyproject.toml
 	$(call install,data$(COMMA)experiments$(COMMA)test)
+
+$(VENV)/.notebooks: pyproject.toml
+	$(call install,notebooks)
+
+$(VENV)/.docs: pyproject.toml
+	$(call install,docs)
 
 $(VENV)/.bench: pyproject.toml
 	$(call install,data$(COMMA)experiments$(COMMA)bench)
@@ -53,6 +59,13 @@ lint: $(VENV)/.test  ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+notebooks: $(VENV)/.notebooks  ## run the notebooks and keep their outputs
+	$(RUN) -m notebooks.execute
+
+docs: $(VENV)/.docs  ## the site, in docs/_build/html
+	$(RUN) -m sphinx -W -q -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 bench: $(VENV)/.bench  ## step times beside plain SGD and kfac-jax
 	$(RUN) -m benchmarks.step_time

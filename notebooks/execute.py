@@ -4,8 +4,8 @@
     python -m notebooks.execute 01 03             those whose names begin so
 
 Outputs are committed, so that the pages read well where they are not run. The mark is a
-checksum of the cells' source: a test compares it with the cells that are there, runs the
-notebook again, and compares what is printed.
+checksum of the cells' source: a test compares it with the cells that are there, runs
+the notebook again, and compares what is printed.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import nbformat
 FOLDER = pathlib.Path(__file__).parent
 MARK = "source_when_run"
 """The field of a notebook's metadata that holds the checksum."""
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 TIMEOUT = 600
 """Seconds that a cell may take before it counts as hanging."""
 
@@ -48,14 +49,17 @@ def executed(path: pathlib.Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(FOLDER)}}
+        notebook,
+        kernel_name=KERNEL["name"],
+        timeout=TIMEOUT,
+        resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which differ at every run
     notebook.metadata = nbformat.from_dict(
         {
-            "kernelspec": notebook.metadata["kernelspec"],
+            "kernelspec": KERNEL,
             "language_info": {"name": "python"},
             MARK: source_mark(notebook),
         }

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 import jax
 import pytest
@@ -45,13 +46,40 @@ def test_local_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_commands_of_the_pages_exist():
-    """``python -m package.module`` and ``python path.py`` name files that are here."""
+COMMAND = re.compile(
+    r"python3? (?:-m )?((?:benchmarks|experiments|lbopt|notebooks)[\w./]*)([^`#\n]*)"
+)
+
+
+def commands():
+    """The flags that pages give to each command: ``{file: {flag, ...}}``."""
+    found = {}
     for page in PAGES:
-        text = page.read_text()
-        for module in re.findall(r"python -m ((?:benchmarks|experiments)[\w.]*)", text):
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-        for script in re.findall(
-            r"python ((?:benchmarks|experiments)/[\w/]+\.py)", text
-        ):
-            assert (ROOT / script).exists(), script
+        text = page.read_text().replace("\\\n", " ")
+        text = re.sub(r"(`[^`\n]+)\n([^`\n]+`)", r"\1 \2", text)  # wrapped by the line
+        for command, arguments in COMMAND.findall(text):
+            dotted = command.rstrip(".")
+            path = dotted if "/" in dotted else f"{dotted.replace('.', '/')}.py"
+            flags = {part for part in arguments.split() if part.startswith("--")}
+            found.setdefault(path, set()).update(flags)
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_commands_of_the_pages_exist():
+    assert len(COMMANDS) > 15
+    for path in COMMANDS:
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("path", [p for p, flags in COMMANDS.items() if flags])
+def test_flags_of_the_pages_exist(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [path, "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    assert not done.value.code
+    text = capsys.readouterr().out
+    known = set(re.findall(r"--[\w.-]+", text))
+    assert COMMANDS[path] - {"--help"} <= known
