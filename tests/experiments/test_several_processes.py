@@ -60,6 +60,7 @@ def test_a_process_is_killed_and_the_job_goes_on(tmp_path, victim):
     running = place.start_several("ours", 2)
     until(lambda: 6 in place.steps("ours"), running[0], lambda: place.log("ours"))
     running[victim].kill()
+    running[victim].wait()
     other = running[1 - victim]
     place.expect(cluster.ExitCode.UNAVAILABLE, "ours", [other], timeout=30)
     assert f"lost contact with process {victim}" in place.log("ours")
