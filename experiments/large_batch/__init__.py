@@ -1,0 +1,6 @@
+"""Optimizers by batch size, each tuned alike: what `large_batch_study` runs.
+
+`problems` is what is learnt, `contestants` who learns it, `runs` one run, `cells` the
+search and the seeds of one optimizer at one batch size, `noise_scale` the batch size at
+which noise and gradient are alike, and `findings` what the record says.
+"""

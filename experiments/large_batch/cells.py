@@ -1,0 +1,130 @@
+"""One cell of the study: an optimizer at a batch size, searched, then repeated.
+
+A cell is kept in a file of its own as soon as it is done, so that a study goes on where
+it was stopped, and cells can be run by several processes.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.problems import PROBLEMS, Problem, Task
+from experiments.large_batch.runs import Run, Runner
+
+TRIALS = 8
+"""Settings that are tried of every optimizer at every batch size, with seed 0."""
+SEEDS = (0, 1, 2)
+"""Of the best setting."""
+
+
+class Cell(NamedTuple):
+    """Which optimizer learns what, at which batch size."""
+
+    problem: str
+    contestant: str
+    batch_size: int
+
+    def __str__(self) -> str:
+        """As on the command line: `strokes/kfac/640`."""
+        return "/".join(map(str, self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a cell found.
+
+    Attributes:
+        tried: A run of each setting, seed 0.
+        best: The runs of the best setting, one a seed, the first of them from `tried`.
+    """
+
+    tried: list[Run]
+    best: list[Run]
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Outcome":
+        """From what `dataclasses.asdict` made of it."""
+        return cls(**{k: [Run(**run) for run in runs] for k, runs in kept.items()})
+
+
+def all_cells() -> list[Cell]:
+    """Every cell, those of one problem and batch size together, the longest first."""
+    return [
+        Cell(problem.name, contestant, batch_size)
+        for problem in PROBLEMS.values()
+        for batch_size in problem.batch_sizes
+        for contestant in CONTESTANTS
+    ]
+
+
+def parse(text: str) -> Cell:
+    """A cell from its name.
+
+    Args:
+        text: Such as `strokes/kfac/640`.
+
+    Returns:
+        The cell.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    named = {str(cell): cell for cell in all_cells()}
+    if text not in named:
+        raise ValueError(
+            f"cell={text!r} must be PROBLEM/OPTIMIZER/BATCH with {list(PROBLEMS)}, "
+            f"{list(CONTESTANTS)} and one of the problem's batch sizes: "
+            + ", ".join(f"{p.name} {p.batch_sizes}" for p in PROBLEMS.values())
+        )
+    return named[text]
+
+
+def order(run: Run, problem: Problem) -> tuple[float, float]:
+    """The best first: who reaches the target in the fewest steps, or comes closest."""
+    steps = run.steps_to(problem.target)
+    return (math.inf if steps is None else steps, run.last_error())
+
+
+def measure(cell: Cell, task: Task) -> Outcome:
+    """Runs a cell.
+
+    Args:
+        cell: Which.
+        task: Its problem's task, opened.
+
+    Returns:
+        What was found.
+    """
+    problem, contestant = PROBLEMS[cell.problem], CONTESTANTS[cell.contestant]
+    runner = Runner(problem, contestant, cell.batch_size, task)
+    tried = [
+        runner.run(settings, SEEDS[0]) for settings in contestant.draw(problem, TRIALS)
+    ]
+    first = min(tried, key=lambda run: order(run, problem))
+    best = [first, *(runner.run(first.settings, seed) for seed in SEEDS[1:])]
+    return Outcome(tried, best)
+
+
+def path_of(cell: Cell, folder: pathlib.Path) -> pathlib.Path:
+    """Where a cell is kept."""
+    return folder / f"{'-'.join(map(str, cell))}.json"
+
+
+def keep(cell: Cell, outcome: Outcome, folder: pathlib.Path) -> None:
+    """Writes a cell's file whole, or not at all."""
+    path = path_of(cell, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{id(outcome)}.partial")
+    aside.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
+    aside.replace(path)
+
+
+def kept(cell: Cell, folder: pathlib.Path) -> Outcome | None:
+    """What is known of a cell, if it has been run."""
+    path = path_of(cell, folder)
+    if not path.exists():
+        return None
+    return Outcome.from_json(json.loads(path.read_text(encoding="utf-8")))

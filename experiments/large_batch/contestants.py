@@ -1,0 +1,221 @@
+"""Who learns, and what is tried of each: two settings, drawn alike for everyone.
+
+Of each optimizer the same number of settings is tried at every batch size, points of
+one low-discrepancy sequence in the logarithms of a rate, over two decades, and of one
+more setting. Every run warms up linearly, keeps its rate, and is judged by an average
+of its iterates, so that it says at every moment what it would be worth if it ended.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import lbopt
+from experiments.large_batch.problems import Problem
+
+WARM_UP = 5
+"""Steps until the rate is reached."""
+AVERAGE = 0.95
+"""Decay of the average of the iterates, smaller in the first steps."""
+INVERSE_PERIOD = 5
+"""Steps from one inversion of K-FAC to the next; statistics are taken at each."""
+
+Range = tuple[float, float]
+Make = Callable[..., optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """An optimizer and its search space.
+
+    Attributes:
+        title: In tables and pictures.
+        make: `(rate, other, layers, problem) -> optimizer`, with a rate that is a
+            schedule and a second setting, numbers that may be traced.
+        other: What the second setting is; `None` for none.
+        rates: From and to, by problem.
+        others: Likewise of the second setting.
+        curvature: Whether it needs layers.
+    """
+
+    title: str
+    make: Make
+    other: str | None
+    rates: Mapping[str, Range]
+    others: Mapping[str, Range]
+    curvature: bool = False
+
+    def optimizer(
+        self, settings: Mapping[str, Any], layers: Any, problem: Problem
+    ) -> optax.GradientTransformation:
+        """The optimizer, warm-up and average of the iterates included."""
+        rate = settings["rate"]
+
+        def schedule(count: Any) -> Any:
+            return rate * jnp.minimum(1.0, (count + 1) / WARM_UP)
+
+        tx = self.make(schedule, settings["other"], layers, problem)
+        return optax.chain(tx, lbopt.average_params(AVERAGE, warm_up=True))
+
+    def draw(self, problem: Problem, number: int) -> list[dict[str, float]]:
+        """The settings that are tried.
+
+        Args:
+            problem: On what.
+            number: How many.
+
+        Returns:
+            Each as `{"rate", "other"}`.
+        """
+        return [
+            {
+                "rate": _between(u, self.rates[problem.name]),
+                "other": _between(v, self.others[problem.name]),
+            }
+            for u, v in _points(number)
+        ]
+
+
+def _points(number: int) -> list[tuple[float, float]]:
+    """The first points of the R2 sequence, which fills a square evenly."""
+    plastic = 1.32471795724474602596
+    steps = 1 / plastic, 1 / plastic**2
+    return [
+        ((0.5 + i * steps[0]) % 1.0, (0.5 + i * steps[1]) % 1.0) for i in range(number)
+    ]
+
+
+def _between(u: float, ends: Range) -> float:
+    low, high = ends
+    return float(f"{low * (high / low) ** u:.3g}")
+
+
+# === The optimizers ===================================================================
+
+
+def _sgd(rate: Any, other: Any, layers: Any, problem: Problem):
+    return optax.sgd(rate, momentum=1 - other, nesterov=True)
+
+
+def _adamw(rate: Any, other: Any, layers: Any, problem: Problem):
+    return optax.adamw(rate, weight_decay=other)
+
+
+def _lamb(rate: Any, other: Any, layers: Any, problem: Problem):
+    return optax.lamb(rate, weight_decay=other)
+
+
+def _lars(rate: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.lars(rate, momentum=1 - other, weight_decay=1e-5, variant="mlperf")
+
+
+def _muon(rate: Any, other: Any, layers: Any, problem: Problem):
+    def dimensions(params: Any) -> Any:
+        """Kernels are matrices of (locations and inputs) × outputs."""
+
+        def one(x: Any) -> Any:
+            if getattr(x, "ndim", 0) < 2:  # optax leaves marks where it looks not
+                return None
+            inputs = tuple(range(x.ndim - 1))
+            return optax.contrib.MuonDimensionNumbers(inputs, (x.ndim - 1,))
+
+        return _each_array(one, params)
+
+    return optax.contrib.muon(
+        rate, beta=1 - other, muon_weight_dimension_numbers=dimensions
+    )
+
+
+def _each_array(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Over nested dictionaries, leaving what the function returns as leaves."""
+    if isinstance(tree, Mapping):
+        return {key: _each_array(function, child) for key, child in tree.items()}
+    return function(tree)
+
+
+def _nlcg(rate: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.nlcg(rate)
+
+
+def _kfac(rate: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.kfac(
+        rate,
+        layers,
+        damping=other,
+        kl_clip=0.01 if problem.sharing_norms else 0.1,
+        inverse_period=INVERSE_PERIOD,
+    )
+
+
+def _sp_ngd(rate: Any, other: Any, layers: Any, problem: Problem):
+    rescale: Any = "always" if problem.sharing_norms else None
+    return lbopt.sp_ngd(rate, layers, damping=other, rescale=rescale)
+
+
+def _lars_on_kfac(rate: Any, other: Any, layers: Any, problem: Problem):
+    precondition = lbopt.scale_by_kfac(
+        layers, damping=other, inverse_period=INVERSE_PERIOD
+    )
+    lars = lbopt.lars(rate, weight_decay=0.0, variant="mlperf")
+    return optax.chain(precondition, lars)
+
+
+def _ranges(strokes: Range, digits: Range) -> dict[str, Range]:
+    return {"strokes": strokes, "digits": digits}
+
+
+_same = functools.partial(lambda ends: _ranges(ends, ends))
+_FRICTION = _same((0.02, 0.3))
+_DAMPING = _ranges((1e-4, 1e-1), (1e-2, 1e1))
+
+CONTESTANTS = {
+    "sgd": Contestant(
+        "SGD, Nesterov",
+        _sgd,
+        "1 - momentum",
+        _ranges((0.02, 2.0), (0.001, 0.1)),
+        _FRICTION,
+    ),
+    "adamw": Contestant(
+        "AdamW", _adamw, "weight decay", _same((5e-4, 5e-2)), _same((1e-4, 1e-1))
+    ),
+    "lars": Contestant("LARS", _lars, "1 - momentum", _same((1.0, 100.0)), _FRICTION),
+    "lamb": Contestant(
+        "LAMB", _lamb, "weight decay", _same((2e-3, 2e-1)), _same((1e-4, 1e-1))
+    ),
+    "muon": Contestant(
+        "Muon", _muon, "1 - momentum", _same((2e-3, 2e-1)), _same((0.02, 0.3))
+    ),
+    "nlcg": Contestant(
+        "NLCG", _nlcg, None, _ranges((0.02, 2.0), (0.001, 0.1)), _same((1.0, 1.0))
+    ),
+    "kfac": Contestant(
+        "K-FAC",
+        _kfac,
+        "damping",
+        _ranges((0.01, 1.0), (0.03, 3.0)),
+        _DAMPING,
+        curvature=True,
+    ),
+    "sp_ngd": Contestant(
+        "SP-NGD",
+        _sp_ngd,
+        "damping",
+        _ranges((0.003, 0.3), (0.01, 1.0)),
+        _DAMPING,
+        curvature=True,
+    ),
+    "lars_on_kfac": Contestant(
+        "LARS on K-FAC",
+        _lars_on_kfac,
+        "damping",
+        _same((1.0, 100.0)),
+        _DAMPING,
+        curvature=True,
+    ),
+}
+"""The contestants by name; the first ones use gradients alone."""

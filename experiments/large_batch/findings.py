@@ -1,0 +1,212 @@
+"""What the cells say: a table of each problem, its picture, and what was asked."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+
+from experiments import figures, markdown
+from experiments.large_batch.cells import Cell, Outcome
+from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.problems import PROBLEMS, Problem
+
+
+def row_of(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """A cell as a line of the record.
+
+    Args:
+        cell: Which.
+        outcome: What it found.
+
+    Returns:
+        Steps, epochs and seconds to the target by seed (`None` where it was not
+        reached), the errors at the fixed budget and at the end by seed, the settings,
+        and what was tried.
+    """
+    problem = PROBLEMS[cell.problem]
+    budget = problem.steps_in_epochs(cell.batch_size)
+    steps = [run.steps_to(problem.target) for run in outcome.best]
+    epoch = problem.examples / cell.batch_size
+    return {
+        "problem": cell.problem,
+        "optimizer": cell.contestant,
+        "batch_size": cell.batch_size,
+        "settings": outcome.best[0].settings,
+        "steps": steps,
+        "epochs": [None if s is None else round(s / epoch, 2) for s in steps],
+        "seconds": [
+            None if s is None else round(s * run.seconds_a_step, 2)
+            for s, run in zip(steps, outcome.best, strict=True)
+        ],
+        "error_at_budget": [_or_none(run.error_at(budget)) for run in outcome.best],
+        "last_error": [_or_none(run.last_error()) for run in outcome.best],
+        "seconds_a_step": round(
+            statistics.median(run.seconds_a_step for run in outcome.best), 5
+        ),
+        "tried": [
+            {
+                **run.settings,
+                "steps": run.steps_to(problem.target),
+                "last_error": _or_none(run.last_error()),
+            }
+            for run in outcome.tried
+        ],
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def mean_steps(row: Mapping[str, Any]) -> float | None:
+    """The mean over seeds of the steps to the target, if all reached it."""
+    steps = row["steps"]
+    return None if None in steps else statistics.mean(steps)
+
+
+def best_of(
+    rows: Sequence[Mapping[str, Any]], problem: str, batch_size: int, curvature: bool
+) -> Mapping[str, Any] | None:
+    """Who needs the fewest steps to the target, with curvature or without."""
+    reached = [
+        row
+        for row in rows
+        if (row["problem"], row["batch_size"]) == (problem, batch_size)
+        and CONTESTANTS[row["optimizer"]].curvature is curvature
+        and mean_steps(row) is not None
+    ]
+    return min(reached, key=lambda row: mean_steps(row) or math.inf, default=None)
+
+
+def savings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """At each problem's largest batch, the best of both kinds and the steps saved."""
+    found = []
+    for problem in PROBLEMS.values():
+        largest = problem.batch_sizes[-1]
+        first, second = (
+            best_of(rows, problem.name, largest, curvature)
+            for curvature in (False, True)
+        )
+        saved = None
+        if first and second:
+            saved = round(1 - (mean_steps(second) or 0) / (mean_steps(first) or 1), 3)
+        found.append(
+            {
+                "problem": problem.name,
+                "batch_size": largest,
+                "first_order": first and first["optimizer"],
+                "second_order": second and second["optimizer"],
+                "saved": saved,
+            }
+        )
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
+    """Steps to the target by batch size, and beside them seconds; Markdown.
+
+    Args:
+        rows: The record's.
+        problem: Of which.
+
+    Returns:
+        A table; `(2/3)` says that not all seeds reached the target, a dash that none
+        did, and nothing that the cell has not been run.
+    """
+    lines = []
+    for name, contestant in CONTESTANTS.items():
+        own = {
+            row["batch_size"]: row
+            for row in rows
+            if (row["problem"], row["optimizer"]) == (problem.name, name)
+        }
+        if own:
+            cells = [_cell(own.get(size)) for size in problem.batch_sizes]
+            lines.append([contestant.title, *cells])
+    return markdown.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    reached = [(s, t) for s, t in zip(row["steps"], row["seconds"], strict=True) if s]
+    if not reached:
+        return "–"
+    steps, seconds = (statistics.mean(column) for column in zip(*reached, strict=True))
+    some = "" if len(reached) == len(row["steps"]) else f" ({len(reached)}/3)"
+    return f"{steps:.0f}{some}, {seconds:.1f} s"
+
+
+def draw(
+    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Sequence[float]]]
+) -> matplotlib.figure.Figure:
+    """Draws steps to the target, and errors at the fixed budget, by batch size.
+
+    Args:
+        rows: The record's.
+        noise: `[step, noise scale]` by problem.
+
+    Returns:
+        The picture: a row of each problem; grey is where batches are beyond the
+        gradient's noise scale at some time of a run.
+    """
+    names = [p for p in PROBLEMS if any(row["problem"] == p for row in rows)]
+    figure = matplotlib.figure.Figure(
+        figsize=(7.2, 3.1 * len(names) + 0.6), layout="constrained", dpi=160
+    )
+    panels = figure.subplots(len(names), 2, squeeze=False)
+    for (steps, errors), name in zip(panels, names, strict=True):
+        problem = PROBLEMS[name]
+        for index, (optimizer, contestant) in enumerate(CONTESTANTS.items()):
+            own = sorted(
+                (
+                    r
+                    for r in rows
+                    if (r["problem"], r["optimizer"]) == (name, optimizer)
+                ),
+                key=lambda row: row["batch_size"],
+            )
+            reached = [row for row in own if mean_steps(row) is not None]
+            figures.plot(
+                steps,
+                index,
+                [row["batch_size"] for row in reached],
+                [mean_steps(row) or 0 for row in reached],
+                contestant.title,
+            )
+            at_budget = [row for row in own if None not in row["error_at_budget"]]
+            figures.plot(
+                errors,
+                index,
+                [row["batch_size"] for row in at_budget],
+                [statistics.mean(row["error_at_budget"]) for row in at_budget],
+                contestant.title,
+            )
+        scales = sorted(scale for _, scale in noise.get(name, ()))
+        for panel in (steps, errors):
+            if scales:
+                panel.axvspan(scales[0], scales[-1], color="0.93", zorder=0)
+            panel.set_xlim(problem.batch_sizes[0] / 1.2, problem.batch_sizes[-1] * 1.2)
+            panel.set_xscale("log", base=2)
+            if any(len(line.get_xydata()) for line in panel.lines):
+                panel.set_yscale("log")
+            panel.set_xticks(problem.batch_sizes)
+            panel.xaxis.set_major_formatter(
+                matplotlib.ticker.StrMethodFormatter("{x:,.0f}")
+            )
+            panel.yaxis.set_major_formatter(
+                matplotlib.ticker.StrMethodFormatter("{x:g}")
+            )
+            panel.minorticks_off()
+            panel.set_xlabel("batch size")
+        steps.set_ylabel(f"steps to {problem.error} {problem.target:g}")
+        errors.set_ylabel(f"{problem.error} after {problem.epochs} epochs")
+        steps.set_title(problem.title, fontsize=9)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+    return figure

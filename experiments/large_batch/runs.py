@@ -1,0 +1,128 @@
+"""One run: an optimizer with its settings, a batch size and a seed."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lbopt
+from experiments.large_batch.contestants import Contestant
+from experiments.large_batch.problems import Problem, Task
+from lbopt import training
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run did.
+
+    Attributes:
+        settings: The optimizer's.
+        seed: Of the initial parameters and of the order of the examples.
+        errors: `[step, error]` at each reading; a run that diverged has few.
+        seconds_a_step: The median of a step's wall time, readings apart.
+    """
+
+    settings: dict[str, float]
+    seed: int
+    errors: list[list[float]]
+    seconds_a_step: float
+
+    def error_at(self, steps: int) -> float:
+        """The error after some steps; inf if it diverged before, or was not read."""
+        return next((x for step, x in self.errors if step == steps), math.inf)
+
+    def steps_to(self, target: float) -> int | None:
+        """The steps after which a reading was at the target first."""
+        return next((int(step) for step, x in self.errors if x <= target), None)
+
+    def last_error(self) -> float:
+        """The error at the end."""
+        return self.errors[-1][1] if self.errors else math.inf
+
+
+class Runner:
+    """Runs one optimizer at one batch size; all settings and seeds share a program.
+
+    Args:
+        problem: What is learnt.
+        contestant: Who learns it.
+        batch_size: Examples in a step.
+        task: The problem's task, opened.
+    """
+
+    def __init__(
+        self, problem: Problem, contestant: Contestant, batch_size: int, task: Task
+    ):
+        self.problem, self.contestant = problem, contestant
+        self.batch_size, self.task = batch_size, task
+        self._init = jax.jit(task.variables)
+        shapes = jax.eval_shape(task.variables, jax.random.key(0))
+        batch = {k: v[:batch_size] for k, v in task.train.items()}
+        self.layers = None
+        if contestant.curvature:
+            self.layers = lbopt.trace_layers(
+                task.loss_fn, *shapes, batch, jax.random.key(0), has_aux=True
+            )
+        self._step = jax.jit(self._step_of, donate_argnums=0)
+        self._error = jax.jit(task.error)
+
+    def _optimizer(self, settings: Mapping[str, Any]) -> Any:
+        return self.contestant.optimizer(settings, self.layers, self.problem)
+
+    def _step_of(self, state: Any, settings: Any, train: Any, chosen: Any) -> Any:
+        step = training.make_train_step(
+            self.task.loss_fn, self._optimizer(settings), self.layers
+        )
+        return step(state, {name: x[chosen] for name, x in train.items()})
+
+    def run(
+        self,
+        settings: Mapping[str, float],
+        seed: int,
+        report: Callable[[int, float, Any], None] = lambda step, error, state: None,
+    ) -> Run:
+        """Trains.
+
+        Args:
+            settings: Of the optimizer.
+            seed: Of initial parameters and order.
+            report: Called with the step, the error and the state at each reading.
+
+        Returns:
+            What happened.
+        """
+        params, model_state = self._init(jax.random.key(seed))
+        tx = self._optimizer(settings)
+        state = training.init_state(tx, params, model_state, jax.random.key(seed))
+        given = {name: jnp.float32(value) for name, value in settings.items()}
+        train = {name: jnp.asarray(x) for name, x in self.task.train.items()}
+        order = _order(self.problem.examples, self.batch_size, seed)
+        period = self.problem.period(self.batch_size)
+        errors, seconds = [], []
+        for step in range(1, self.problem.steps(self.batch_size) + 1):
+            begin = time.perf_counter()
+            state, _ = self._step(state, given, train, next(order))
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - begin)
+            if step % period == 0:
+                average = lbopt.averaged_params(state.opt_state)
+                error = float(self._error(average, state.model_state))
+                if not math.isfinite(error) or int(state.skipped) > step // 2:
+                    break
+                errors.append([step, round(error, 5)])
+                report(step, error, state)
+        return Run(dict(settings), seed, errors, round(float(np.median(seconds)), 5))
+
+
+def _order(examples: int, batch_size: int, seed: int):
+    """Batches of different examples, in a new order at each epoch."""
+    random = np.random.default_rng(seed)
+    while True:
+        shuffled = random.permutation(examples)
+        for first in range(0, examples - batch_size + 1, batch_size):
+            yield shuffled[first : first + batch_size]

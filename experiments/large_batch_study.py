@@ -1,0 +1,252 @@
+"""Nine optimizers by batch size, each tuned alike: steps to a target, and time.
+
+    python -m experiments.large_batch_study                  all cells that are missing
+    python -m experiments.large_batch_study --minutes 30     for so long, then stop
+    python -m experiments.large_batch_study --again CELL     one, beside the record's
+    python -m experiments.large_batch_study --draw           record, picture and tables
+
+A cell is an optimizer at a batch size on a problem, such as `strokes/kfac/640`. Eight
+settings are tried with seed 0, drawn alike for everyone at every batch size; the best,
+which needs the fewest steps to the target or comes closest to it, is repeated with two
+more seeds. Cells are run by as many processes as there are cores, each with one thread;
+what is finished is kept in `experiments/results/large_batch_study` and not repeated.
+
+The gradient's noise scale is read along a run of SGD. Writes
+`experiments/results/large_batch_study.json` and `docs/figures/large_batch.png`.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.large_batch import cells, findings, noise_scale
+from experiments.large_batch.cells import Cell, Outcome
+from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.problems import PROBLEMS, Task
+from experiments.large_batch.runs import Runner
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results" / "large_batch_study.json"
+CELLS = RESULTS.with_suffix("")
+FIGURE = ROOT / "docs" / "figures" / "large_batch.png"
+COMMAND = "python -m experiments.large_batch_study"
+NOISE_BATCH = 640
+"""Of the run of SGD along which the noise scale is read, or the nearest."""
+
+
+@functools.cache
+def task_of(problem: str) -> Task:
+    """A problem's task, opened once in a process."""
+    return PROBLEMS[problem].task()
+
+
+def run_cell(cell: Cell) -> tuple[Cell, float]:
+    """Runs a cell and keeps it.
+
+    Args:
+        cell: Which.
+
+    Returns:
+        It, and the seconds it took.
+    """
+    begin = time.perf_counter()
+    cells.keep(cell, cells.measure(cell, task_of(cell.problem)), CELLS)
+    jax.clear_caches()
+    return cell, time.perf_counter() - begin
+
+
+def run_missing(minutes: float, processes: int) -> list[Cell]:
+    """Runs cells that are not known yet.
+
+    Args:
+        minutes: None is begun after so many.
+        processes: How many run at a time.
+
+    Returns:
+        What is still missing.
+    """
+    missing = [cell for cell in cells.all_cells() if not cells.kept(cell, CELLS)]
+    deadline = time.monotonic() + 60 * minutes
+    # The largest batches first: what they say is what the study is for.
+    queue = sorted(missing, key=_rank_of_batch)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        running: set[Any] = set()
+        while queue or running:
+            while queue and len(running) < processes and time.monotonic() < deadline:
+                running.add(pool.submit(run_cell, queue.pop(0)))
+            if not running:
+                break
+            done, running = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                cell, seconds = future.result()
+                print(f"{cell}: {seconds:.0f} s, {len(queue)} to go", flush=True)
+    return queue
+
+
+def _rank_of_batch(cell: Cell) -> int:
+    """0 for a problem's largest batch size."""
+    return PROBLEMS[cell.problem].batch_sizes[::-1].index(cell.batch_size)
+
+
+def read_noise(problem_name: str) -> list[list[float]]:
+    """The noise scale along a run of SGD's best setting.
+
+    Args:
+        problem_name: Of which problem.
+
+    Returns:
+        `[step, noise scale]`; empty if none of SGD's cells has been run.
+    """
+    problem = PROBLEMS[problem_name]
+    found_cells = {
+        size: cells.kept(Cell(problem_name, "sgd", size), CELLS)
+        for size in sorted(problem.batch_sizes, key=lambda s: abs(s - NOISE_BATCH))
+    }
+    known = next(((s, x) for s, x in found_cells.items() if x is not None), None)
+    if known is None:
+        return []
+    batch_size, outcome = known
+    task = task_of(problem_name)
+    runner = Runner(problem, CONTESTANTS["sgd"], batch_size, task)
+    examples = problem.batch_sizes[-1]
+    parts = max(parts for parts in range(2, 11) if examples % parts == 0)
+    batch = {name: jnp.asarray(x[:examples]) for name, x in task.train.items()}
+
+    @jax.jit
+    def read(params: Any, model_state: Any) -> tuple[jax.Array, jax.Array]:
+        def gradient(part: Any) -> Any:
+            def loss(params: Any) -> Any:
+                return task.loss_fn(params, model_state, part, None)[0]
+
+            return jax.grad(loss)(params)
+
+        return noise_scale.simple_noise_scale(gradient, batch, parts)
+
+    found: list[list[float]] = []
+
+    def at_reading(step: int, error: float, state: Any) -> None:
+        del error
+        noise, signal = map(float, read(state.params, state.model_state))
+        if signal > 0 and noise > 0:
+            found.append([step, round(noise / signal, 1)])
+
+    runner.run(outcome.best[0].settings, 0, at_reading)
+    return found
+
+
+def known_cells() -> dict[Cell, Outcome]:
+    """The cells that have been run."""
+    found = {cell: cells.kept(cell, CELLS) for cell in cells.all_cells()}
+    return {cell: outcome for cell, outcome in found.items() if outcome is not None}
+
+
+def write_record() -> dict[str, Any]:
+    """Writes the record and the picture from the cells.
+
+    Returns:
+        The record.
+    """
+    known = known_cells()
+    rows = [findings.row_of(cell, outcome) for cell, outcome in known.items()]
+    before = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    noise = before.get("noise_scale", {})
+    for name in PROBLEMS:
+        if not noise.get(name):
+            noise[name] = read_noise(name)
+    record = {
+        "command": COMMAND,
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "budget": {
+            "trials": cells.TRIALS,
+            "seeds": list(cells.SEEDS),
+            "problems": {
+                p.name: {
+                    "target": p.target,
+                    "epochs": p.epochs,
+                    "least_steps": p.least_steps,
+                }
+                for p in PROBLEMS.values()
+            },
+        },
+        "missing": [str(c) for c in cells.all_cells() if c not in known],
+        "savings": findings.savings(rows),
+        "noise_scale": noise,
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if rows:
+        findings.draw(rows, noise).savefig(FIGURE)
+    return record
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints the tables, the budget and what was asked.
+
+    Args:
+        record: The record.
+    """
+    for problem in PROBLEMS.values():
+        print(f"\n{problem.title}: steps to {problem.error} {problem.target:g}, time\n")
+        print(findings.table(record["rows"], problem))
+        print(f"\nnoise scale [step, batch]: {record['noise_scale'][problem.name]}")
+    for line in record["savings"]:
+        print(line)
+    budget = record["budget"]
+    print(
+        f"budget: {budget['trials']} settings and {len(budget['seeds'])} seeds of each "
+        f"optimizer at each batch size; {len(record['missing'])} cells are missing"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what the command line says.
+
+    Args:
+        arguments: Of the command line; `None` for the process's own.
+
+    Raises:
+        SystemExit: If a cell is not known.
+    """
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--again", metavar="CELL", help="such as strokes/kfac/640")
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    # A cell has one thread to itself, so that times of cells can be compared.
+    flags = "--xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    if options.again:
+        try:
+            cell = cells.parse(options.again)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        outcomes = [cells.kept(cell, CELLS), cells.measure(cell, task_of(cell.problem))]
+        for name, outcome in zip(("record", "again"), outcomes, strict=True):
+            print(name, outcome and findings.row_of(cell, outcome))
+        return
+    if not options.draw:
+        run_missing(options.minutes, options.processes)
+    show(write_record())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The large-batch study: its rules, its search, its record, and it in miniature."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import large_batch_study as study
+from experiments.large_batch import cells, contestants, findings, noise_scale, problems
+from experiments.large_batch.cells import Cell, Outcome
+from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.problems import PROBLEMS
+from experiments.large_batch.runs import Run, Runner
+
+# ------------------------------------------------------------------ problems
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
+def test_budgets_are_as_stated(problem):
+    assert len(problem.batch_sizes) >= 5
+    assert problem.batch_sizes[-1] == problem.examples // 2
+    for size in problem.batch_sizes:
+        # The error is read at the end of the fixed budget and of the run.
+        assert problem.steps_in_epochs(size) % problem.period(size) == 0
+        assert problem.steps(size) % problem.period(size) == 0
+        assert problem.steps(size) >= problem.least_steps
+
+
+# ------------------------------------------------------------------ contestants
+
+
+def test_settings_are_drawn_alike():
+    for problem in PROBLEMS.values():
+        for contestant in CONTESTANTS.values():
+            drawn = contestant.draw(problem, cells.TRIALS)
+            assert len(drawn) == cells.TRIALS
+            assert len({x["rate"] for x in drawn}) == cells.TRIALS
+            low, high = contestant.rates[problem.name]
+            assert high / low == pytest.approx(100)  # two decades for everyone
+            positions = [math.log(x["rate"] / low, high / low) for x in drawn]
+            assert min(positions) < 0.2
+            assert max(positions) > 0.75
+            if contestant.other is None:
+                assert {x["other"] for x in drawn} == {1.0}
+    assert sum(not c.curvature for c in CONTESTANTS.values()) == 6
+
+
+def test_muon_sees_kernels_as_matrices():
+    problem = PROBLEMS["digits"]
+    tx = contestants._muon(0.1, 0.05, None, problem)
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4))},
+        "norm": {"scale": jnp.ones(4)},
+    }
+    grads = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(0), x.shape), params
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    values = np.linalg.svd(updates["conv"]["kernel"].reshape(18, 4), compute_uv=False)
+    # Newton-Schulz brings all singular values near one another.
+    assert values[0] < 2 * values[-1]
+
+
+# ------------------------------------------------------------------ the small problem
+
+
+def small_task():
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    y = x @ np.arange(18, dtype=np.float32).reshape(6, 3) / 10
+
+    def loss_fn(params, model_state, batch, rng):
+        del rng
+        outputs = model.apply({"params": params}, batch["x"])
+        return 0.5 * jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1)), (
+            model_state,
+            {},
+        )
+
+    model = problems.Autoencoder((8, 4))
+
+    def variables(key):
+        return model.init(key, x[:1])["params"], {}
+
+    y = np.concatenate([y, y], 1)  # as many outputs as inputs
+    batch = {"x": x, "y": y}
+
+    def error(params, model_state):
+        return loss_fn(params, model_state, batch, None)[0]
+
+    return problems.Task(variables, loss_fn, batch, error)
+
+
+SMALL = dataclasses.replace(
+    PROBLEMS["digits"],
+    target=0.5,
+    batch_sizes=(16, 32),
+    examples=64,
+    epochs=2,
+    least_steps=6,
+    readings=2,
+    task=small_task,
+)
+
+
+def test_a_run_reads_its_error_and_repeats_itself():
+    runner = Runner(SMALL, CONTESTANTS["kfac"], 32, small_task())
+    settings = {"rate": 0.1, "other": 0.1}
+    seen = []
+    run = runner.run(settings, 0, lambda step, error, state: seen.append(step))
+    again = runner.run(settings, 0)
+    other = runner.run(settings, 1)
+    assert [step for step, _ in run.errors] == seen == [2, 4, 6]
+    assert run.errors == again.errors != other.errors
+    assert run.last_error() < run.errors[0][1]
+    assert run.settings == settings
+
+
+def test_a_run_is_that_of_the_optimizer_by_hand():
+    task, settings = small_task(), {"rate": 0.05, "other": 0.1}
+    run = Runner(SMALL, CONTESTANTS["sgd"], 32, task).run(settings, 3)
+    params, _ = task.variables(jax.random.key(3))
+
+    def rate(count):
+        return 0.05 * min(1.0, (count + 1) / contestants.WARM_UP)
+
+    def loss(params, batch):
+        return task.loss_fn(params, {}, batch, None)[0]
+
+    order = np.random.default_rng(3)
+    velocity = jax.tree.map(np.zeros_like, params)
+    average, errors = None, []
+    for step in range(6):
+        if step % 2 == 0:
+            shuffled = order.permutation(64)
+        chosen = shuffled[32 * (step % 2) : 32 * (step % 2) + 32]
+        batch = {k: v[chosen] for k, v in task.train.items()}
+        g = jax.grad(loss)(params, batch)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, g)
+        params = jax.tree.map(
+            lambda p, v, g, step=step: p - rate(step) * (0.9 * v + g),
+            params,
+            velocity,
+            g,
+        )
+        decay = min(contestants.AVERAGE, (1 + step) / (10 + step))
+        average = params if average is None else average
+        average = jax.tree.map(
+            lambda a, p, d=decay: d * a + (1 - d) * p, average, params
+        )
+        errors.append(float(task.error(average, {})))
+    np.testing.assert_allclose([e for _, e in run.errors], errors[1::2], rtol=2e-3)
+
+
+def test_a_run_that_diverges_ends():
+    run = Runner(SMALL, CONTESTANTS["sgd"], 32, small_task()).run(
+        {"rate": 1e30, "other": 0.1}, 0
+    )
+    assert run.steps_to(0.5) is None
+    assert run.error_at(4) == math.inf
+    assert len(run.errors) < 3
+
+
+# ------------------------------------------------------------------ cells and findings
+
+
+def run_of(errors, rate=0.1, seed=0):
+    return Run({"rate": rate, "other": 0.1}, seed, errors, 0.5)
+
+
+def test_the_best_reaches_the_target_first_or_comes_closest():
+    problem = dataclasses.replace(SMALL, target=0.5)
+    fast = run_of([[2, 0.6], [4, 0.5], [6, 0.49]])
+    slow = run_of([[2, 0.7], [4, 0.6], [6, 0.1]])
+    never = run_of([[2, 0.9], [4, 0.8], [6, 0.7]])
+    worse = run_of([[2, 0.9], [4, 0.9], [6, 0.9]])
+    gone = run_of([])
+    ranked = sorted(
+        [gone, worse, never, slow, fast], key=lambda r: cells.order(r, problem)
+    )
+    assert ranked == [fast, slow, never, worse, gone]
+
+
+def outcome_of(name, steps, size):
+    problem = PROBLEMS["digits"]
+    period = problem.period(size)
+    readings = range(period, problem.steps(size) + 1, period)
+    errors = [[s, 2.0 if s >= steps else 5.0] for s in readings]
+    best = [run_of(errors, seed=seed) for seed in cells.SEEDS]
+    return Cell("digits", name, size), Outcome(best[:1], best)
+
+
+def test_rows_tables_and_savings():
+    size = 750
+    known = dict(
+        [
+            outcome_of("sgd", 200, size),
+            outcome_of("adamw", 100, size),
+            outcome_of("kfac", 40, size),
+            outcome_of("sp_ngd", 10_000, size),
+        ]
+    )
+    rows = [findings.row_of(cell, outcome) for cell, outcome in known.items()]
+    by_name = {row["optimizer"]: row for row in rows}
+    assert by_name["kfac"]["steps"] == [40, 40, 40]
+    assert by_name["kfac"]["epochs"] == [20.0] * 3
+    assert by_name["kfac"]["seconds"] == [20.0] * 3
+    assert by_name["kfac"]["error_at_budget"] == [2.0] * 3
+    assert by_name["sp_ngd"]["steps"] == [None] * 3
+    _, digits = findings.savings(rows)
+    assert digits == {
+        "problem": "digits",
+        "batch_size": size,
+        "first_order": "adamw",
+        "second_order": "kfac",
+        "saved": 0.6,
+    }
+    table = findings.table(rows, PROBLEMS["digits"])
+    assert "| K-FAC |  |  |  |  | 40, 20.0 s |" in table
+    assert "| SP-NGD |  |  |  |  | – |" in table
+    figure = findings.draw(rows, {"digits": [[4, 100.0], [8, 300.0]]})
+    steps, errors = figure.axes
+    assert steps.get_ylabel() == "steps to training loss (nats) 3"
+    assert errors.get_xlabel() == "batch size"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in steps.lines}
+    assert lines["K-FAC"] == [[750, 40]]
+    assert lines["SP-NGD"] == []
+
+
+def test_cells_are_kept_whole_and_found_by_name(tmp_path):
+    cell, outcome = outcome_of("kfac", 40, 750)
+    assert cells.kept(cell, tmp_path / "new") is None
+    cells.keep(cell, outcome, tmp_path / "new")
+    assert cells.kept(cell, tmp_path / "new") == outcome
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["digits-kfac-750.json"]
+    assert cells.parse(str(cell)) == cell == cells.parse("digits/kfac/750")
+    with pytest.raises(ValueError, match=r"cell='digits/kfac/7' must be PROBLEM/"):
+        cells.parse("digits/kfac/7")
+    count = sum(len(p.batch_sizes) for p in PROBLEMS.values()) * len(CONTESTANTS)
+    assert len(set(cells.all_cells())) == count
+
+
+# ------------------------------------------------------------------ noise scale
+
+
+def test_the_noise_scale_of_noise_that_is_known():
+    """Gradients w − x of mean w and of noise of variance σ² in each of d directions."""
+    d, sigma, w = 50, 3.0, 0.5
+
+    def gradient(batch):
+        return jnp.full(d, w) - batch["x"].mean(0)
+
+    noise, signal = 0.0, 0.0
+    for seed in range(40):
+        x = sigma * jax.random.normal(jax.random.key(seed), (400, d))
+        found = noise_scale.simple_noise_scale(gradient, {"x": x}, parts=8)
+        noise, signal = noise + float(found[0]), signal + float(found[1])
+    assert noise / 40 == pytest.approx(d * sigma**2, rel=0.05)
+    assert signal / 40 == pytest.approx(d * w**2, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_batch_that_cannot_be_cut_is_refused(parts):
+    with pytest.raises(ValueError, match=rf"parts={parts} must be at least 2 and div"):
+        noise_scale.simple_noise_scale(lambda b: b, jnp.ones(64), parts)
+
+
+# ------------------------------------------------------------------ the study
+
+
+def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "record.json")
+    monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
+    monkeypatch.setattr(study, "task_of", lambda name: small_task())
+    monkeypatch.setattr(cells, "TRIALS", 2)
+    small = {"digits": SMALL}
+    for module in (study, cells, findings):
+        monkeypatch.setattr(module, "PROBLEMS", small)
+    for name in ("sgd", "kfac"):
+        study.run_cell(Cell("digits", name, 32))
+    study.main(["--draw"])
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [row["optimizer"] for row in record["rows"]] == ["sgd", "kfac"]
+    assert len(record["missing"]) == 2 * len(CONTESTANTS) - 2
+    assert record["budget"]["trials"] == 2
+    assert record["noise_scale"]["digits"]
+    assert (tmp_path / "figure.png").exists()
+    assert "2 settings and 3 seeds of each" in out
+    study.main(["--again", "digits/kfac/32"])
+    before, again = capsys.readouterr().out.splitlines()[-2:]
+    assert (
+        before.removeprefix("record ").split("'seconds'")[0]
+        == (again.removeprefix("again ").split("'seconds'")[0])
+    )
+    with pytest.raises(SystemExit, match=r"^error: cell='x' must be PROBLEM"):
+        study.main(["--again", "x"])
+
+
+def test_the_committed_record_is_of_the_committed_cells(tmp_path, monkeypatch):
+    """`--draw` makes the same record and picture anew."""
+    if not study.RESULTS.exists():
+        pytest.skip("the study has not been run")
+    committed = json.loads(study.RESULTS.read_text("utf-8"))
+    rows = [findings.row_of(*known) for known in study.known_cells().items()]
+    assert json.loads(json.dumps(rows)) == committed["rows"]
+    assert findings.savings(rows) == committed["savings"]
