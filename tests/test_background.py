@@ -213,7 +213,9 @@ def alone():
     return losses_of(6)
 
 
-@pytest.mark.parametrize("placement", ["memory", 0.5])
+@pytest.mark.parametrize(
+    "placement", [pytest.param("memory", marks=pytest.mark.slow), 0.5]
+)
 def test_on_several_devices(placement):
     spread = losses_of(6, 4, placement=placement)
     np.testing.assert_allclose(spread, alone(), rtol=ROUNDING)
