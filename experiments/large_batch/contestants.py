@@ -1,9 +1,9 @@
 """Who learns, and what is tried of each: two settings, drawn alike for everyone.
 
-Of each optimizer the same number of settings is tried at every batch size, points of
-one low-discrepancy sequence in the logarithms of a rate, over two decades, and of one
-more setting. Every run warms up linearly, keeps its rate, and is judged by an average
-of its iterates, so that it says at every moment what it would be worth if it ended.
+Of each optimizer the same number of settings is tried at every batch size, points that
+fill the square of the logarithms of a rate, over two decades, and of one more setting.
+Every run warms up linearly, keeps its rate, and is judged by an average of its
+iterates, so that it says at every moment what it would be worth if it ended.
 """
 
 import dataclasses
@@ -81,11 +81,9 @@ class Contestant:
 
 
 def _points(number: int) -> list[tuple[float, float]]:
-    """The first points of the R2 sequence, which fills a square evenly."""
-    plastic = 1.32471795724474602596
-    steps = 1 / plastic, 1 / plastic**2
+    """A lattice that fills the square; of 8 points it is Fibonacci's."""
     return [
-        ((0.5 + i * steps[0]) % 1.0, (0.5 + i * steps[1]) % 1.0) for i in range(number)
+        ((i + 0.5) / number, (5 * i % number + 0.5) / number) for i in range(number)
     ]
 
 
@@ -177,11 +175,11 @@ CONTESTANTS = {
         "SGD, Nesterov",
         _sgd,
         "1 - momentum",
-        _ranges((0.02, 2.0), (0.001, 0.1)),
+        _ranges((0.05, 5.0), (0.003, 0.3)),
         _FRICTION,
     ),
     "adamw": Contestant(
-        "AdamW", _adamw, "weight decay", _same((5e-4, 5e-2)), _same((1e-4, 1e-1))
+        "AdamW", _adamw, "weight decay", _same((1e-3, 1e-1)), _same((1e-4, 1e-1))
     ),
     "lars": Contestant("LARS", _lars, "1 - momentum", _same((1.0, 100.0)), _FRICTION),
     "lamb": Contestant(
@@ -191,7 +189,7 @@ CONTESTANTS = {
         "Muon", _muon, "1 - momentum", _same((2e-3, 2e-1)), _same((0.02, 0.3))
     ),
     "nlcg": Contestant(
-        "NLCG", _nlcg, None, _ranges((0.02, 2.0), (0.001, 0.1)), _same((1.0, 1.0))
+        "NLCG", _nlcg, None, _ranges((0.05, 5.0), (0.003, 0.3)), _same((1.0, 1.0))
     ),
     "kfac": Contestant(
         "K-FAC",

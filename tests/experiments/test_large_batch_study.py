@@ -42,8 +42,12 @@ def test_settings_are_drawn_alike():
             low, high = contestant.rates[problem.name]
             assert high / low == pytest.approx(100)  # two decades for everyone
             positions = [math.log(x["rate"] / low, high / low) for x in drawn]
-            assert min(positions) < 0.2
-            assert max(positions) > 0.75
+            assert np.allclose(sorted(positions), (np.arange(8) + 0.5) / 8, atol=2e-3)
+            if contestant.other is not None:
+                low, high = contestant.others[problem.name]
+                others = [math.log(x["other"] / low, high / low) for x in drawn]
+                assert np.allclose(sorted(others), (np.arange(8) + 0.5) / 8, atol=2e-3)
+                assert abs(np.corrcoef(positions, others)[0, 1]) < 0.3
             if contestant.other is None:
                 assert {x["other"] for x in drawn} == {1.0}
     assert sum(not c.curvature for c in CONTESTANTS.values()) == 6
