@@ -131,6 +131,8 @@ class Watched:
 
     def die(self, process):
         """What the operating system does for a process that is killed."""
+        # Its own watch must not speak between one connection's end and the next's.
+        self.links[process]._done.set()
         for connection in self.links[process]._connections.values():
             connection.shutdown(socket.SHUT_RDWR)
 
