@@ -55,6 +55,7 @@ def run(setup, tmp_path_factory):
 # ------------------------------------------------------------------ the whole command
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_record(run):
     record = run.record
     assert run.written == record
@@ -68,6 +69,7 @@ def test_the_command_writes_its_record(run):
     json.dumps(record, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_recorded_steps(run):
     sgd, *others = run.record["contestants"]
     assert "ratios" not in sgd
@@ -80,6 +82,7 @@ def test_ratios_are_those_of_the_recorded_steps(run):
         assert longest == pytest.approx(max(quotients) / (sum(middle) / 2))
 
 
+@pytest.mark.slow
 def test_the_table_names_all(run):
     printed = stagger.table(run.record)
     for name in ("at once / SGD", "staggered / SGD", "counted, 8 devices", "longest ≤"):
@@ -95,6 +98,7 @@ def test_a_bad_setting_is_refused_at_once(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["at once", "staggered"])
 def test_nothing_but_inversions_differs_between_steps(run, layers, name):
     reports = run.reports[name]

@@ -192,6 +192,7 @@ def carried_out(tmp_path_factory):
     return record, directory
 
 
+@pytest.mark.slow
 def test_the_study_writes_its_record_and_its_picture(carried_out):
     record, directory = carried_out
     assert json.loads((directory / "results" / "record.json").read_text()) == record
@@ -200,6 +201,7 @@ def test_the_study_writes_its_record_and_its_picture(carried_out):
     assert files == {"seed0.json", "seed1.json"}
 
 
+@pytest.mark.slow
 def test_the_record_compares_all_three_by_seed(carried_out):
     record, _ = carried_out
     names = ["SGD rate 0.01"]
@@ -213,6 +215,7 @@ def test_the_record_compares_all_three_by_seed(carried_out):
     assert kinds["three factors"]["bytes"] < kinds["full factor"]["bytes"] / 4
 
 
+@pytest.mark.slow
 def test_the_curvatures_part_after_the_first_update(carried_out):
     kept = json.loads((carried_out[1] / "runs" / "seed1.json").read_text())
     sgd, full, three = (x["losses"] for x in kept.values())
