@@ -2,8 +2,8 @@
 
 Of each optimizer the same number of settings is tried at every batch size, points that
 fill the square of the logarithms of a rate, over two decades, and of one more setting.
-Every run warms up linearly, keeps its rate, and is judged by an average of its
-iterates, so that it says at every moment what it would be worth if it ended.
+Every run but SP-NGD's warms up linearly, keeps its rate, and is judged by an average
+of its iterates, so that it says at every moment what it would be worth if it ended.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ class Contestant:
         rates: From and to, by problem.
         others: Likewise of the second setting.
         curvature: Whether it needs layers.
+        warm_up: Steps until the rate is reached.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Contestant:
     rates: Mapping[str, Range]
     others: Mapping[str, Range]
     curvature: bool = False
+    warm_up: int = WARM_UP
 
     def optimizer(
         self, settings: Mapping[str, Any], layers: Any, problem: Problem
@@ -56,7 +58,7 @@ class Contestant:
         rate = settings["rate"]
 
         def schedule(count: Any) -> Any:
-            return rate * jnp.minimum(1.0, (count + 1) / WARM_UP)
+            return rate * jnp.minimum(1.0, (count + 1) / self.warm_up)
 
         tx = self.make(schedule, settings["other"], layers, problem)
         return optax.chain(tx, lbopt.average_params(AVERAGE, warm_up=True))
@@ -206,6 +208,7 @@ CONTESTANTS = {
         _ranges((0.003, 0.3), (0.01, 1.0)),
         _DAMPING,
         curvature=True,
+        warm_up=1,  # its momentum goes with the rate over the first one
     ),
     "lars_on_kfac": Contestant(
         "LARS on K-FAC",
