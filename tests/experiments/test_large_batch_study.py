@@ -303,13 +303,3 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit, match=r"^error: cell='x' must be PROBLEM"):
         study.main(["--again", "x"])
-
-
-def test_the_committed_record_is_of_the_committed_cells(tmp_path, monkeypatch):
-    """`--draw` makes the same record and picture anew."""
-    if not study.RESULTS.exists():
-        pytest.skip("the study has not been run")
-    committed = json.loads(study.RESULTS.read_text("utf-8"))
-    rows = [findings.row_of(*known) for known in study.known_cells().items()]
-    assert json.loads(json.dumps(rows)) == committed["rows"]
-    assert findings.savings(rows) == committed["savings"]
