@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments import command_line
+from experiments import command_line, memory_use
 from experiments.configs import (
     published,
     resnet50_kfac,
@@ -71,6 +71,7 @@ def demo_configs(config: Config) -> list[Config]:
 
 def main(arguments: Sequence[str]) -> None:
     """Does what the command line, without the program's name, asks for."""
+    memory_use.share_arenas()
     if arguments[:1] == ["demo"]:
         command_line.run(arguments, DESCRIPTION, {"demo": DEMO}, expand=demo_configs)
     else:

@@ -4,12 +4,15 @@ Of each optimizer the same number of settings is tried at every batch size, poin
 fill the square of the logarithms of a rate, over two decades, and of one more setting.
 Every run but SP-NGD's warms up linearly, keeps its rate, and is judged by an average
 of its iterates, so that it says at every moment what it would be worth if it ended.
+
+K-FAC takes its statistics from labels that the model draws, as its papers do, and
+SP-NGD from those of the data, as its paper does.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -37,19 +40,24 @@ class Contestant:
         make: `(rate, other, layers, problem) -> optimizer`, with a rate that is a
             schedule and a second setting, numbers that may be traced.
         other: What the second setting is; `None` for none.
-        rates: From and to, by problem.
+        rates: From and to, by problem; `None` for an optimizer that finds its own.
         others: Likewise of the second setting.
-        curvature: Whether it needs layers.
+        fisher: As for `make_train_step`; `None` for an optimizer without curvature.
         warm_up: Steps until the rate is reached.
     """
 
     title: str
     make: Make
     other: str | None
-    rates: Mapping[str, Range]
-    others: Mapping[str, Range]
-    curvature: bool = False
+    rates: Mapping[str, Range] | None
+    others: Mapping[str, Range] | None
+    fisher: Literal["empirical", "sampled"] | None = None
     warm_up: int = WARM_UP
+
+    @property
+    def curvature(self) -> bool:
+        """Whether it needs layers."""
+        return self.fisher is not None
 
     def optimizer(
         self, settings: Mapping[str, Any], layers: Any, problem: Problem
@@ -71,13 +79,14 @@ class Contestant:
             number: How many.
 
         Returns:
-            Each as `{"rate", "other"}`.
+            Each as `{"rate", "other"}`, of which one that it has not is 1.
         """
+        rates, others = (
+            (1.0, 1.0) if ranges is None else ranges[problem.name]
+            for ranges in (self.rates, self.others)
+        )
         return [
-            {
-                "rate": _between(u, self.rates[problem.name]),
-                "other": _between(v, self.others[problem.name]),
-            }
+            {"rate": _between(u, rates), "other": _between(v, others)}
             for u, v in _points(number)
         ]
 
@@ -151,6 +160,11 @@ def _kfac(rate: Any, other: Any, layers: Any, problem: Problem):
     )
 
 
+def _kfac_quadratic(rate: Any, other: Any, layers: Any, problem: Problem):
+    precondition = lbopt.scale_by_kfac(layers, inverse_period=INVERSE_PERIOD)
+    return lbopt.scale_by_quadratic_model(precondition, damping=other)
+
+
 def _sp_ngd(rate: Any, other: Any, layers: Any, problem: Problem):
     rescale: Any = "always" if problem.sharing_norms else None
     return lbopt.sp_ngd(rate, layers, damping=other, rescale=rescale)
@@ -190,16 +204,22 @@ CONTESTANTS = {
     "muon": Contestant(
         "Muon", _muon, "1 - momentum", _same((2e-3, 2e-1)), _same((0.02, 0.3))
     ),
-    "nlcg": Contestant(
-        "NLCG", _nlcg, None, _ranges((0.05, 5.0), (0.003, 0.3)), _same((1.0, 1.0))
-    ),
+    "nlcg": Contestant("NLCG", _nlcg, None, _ranges((0.05, 5.0), (0.003, 0.3)), None),
     "kfac": Contestant(
         "K-FAC",
         _kfac,
         "damping",
         _ranges((0.01, 1.0), (0.03, 3.0)),
         _DAMPING,
-        curvature=True,
+        fisher="sampled",
+    ),
+    "kfac_quadratic": Contestant(
+        "K-FAC, quadratic model",
+        _kfac_quadratic,
+        "first damping",
+        None,
+        _ranges((1e-2, 1e1), (1e-3, 1e0)),
+        fisher="sampled",
     ),
     "sp_ngd": Contestant(
         "SP-NGD",
@@ -207,7 +227,7 @@ CONTESTANTS = {
         "damping",
         _ranges((0.003, 0.3), (0.01, 1.0)),
         _DAMPING,
-        curvature=True,
+        fisher="empirical",
         warm_up=1,  # its momentum goes with the rate over the first one
     ),
     "lars_on_kfac": Contestant(
@@ -216,7 +236,7 @@ CONTESTANTS = {
         "damping",
         _same((1.0, 100.0)),
         _DAMPING,
-        curvature=True,
+        fisher="sampled",
     ),
 }
 """The contestants by name; the first ones use gradients alone."""

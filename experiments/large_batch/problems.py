@@ -44,7 +44,8 @@ class Problem:
         batch_sizes: The largest is half of the training examples.
         examples: How many there are for training.
         epochs: The fixed budget after which errors are compared.
-        least_steps: A run takes so many steps if those epochs are fewer.
+        least_steps: A run that has not reached the target goes on until it has taken so
+            many steps, if those epochs are fewer.
         readings: How often the error is read in those epochs.
         sharing_norms: Whether weights are followed by a norm, so that their own norm
             is free and may be rescaled.
@@ -68,7 +69,7 @@ class Problem:
         return self.epochs * self.examples // batch_size
 
     def steps(self, batch_size: int) -> int:
-        """Steps of a run."""
+        """Steps of a run that does not reach the target sooner."""
         return max(self.least_steps, self.steps_in_epochs(batch_size))
 
     def period(self, batch_size: int) -> int:

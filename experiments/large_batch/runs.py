@@ -76,7 +76,10 @@ class Runner:
 
     def _step_of(self, state: Any, settings: Any, train: Any, chosen: Any) -> Any:
         step = training.make_train_step(
-            self.task.loss_fn, self._optimizer(settings), self.layers
+            self.task.loss_fn,
+            self._optimizer(settings),
+            self.layers,
+            fisher=self.contestant.fisher or "empirical",
         )
         return step(state, {name: x[chosen] for name, x in train.items()})
 
@@ -86,7 +89,7 @@ class Runner:
         seed: int,
         report: Callable[[int, float, Any], None] = lambda step, error, state: None,
     ) -> Run:
-        """Trains.
+        """Trains until the target is reached and the fixed budget is spent, or the end.
 
         Args:
             settings: Of the optimizer.
@@ -103,7 +106,8 @@ class Runner:
         train = {name: jnp.asarray(x) for name, x in self.task.train.items()}
         order = _order(self.problem.examples, self.batch_size, seed)
         period = self.problem.period(self.batch_size)
-        errors, seconds = [], []
+        budget = self.problem.steps_in_epochs(self.batch_size)
+        errors, seconds, reached = [], [], False
         for step in range(1, self.problem.steps(self.batch_size) + 1):
             begin = time.perf_counter()
             state, _ = self._step(state, given, train, next(order))
@@ -116,6 +120,9 @@ class Runner:
                     break
                 errors.append([step, round(error, 5)])
                 report(step, error, state)
+                reached = reached or error <= self.problem.target
+            if reached and step >= budget:
+                break
         return Run(dict(settings), seed, errors, round(float(np.median(seconds)), 5))
 
 

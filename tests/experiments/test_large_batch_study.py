@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lbopt
 from experiments import large_batch_study as study
 from experiments.large_batch import cells, contestants, findings, noise_scale, problems
 from experiments.large_batch.cells import Cell, Outcome
@@ -38,18 +39,25 @@ def test_settings_are_drawn_alike():
         for contestant in CONTESTANTS.values():
             drawn = contestant.draw(problem, cells.TRIALS)
             assert len(drawn) == cells.TRIALS
-            assert len({x["rate"] for x in drawn}) == cells.TRIALS
-            low, high = contestant.rates[problem.name]
-            assert high / low == pytest.approx(100)  # two decades for everyone
-            positions = [math.log(x["rate"] / low, high / low) for x in drawn]
-            assert np.allclose(sorted(positions), (np.arange(8) + 0.5) / 8, atol=2e-3)
-            if contestant.other is not None:
-                low, high = contestant.others[problem.name]
-                others = [math.log(x["other"] / low, high / low) for x in drawn]
-                assert np.allclose(sorted(others), (np.arange(8) + 0.5) / 8, atol=2e-3)
-                assert abs(np.corrcoef(positions, others)[0, 1]) < 0.3
-            if contestant.other is None:
-                assert {x["other"] for x in drawn} == {1.0}
+            assert len({tuple(x.values()) for x in drawn}) == cells.TRIALS
+            positions = {}
+            for name, ranges in (
+                ("rate", contestant.rates),
+                ("other", contestant.others),
+            ):
+                if ranges is None:
+                    assert {x[name] for x in drawn} == {1.0}
+                    continue
+                low, high = ranges[problem.name]
+                at = [math.log(x[name] / low, high / low) for x in drawn]
+                assert np.allclose(sorted(at), (np.arange(8) + 0.5) / 8, atol=2e-3)
+                positions[name] = at
+            assert positions
+            if contestant.rates:  # two decades for everyone
+                low, high = contestant.rates[problem.name]
+                assert high / low == pytest.approx(100)
+            if len(positions) == 2:
+                assert abs(np.corrcoef(*positions.values())[0, 1]) < 0.3
     assert sum(not c.curvature for c in CONTESTANTS.values()) == 6
 
 
@@ -78,7 +86,9 @@ def small_task():
 
     def loss_fn(params, model_state, batch, rng):
         del rng
-        outputs = model.apply({"params": params}, batch["x"])
+        outputs = lbopt.likelihood(
+            model.apply({"params": params}, batch["x"]), "normal"
+        )
         return 0.5 * jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1)), (
             model_state,
             {},
@@ -157,6 +167,28 @@ def test_a_run_is_that_of_the_optimizer_by_hand():
         )
         errors.append(float(task.error(average, {})))
     np.testing.assert_allclose([e for _, e in run.errors], errors[1::2], rtol=2e-3)
+
+
+def test_a_run_ends_with_its_target_and_its_budget():
+    settings = {"rate": 0.05, "other": 0.1}
+    easy = dataclasses.replace(SMALL, target=1e3)
+    run = Runner(easy, CONTESTANTS["sgd"], 32, small_task()).run(settings, 3)
+    assert [step for step, _ in run.errors] == [2, 4]
+    assert run.steps_to(easy.target) == 2
+    hard = dataclasses.replace(SMALL, target=0.0)
+    run = Runner(hard, CONTESTANTS["sgd"], 32, small_task()).run(settings, 3)
+    assert [step for step, _ in run.errors] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.curvature])
+def test_curvature_is_used(name):
+    """Every contestant with curvature learns, and not as without it."""
+    runner = Runner(SMALL, CONTESTANTS[name], 32, small_task())
+    drawn = CONTESTANTS[name].draw(PROBLEMS["digits"], 8)[3]
+    run = runner.run(drawn, 0)
+    assert run.last_error() < 2 * run.errors[0][1]
+    other = runner.run(drawn | {"other": 10 * drawn["other"]}, 0)  # the damping
+    assert run.errors != other.errors
 
 
 def test_a_run_that_diverges_ends():

@@ -24,10 +24,11 @@ from tests.test_processes import ROOT, RunError, run_together
 LAUNCH = ROOT / "experiments" / "launch"
 PROCESSES = 2
 
-# What the fakes of srun and mpirun share: run the command once a process, and end as
-# srun does, with the highest code, 128 + its number for a signal.
+# What the fakes of srun and mpirun share: run the command once a process, pass on what
+# they say in whole lines, and end as srun does, with the highest code, 128 + its number
+# for a signal.
 START = """#!{python}
-import os, subprocess, sys
+import os, subprocess, sys, threading
 command = sys.argv[1:]
 each = []
 while command[0].startswith("-"):
@@ -38,7 +39,16 @@ while command[0].startswith("-"):
         os.environ.update([variable.split("=", 1)])
 for rank in map(str, range({processes})):
     env = {{{variables}}}
-    each.append(subprocess.Popen(command, env=os.environ | env))
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    each.append(subprocess.Popen(command, env=os.environ | env, **said))
+def pass_on(process):
+    for line in process.stdout:
+        os.write(1, line)
+passing = [threading.Thread(target=pass_on, args=[process]) for process in each]
+for thread in passing:
+    thread.start()
+for thread in passing:
+    thread.join()
 codes = [process.wait() for process in each]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """

@@ -1,50 +1,27 @@
 """Two thousand steps: memory stays flat, nothing compiles again, all is finite."""
 
-import dataclasses
-import gc
+import json
+import os
+import sys
 
-import jax
 import numpy as np
 import pytest
 
-from experiments import imagenet_resnet50, loop, metrics
-
-STEPS, PERIOD, IMAGES = 2_000, 50, 10_240
-BATCH = 128
+from experiments import imagenet_resnet50, metrics
+from tests.experiments.soak_worker import PERIOD, STEPS
+from tests.test_processes import run_together
 
 
 @pytest.mark.slow
 def test_two_thousand_steps_of_the_demo(tmp_path, capsys):
-    """SP-NGD as in `make demo`, with small batches and a checkpoint every 50 steps."""
-    epochs = STEPS * BATCH / IMAGES
-    config = dataclasses.replace(
-        imagenet_resnet50.DEMO,
-        optimizer="sp_ngd",
-        batch_size=BATCH,
-        epochs=epochs,
-        eval_epochs=epochs / 10,
-        checkpoint_epochs=epochs * PERIOD / STEPS,
-        directory=tmp_path / "run",
-    )
-    compiled, at_step, held = [], [], []
-
-    def reached(step):
-        at_step.append(len(compiled))
-        if step % PERIOD == PERIOD // 2:  # between two checkpoints
-            gc.collect()
-            arrays = sum(x.nbytes for x in jax.live_arrays())
-            held.append((step, arrays, len(gc.get_objects())))
-
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *arguments, **named: (
-            compiled.append(event) if "backend_compile" in event else None
-        )
-    )
-    run = loop.prepare(config)
-    accuracy = loop.train(run, reached=reached)
-    assert len(at_step) == STEPS
+    worker = [sys.executable, "-m", "tests.experiments.soak_worker", str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run_together([worker], tmp_path, timeout=3600, env=env | {"JAX_PLATFORMS": "cpu"})
+    seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    compiled = seen["compiled"]
+    assert len(compiled) == STEPS
     # After the first evaluation and the first checkpoints there is nothing left.
-    assert at_step[-1] == at_step[STEPS // 10 + 2 * PERIOD]
+    assert compiled[-1] == compiled[STEPS // 10 + 2 * PERIOD]
 
     records = metrics.read_json_lines(tmp_path / "run" / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]
@@ -55,7 +32,8 @@ def test_two_thousand_steps_of_the_demo(tmp_path, capsys):
     assert train[-1]["skipped"] == 0
 
     # What the program itself holds on to does not grow at all.
-    steps, arrays, objects = np.transpose([x for x in held if x[0] > STEPS // 4])
+    held = [reading for reading in seen["held"] if reading[0] > STEPS // 4]
+    steps, arrays, objects = np.transpose(held)
     assert len(set(arrays)) == 1
     assert np.polyfit(steps, objects, 1)[0] * STEPS < 0.01 * objects.mean()
     steps, memory = np.transpose(
@@ -65,12 +43,12 @@ def test_two_thousand_steps_of_the_demo(tmp_path, capsys):
     growth = slope * len(steps) / memory.mean()
     with capsys.disabled():
         print(
-            f"\n{STEPS} steps: accuracy {accuracy:.1%}, {arrays[0] / 1e6:.1f} MB of "
-            f"arrays, {objects[0]:,} to {objects[-1]:,} objects; the process has "
-            f"{memory.mean() / 1e6:.0f} MB, {slope / 1e3:+.1f} kB a step; "
-            f"{at_step[-1]} programs compiled"
+            f"\n{STEPS} steps: accuracy {seen['accuracy']:.1%}, {arrays[0] / 1e6:.1f} "
+            f"MB of arrays, {objects[0]:,} to {objects[-1]:,} objects; the process has "
+            f"{memory.mean() / 1e6:.0f} MB, {slope / 1e3:+.1f} kB a step, "
+            f"{growth:+.2%} in all; {compiled[-1]} programs compiled"
         )
     assert growth < 0.02
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert str(STEPS) in [path.name for path in newest]
-    assert len(newest) <= config.keep_checkpoints + 1
+    assert len(newest) <= imagenet_resnet50.DEMO.keep_checkpoints + 1

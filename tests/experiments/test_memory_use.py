@@ -1,0 +1,62 @@
+"""The C library's arenas, counted by the C library."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import memory_use
+
+COUNT = """
+import ctypes, sys, threading
+from experiments import memory_use
+
+print(memory_use.share_arenas())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(17)
+
+def allocate():
+    libc.malloc(1000)
+    together.wait()  # a thread's arena is free for another when it ends
+
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+for thread in threads:
+    thread.start()
+libc.fdopen.restype = ctypes.c_void_p
+sys.stdout.flush()
+to = libc.fdopen(1, b"w")
+libc.malloc_info(0, ctypes.c_void_p(to))
+libc.fflush(ctypes.c_void_p(to))
+together.wait()
+"""
+
+
+def said(script, **env):
+    mine = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, env=mine | env, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is on Linux")
+def test_threads_share_arenas():
+    shared = said(COUNT)
+    assert shared.startswith("True\n")
+    assert len(re.findall("<heap ", shared)) == 2
+    own = said(COUNT.replace("print(memory_use.share_arenas())", ""))
+    assert len(re.findall("<heap ", own)) > 8
+
+
+def test_the_environment_comes_first(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    assert not memory_use.share_arenas()
+
+
+def test_another_c_library_has_no_arenas(monkeypatch):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    monkeypatch.setattr(memory_use.ctypes, "CDLL", lambda name: object())
+    assert not memory_use.share_arenas()
