@@ -1,4 +1,4 @@
-"""Nine optimizers by batch size, each tuned alike: steps to a target, and time.
+"""Ten optimizers by batch size, each tuned alike: steps to a target, and time.
 
     python -m experiments.large_batch_study                  all cells that are missing
     python -m experiments.large_batch_study --minutes 30     for so long, then stop
@@ -215,6 +215,22 @@ def show(record: dict[str, Any]) -> None:
     )
 
 
+def repeat(cell: Cell) -> None:
+    """Runs a cell, keeps nothing, and prints it beside what is known of it.
+
+    Args:
+        cell: Which.
+    """
+    again = findings.row_of(cell, cells.measure(cell, task_of(cell.problem)))
+    known = cells.kept(cell, CELLS)
+    if known is not None:
+        row = findings.row_of(cell, known)
+        print("record", row)
+    print("again", again)
+    if known is not None:
+        print(findings.compare(row, again))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the command line says.
 
@@ -239,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cell = cells.parse(options.again)
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
-        outcomes = [cells.kept(cell, CELLS), cells.measure(cell, task_of(cell.problem))]
-        for name, outcome in zip(("record", "again"), outcomes, strict=True):
-            print(name, outcome and findings.row_of(cell, outcome))
+        repeat(cell)
         return
     if not options.draw:
         run_missing(options.minutes, options.processes)

@@ -1,12 +1,15 @@
 """Who learns, and what is tried of each: two settings, drawn alike for everyone.
 
 Of each optimizer the same number of settings is tried at every batch size, points that
-fill the square of the logarithms of a rate, over two decades, and of one more setting.
-Every run but SP-NGD's warms up linearly, keeps its rate, and is judged by an average
-of its iterates, so that it says at every moment what it would be worth if it ended.
+fill the square of the logarithms of what sets a step's size, over two decades, and of
+one more setting. First-order runs warm up linearly and keep their rate. Every run is
+judged by an average of its iterates, so that it says at every moment what it would be
+worth if it ended.
 
-K-FAC takes its statistics from labels that the model draws, as its papers do, and
-SP-NGD from those of the data, as its paper does.
+K-FAC has the bound in KL divergence for its step's size, as Ba et al. have, or finds
+its own under the quadratic model. It takes its statistics from labels that the model
+draws, as its papers do, and SP-NGD from those of the data, as its paper does. All
+invert at every step: what is asked for is steps, and the layers are small.
 """
 
 import dataclasses
@@ -21,11 +24,11 @@ import lbopt
 from experiments.large_batch.problems import Problem
 
 WARM_UP = 5
-"""Steps until the rate is reached."""
+"""Steps until a first-order rate is reached."""
 AVERAGE = 0.95
 """Decay of the average of the iterates, smaller in the first steps."""
-INVERSE_PERIOD = 5
-"""Steps from one inversion of K-FAC to the next; statistics are taken at each."""
+LARGEST_RATE = 1.0
+"""Of K-FAC, whose steps its bound makes shorter."""
 
 Range = tuple[float, float]
 Make = Callable[..., optax.GradientTransformation]
@@ -37,22 +40,24 @@ class Contestant:
 
     Attributes:
         title: In tables and pictures.
-        make: `(rate, other, layers, problem) -> optimizer`, with a rate that is a
-            schedule and a second setting, numbers that may be traced.
+        make: `(size, other, layers, problem) -> optimizer`, with a step's size that is
+            a schedule and a second setting, numbers that may be traced.
         other: What the second setting is; `None` for none.
-        rates: From and to, by problem; `None` for an optimizer that finds its own.
+        step_sizes: From and to, by problem; `None` for an optimizer that finds its own.
         others: Likewise of the second setting.
         fisher: As for `make_train_step`; `None` for an optimizer without curvature.
-        warm_up: Steps until the rate is reached.
+        warm_up: Steps until the size is reached.
+        step_size: What it is.
     """
 
     title: str
     make: Make
     other: str | None
-    rates: Mapping[str, Range] | None
+    step_sizes: Mapping[str, Range] | None
     others: Mapping[str, Range] | None
     fisher: Literal["empirical", "sampled"] | None = None
     warm_up: int = WARM_UP
+    step_size: str = "rate"
 
     @property
     def curvature(self) -> bool:
@@ -63,10 +68,10 @@ class Contestant:
         self, settings: Mapping[str, Any], layers: Any, problem: Problem
     ) -> optax.GradientTransformation:
         """The optimizer, warm-up and average of the iterates included."""
-        rate = settings["rate"]
+        size = settings["step_size"]
 
         def schedule(count: Any) -> Any:
-            return rate * jnp.minimum(1.0, (count + 1) / self.warm_up)
+            return size * jnp.minimum(1.0, (count + 1) / self.warm_up)
 
         tx = self.make(schedule, settings["other"], layers, problem)
         return optax.chain(tx, lbopt.average_params(AVERAGE, warm_up=True))
@@ -79,14 +84,14 @@ class Contestant:
             number: How many.
 
         Returns:
-            Each as `{"rate", "other"}`, of which one that it has not is 1.
+            Each as `{"step_size", "other"}`, of which one that it has not is 1.
         """
-        rates, others = (
+        sizes, others = (
             (1.0, 1.0) if ranges is None else ranges[problem.name]
-            for ranges in (self.rates, self.others)
+            for ranges in (self.step_sizes, self.others)
         )
         return [
-            {"rate": _between(u, rates), "other": _between(v, others)}
+            {"step_size": _between(u, sizes), "other": _between(v, others)}
             for u, v in _points(number)
         ]
 
@@ -106,23 +111,23 @@ def _between(u: float, ends: Range) -> float:
 # === The optimizers ===================================================================
 
 
-def _sgd(rate: Any, other: Any, layers: Any, problem: Problem):
-    return optax.sgd(rate, momentum=1 - other, nesterov=True)
+def _sgd(size: Any, other: Any, layers: Any, problem: Problem):
+    return optax.sgd(size, momentum=1 - other, nesterov=True)
 
 
-def _adamw(rate: Any, other: Any, layers: Any, problem: Problem):
-    return optax.adamw(rate, weight_decay=other)
+def _adamw(size: Any, other: Any, layers: Any, problem: Problem):
+    return optax.adamw(size, weight_decay=other)
 
 
-def _lamb(rate: Any, other: Any, layers: Any, problem: Problem):
-    return optax.lamb(rate, weight_decay=other)
+def _lamb(size: Any, other: Any, layers: Any, problem: Problem):
+    return optax.lamb(size, weight_decay=other)
 
 
-def _lars(rate: Any, other: Any, layers: Any, problem: Problem):
-    return lbopt.lars(rate, momentum=1 - other, weight_decay=1e-5, variant="mlperf")
+def _lars(size: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.lars(size, momentum=1 - other, weight_decay=1e-5, variant="mlperf")
 
 
-def _muon(rate: Any, other: Any, layers: Any, problem: Problem):
+def _muon(size: Any, other: Any, layers: Any, problem: Problem):
     def dimensions(params: Any) -> Any:
         """Kernels are matrices of (locations and inputs) × outputs."""
 
@@ -135,7 +140,7 @@ def _muon(rate: Any, other: Any, layers: Any, problem: Problem):
         return _each_array(one, params)
 
     return optax.contrib.muon(
-        rate, beta=1 - other, muon_weight_dimension_numbers=dimensions
+        size, beta=1 - other, muon_weight_dimension_numbers=dimensions
     )
 
 
@@ -146,36 +151,26 @@ def _each_array(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-def _nlcg(rate: Any, other: Any, layers: Any, problem: Problem):
-    return lbopt.nlcg(rate)
+def _nlcg(size: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.nlcg(size)
 
 
-def _kfac(rate: Any, other: Any, layers: Any, problem: Problem):
-    return lbopt.kfac(
-        rate,
-        layers,
-        damping=other,
-        kl_clip=0.01 if problem.sharing_norms else 0.1,
-        inverse_period=INVERSE_PERIOD,
-    )
+def _kfac(size: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.kfac(LARGEST_RATE, layers, damping=other, kl_clip=size)
 
 
-def _kfac_quadratic(rate: Any, other: Any, layers: Any, problem: Problem):
-    precondition = lbopt.scale_by_kfac(layers, inverse_period=INVERSE_PERIOD)
-    return lbopt.scale_by_quadratic_model(precondition, damping=other)
+def _kfac_quadratic(size: Any, other: Any, layers: Any, problem: Problem):
+    return lbopt.scale_by_quadratic_model(lbopt.scale_by_kfac(layers), damping=other)
 
 
-def _sp_ngd(rate: Any, other: Any, layers: Any, problem: Problem):
+def _sp_ngd(size: Any, other: Any, layers: Any, problem: Problem):
     rescale: Any = "always" if problem.sharing_norms else None
-    return lbopt.sp_ngd(rate, layers, damping=other, rescale=rescale)
+    return lbopt.sp_ngd(size, layers, damping=other, rescale=rescale)
 
 
-def _lars_on_kfac(rate: Any, other: Any, layers: Any, problem: Problem):
-    precondition = lbopt.scale_by_kfac(
-        layers, damping=other, inverse_period=INVERSE_PERIOD
-    )
-    lars = lbopt.lars(rate, weight_decay=0.0, variant="mlperf")
-    return optax.chain(precondition, lars)
+def _lars_on_kfac(size: Any, other: Any, layers: Any, problem: Problem):
+    lars = lbopt.lars(size, weight_decay=0.0, variant="mlperf")
+    return optax.chain(lbopt.scale_by_kfac(layers, damping=other), lars)
 
 
 def _ranges(strokes: Range, digits: Range) -> dict[str, Range]:
@@ -195,30 +190,40 @@ CONTESTANTS = {
         _FRICTION,
     ),
     "adamw": Contestant(
-        "AdamW", _adamw, "weight decay", _same((1e-3, 1e-1)), _same((1e-4, 1e-1))
+        "AdamW",
+        _adamw,
+        "weight decay",
+        _ranges((3e-3, 3e-1), (1e-3, 1e-1)),
+        _same((1e-4, 1e-1)),
     ),
     "lars": Contestant("LARS", _lars, "1 - momentum", _same((1.0, 100.0)), _FRICTION),
     "lamb": Contestant(
         "LAMB", _lamb, "weight decay", _same((2e-3, 2e-1)), _same((1e-4, 1e-1))
     ),
     "muon": Contestant(
-        "Muon", _muon, "1 - momentum", _same((2e-3, 2e-1)), _same((0.02, 0.3))
+        "Muon",
+        _muon,
+        "1 - momentum",
+        _ranges((5e-3, 5e-1), (2e-3, 2e-1)),
+        _FRICTION,
     ),
     "nlcg": Contestant("NLCG", _nlcg, None, _ranges((0.05, 5.0), (0.003, 0.3)), None),
     "kfac": Contestant(
         "K-FAC",
         _kfac,
         "damping",
-        _ranges((0.01, 1.0), (0.03, 3.0)),
-        _DAMPING,
+        _ranges((0.01, 1.0), (0.003, 0.3)),
+        _ranges((1e-4, 1e-1), (1e-3, 1e0)),
         fisher="sampled",
+        warm_up=1,  # early steps are long in KL, and bounded
+        step_size="bound in KL",
     ),
     "kfac_quadratic": Contestant(
         "K-FAC, quadratic model",
         _kfac_quadratic,
         "first damping",
         None,
-        _ranges((1e-2, 1e1), (1e-3, 1e0)),
+        _ranges((1e-2, 1e1), (1e-4, 1e-1)),
         fisher="sampled",
     ),
     "sp_ngd": Contestant(

@@ -67,6 +67,48 @@ def mean_steps(row: Mapping[str, Any]) -> float | None:
     return None if None in steps else statistics.mean(steps)
 
 
+def spread(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Between which numbers of steps a repetition should reach the target.
+
+    Args:
+        row: The record's.
+
+    Returns:
+        The fewest and the most steps that a seed took, a reading more to either side,
+        as errors are known to a reading; `None` if a seed did not get there.
+    """
+    if None in row["steps"]:
+        return None
+    reading = PROBLEMS[row["problem"]].period(row["batch_size"])
+    return min(row["steps"]) - reading, max(row["steps"]) + reading
+
+
+def compare(row: Mapping[str, Any], again: Mapping[str, Any]) -> str:
+    """Says whether a repeated cell is what is on record.
+
+    Args:
+        row: The record's.
+        again: The repetition's.
+
+    Returns:
+        A sentence.
+    """
+    ends = spread(row)
+    before, now = ([s or "–" for s in x["steps"]] for x in (row, again))
+    said = f"steps by seed: {before} on record, {now} again"
+    if ends is None:
+        same = sum(s is None for s in row["steps"]) == sum(
+            s is None for s in again["steps"]
+        )
+        return f"{said}; as many seeds reach the target: {'yes' if same else 'no'}"
+    mean = mean_steps(again)
+    inside = mean is not None and ends[0] <= mean <= ends[1]
+    return (
+        f"{said}; the mean is {'within' if inside else 'NOT within'} the spread, "
+        f"{ends[0]:g} to {ends[1]:g}"
+    )
+
+
 def best_of(
     rows: Sequence[Mapping[str, Any]], problem: str, batch_size: int, curvature: bool
 ) -> Mapping[str, Any] | None:

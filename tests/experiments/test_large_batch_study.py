@@ -42,7 +42,7 @@ def test_settings_are_drawn_alike():
             assert len({tuple(x.values()) for x in drawn}) == cells.TRIALS
             positions = {}
             for name, ranges in (
-                ("rate", contestant.rates),
+                ("step_size", contestant.step_sizes),
                 ("other", contestant.others),
             ):
                 if ranges is None:
@@ -53,8 +53,8 @@ def test_settings_are_drawn_alike():
                 assert np.allclose(sorted(at), (np.arange(8) + 0.5) / 8, atol=2e-3)
                 positions[name] = at
             assert positions
-            if contestant.rates:  # two decades for everyone
-                low, high = contestant.rates[problem.name]
+            if contestant.step_sizes:  # two decades for everyone
+                low, high = contestant.step_sizes[problem.name]
                 assert high / low == pytest.approx(100)
             if len(positions) == 2:
                 assert abs(np.corrcoef(*positions.values())[0, 1]) < 0.3
@@ -122,7 +122,7 @@ SMALL = dataclasses.replace(
 
 def test_a_run_reads_its_error_and_repeats_itself():
     runner = Runner(SMALL, CONTESTANTS["kfac"], 32, small_task())
-    settings = {"rate": 0.1, "other": 0.1}
+    settings = {"step_size": 0.1, "other": 0.1}
     seen = []
     run = runner.run(settings, 0, lambda step, error, state: seen.append(step))
     again = runner.run(settings, 0)
@@ -134,7 +134,7 @@ def test_a_run_reads_its_error_and_repeats_itself():
 
 
 def test_a_run_is_that_of_the_optimizer_by_hand():
-    task, settings = small_task(), {"rate": 0.05, "other": 0.1}
+    task, settings = small_task(), {"step_size": 0.05, "other": 0.1}
     run = Runner(SMALL, CONTESTANTS["sgd"], 32, task).run(settings, 3)
     params, _ = task.variables(jax.random.key(3))
 
@@ -170,7 +170,7 @@ def test_a_run_is_that_of_the_optimizer_by_hand():
 
 
 def test_a_run_ends_with_its_target_and_its_budget():
-    settings = {"rate": 0.05, "other": 0.1}
+    settings = {"step_size": 0.05, "other": 0.1}
     easy = dataclasses.replace(SMALL, target=1e3)
     run = Runner(easy, CONTESTANTS["sgd"], 32, small_task()).run(settings, 3)
     assert [step for step, _ in run.errors] == [2, 4]
@@ -193,7 +193,7 @@ def test_curvature_is_used(name):
 
 def test_a_run_that_diverges_ends():
     run = Runner(SMALL, CONTESTANTS["sgd"], 32, small_task()).run(
-        {"rate": 1e30, "other": 0.1}, 0
+        {"step_size": 1e30, "other": 0.1}, 0
     )
     assert run.steps_to(0.5) is None
     assert run.error_at(4) == math.inf
@@ -204,7 +204,7 @@ def test_a_run_that_diverges_ends():
 
 
 def run_of(errors, rate=0.1, seed=0):
-    return Run({"rate": rate, "other": 0.1}, seed, errors, 0.5)
+    return Run({"step_size": rate, "other": 0.1}, seed, errors, 0.5)
 
 
 def test_the_best_reaches_the_target_first_or_comes_closest():
@@ -264,6 +264,22 @@ def test_rows_tables_and_savings():
     lines = {line.get_label(): line.get_xydata().tolist() for line in steps.lines}
     assert lines["K-FAC"] == [[750, 40]]
     assert lines["SP-NGD"] == []
+
+
+def test_a_repetition_is_compared_with_the_spread():
+    size = 750
+    period = PROBLEMS["digits"].period(size)
+    row = findings.row_of(*outcome_of("kfac", 40, size)) | {"steps": [40, 48, 44]}
+    assert findings.spread(row) == (40 - period, 48 + period)
+    near = row | {"steps": [48, 52, 52]}
+    far = row | {"steps": [48, 52, 60]}
+    gone = row | {"steps": [40, 44, None]}
+    assert "the mean is within the spread, 36 to 52" in findings.compare(row, near)
+    assert "NOT within" in findings.compare(row, far)
+    assert "NOT within" in findings.compare(row, gone)
+    assert findings.spread(gone) is None
+    assert findings.compare(gone, gone).endswith("reach the target: yes")
+    assert findings.compare(gone, row).endswith("reach the target: no")
 
 
 def test_cells_are_kept_whole_and_found_by_name(tmp_path):
@@ -328,7 +344,8 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figure.png").exists()
     assert "2 settings and 3 seeds of each" in out
     study.main(["--again", "digits/kfac/32"])
-    before, again = capsys.readouterr().out.splitlines()[-2:]
+    before, again, verdict = capsys.readouterr().out.splitlines()[-3:]
+    assert verdict.endswith("as many seeds reach the target: yes")
     assert (
         before.removeprefix("record ").split("'seconds'")[0]
         == (again.removeprefix("again ").split("'seconds'")[0])
