@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks import timing
+from experiments import processor
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 
@@ -56,7 +57,7 @@ def _environment(
     return {
         "command": " ".join([f"python -m benchmarks.{name}", *arguments]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": processor.name(),
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
@@ -204,12 +205,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -16,11 +16,9 @@ The gradient's noise scale is read along a run of SGD. Writes
 """
 
 import argparse
-import concurrent.futures
 import datetime
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import time
@@ -30,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import tasks
 from experiments.large_batch import cells, findings, noise_scale
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS
@@ -51,50 +50,39 @@ def task_of(problem: str) -> Task:
     return PROBLEMS[problem].task()
 
 
-def run_cell(cell: Cell) -> tuple[Cell, float]:
+def run_cell(cell: Cell, deadline: float) -> float | None:
     """Runs a cell and keeps it.
 
     Args:
         cell: Which.
+        deadline: None is begun after this time, in seconds since the epoch.
 
     Returns:
-        It, and the seconds it took.
+        The seconds it took, or `None`.
     """
-    begin = time.perf_counter()
+    if (begin := time.time()) > deadline:
+        return None
     cells.keep(cell, cells.measure(cell, task_of(cell.problem)), CELLS)
     jax.clear_caches()
-    return cell, time.perf_counter() - begin
+    return time.time() - begin
 
 
-def run_missing(minutes: float, processes: int) -> list[Cell]:
+def run_missing(minutes: float, processes: int) -> None:
     """Runs cells that are not known yet.
 
     Args:
         minutes: None is begun after so many.
         processes: How many run at a time.
-
-    Returns:
-        What is still missing.
     """
     missing = [cell for cell in cells.all_cells() if not cells.kept(cell, CELLS)]
-    deadline = time.monotonic() + 60 * minutes
+    deadline = time.time() + 60 * minutes
     # The largest batches first: what they say is what the study is for.
-    queue = sorted(missing, key=_rank_of_batch)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        running: set[Any] = set()
-        while queue or running:
-            while queue and len(running) < processes and time.monotonic() < deadline:
-                running.add(pool.submit(run_cell, queue.pop(0)))
-            if not running:
-                break
-            done, running = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                cell, seconds = future.result()
-                print(f"{cell}: {seconds:.0f} s, {len(queue)} to go", flush=True)
-    return queue
+    queue = [(cell, deadline) for cell in sorted(missing, key=_rank_of_batch)]
+    left = len(queue)
+    for (cell, _), seconds in tasks.completed(run_cell, queue, processes):
+        if seconds is not None:
+            left -= 1
+            print(f"{cell}: {seconds:.0f} s, {left} to go", flush=True)
 
 
 def _rank_of_batch(cell: Cell) -> int:
@@ -170,7 +158,7 @@ def write_record() -> dict[str, Any]:
     record = {
         "command": COMMAND,
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
+        "processors": sorted({row["processor"] for row in rows}),
         "cpu_cores": os.cpu_count(),
         "jax": jax.__version__,
         "budget": {

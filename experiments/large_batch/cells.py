@@ -10,6 +10,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from experiments import processor
 from experiments.large_batch.contestants import CONTESTANTS
 from experiments.large_batch.problems import PROBLEMS, Problem, Task
 from experiments.large_batch.runs import Run, Runner
@@ -39,15 +40,18 @@ class Outcome:
     Attributes:
         tried: A run of each setting, seed 0.
         best: The runs of the best setting, one a seed, the first of them from `tried`.
+        processor: What they ran on.
     """
 
     tried: list[Run]
     best: list[Run]
+    processor: str
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Outcome":
         """From what `dataclasses.asdict` made of it."""
-        return cls(**{k: [Run(**run) for run in runs] for k, runs in kept.items()})
+        runs = {k: [Run(**run) for run in kept[k]] for k in ("tried", "best")}
+        return cls(**runs, processor=kept["processor"])
 
 
 def all_cells() -> list[Cell]:
@@ -105,7 +109,7 @@ def measure(cell: Cell, task: Task) -> Outcome:
     ]
     first = min(tried, key=lambda run: order(run, problem))
     best = [first, *(runner.run(first.settings, seed) for seed in SEEDS[1:])]
-    return Outcome(tried, best)
+    return Outcome(tried, best, processor.name())
 
 
 def path_of(cell: Cell, folder: pathlib.Path) -> pathlib.Path:

@@ -24,7 +24,7 @@ def row_of(cell: Cell, outcome: Outcome) -> dict[str, Any]:
     Returns:
         Steps, epochs and seconds to the target by seed (`None` where it was not
         reached), the errors at the fixed budget and at the end by seed, the settings,
-        and what was tried.
+        the processor, and what was tried.
     """
     problem = PROBLEMS[cell.problem]
     budget = problem.steps_in_epochs(cell.batch_size)
@@ -46,6 +46,7 @@ def row_of(cell: Cell, outcome: Outcome) -> dict[str, Any]:
         "seconds_a_step": round(
             statistics.median(run.seconds_a_step for run in outcome.best), 5
         ),
+        "processor": outcome.processor,
         "tried": [
             {
                 **run.settings,

@@ -11,6 +11,7 @@ import pytest
 
 import lbopt
 from experiments import large_batch_study as study
+from experiments import processor
 from experiments.large_batch import cells, contestants, findings, noise_scale, problems
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS
@@ -226,7 +227,7 @@ def outcome_of(name, steps, size):
     readings = range(period, problem.steps(size) + 1, period)
     errors = [[s, 2.0 if s >= steps else 5.0] for s in readings]
     best = [run_of(errors, seed=seed) for seed in cells.SEEDS]
-    return Cell("digits", name, size), Outcome(best[:1], best)
+    return Cell("digits", name, size), Outcome(best[:1], best, "a processor")
 
 
 def test_rows_tables_and_savings():
@@ -333,13 +334,15 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     for module in (study, cells, findings):
         monkeypatch.setattr(module, "PROBLEMS", small)
     for name in ("sgd", "kfac"):
-        study.run_cell(Cell("digits", name, 32))
-    study.main(["--draw"])
+        assert study.run_cell(Cell("digits", name, 32), deadline=0) is None
+        assert study.run_cell(Cell("digits", name, 32), math.inf) > 0
+    study.main(["--processes", "1", "--minutes", "-1"])  # too late for the others
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "record.json").read_text())
     assert [row["optimizer"] for row in record["rows"]] == ["sgd", "kfac"]
     assert len(record["missing"]) == 2 * len(CONTESTANTS) - 2
     assert record["budget"]["trials"] == 2
+    assert record["processors"] == [processor.name()]
     assert record["noise_scale"]["digits"]
     assert (tmp_path / "figure.png").exists()
     assert "2 settings and 3 seeds of each" in out
