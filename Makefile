@@ -36,7 +36,7 @@ $(VENV)/.test: pyproject.toml
 	$(call install,data$(COMMA)experiments$(COMMA)test)
 
 $(VENV)/.notebooks: pyproject.toml
-	$(call install,notebooks)
+	$(call install,data$(COMMA)experiments$(COMMA)notebooks)
 
 $(VENV)/.docs: pyproject.toml
 	$(call install,docs)

@@ -193,7 +193,10 @@ def show(record: dict[str, Any]) -> None:
     for problem in PROBLEMS.values():
         print(f"\n{problem.title}: steps to {problem.error} {problem.target:g}, time\n")
         print(findings.table(record["rows"], problem))
-        print(f"\nnoise scale [step, batch]: {record['noise_scale'][problem.name]}")
+        scales = findings.noise_quartiles(record["noise_scale"][problem.name])
+        print(
+            f"\ngradient noise scale along SGD, quartiles: {[round(x) for x in scales]}"
+        )
     for line in record["savings"]:
         print(line)
     budget = record["budget"]

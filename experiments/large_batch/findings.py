@@ -183,6 +183,20 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{steps:.0f}{some}, {seconds:.1f} s"
 
 
+def noise_quartiles(readings: Sequence[Sequence[float]]) -> list[float]:
+    """The quartiles of a run's noise scales.
+
+    Args:
+        readings: `[step, noise scale]`; each is the quotient of two noisy numbers, so
+            that single ones say little.
+
+    Returns:
+        Three batch sizes, or none if there are fewer than two readings.
+    """
+    scales = [scale for _, scale in readings]
+    return statistics.quantiles(scales, n=4) if len(scales) > 1 else []
+
+
 def draw(
     rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Sequence[float]]]
 ) -> matplotlib.figure.Figure:
@@ -193,8 +207,8 @@ def draw(
         noise: `[step, noise scale]` by problem.
 
     Returns:
-        The picture: a row of each problem; grey is where batches are beyond the
-        gradient's noise scale at some time of a run.
+        The picture: a row of each problem; grey is the middle half of the readings
+        of the gradient's noise scale along a run.
     """
     names = [p for p in PROBLEMS if any(row["problem"] == p for row in rows)]
     figure = matplotlib.figure.Figure(
@@ -228,14 +242,17 @@ def draw(
                 [statistics.mean(row["error_at_budget"]) for row in at_budget],
                 contestant.title,
             )
-        scales = sorted(scale for _, scale in noise.get(name, ()))
+        scales = noise_quartiles(noise.get(name, ()))
         for panel in (steps, errors):
             if scales:
-                panel.axvspan(scales[0], scales[-1], color="0.93", zorder=0)
+                panel.axvspan(scales[0], scales[2], color="0.93", zorder=0)
             panel.set_xlim(problem.batch_sizes[0] / 1.2, problem.batch_sizes[-1] * 1.2)
             panel.set_xscale("log", base=2)
             if any(len(line.get_xydata()) for line in panel.lines):
                 panel.set_yscale("log")
+                panel.yaxis.set_major_locator(
+                    matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+                )
             panel.set_xticks(problem.batch_sizes)
             panel.xaxis.set_major_formatter(
                 matplotlib.ticker.StrMethodFormatter("{x:,.0f}")

@@ -355,3 +355,35 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit, match=r"^error: cell='x' must be PROBLEM"):
         study.main(["--again", "x"])
+
+
+# ------------------------------------------------------------------ what is committed
+
+
+def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
+    record = json.loads(study.RESULTS.read_text("utf-8"))
+    known = study.known_cells()
+    assert record["rows"] == [findings.row_of(*x) for x in known.items()]
+    assert record["savings"] == findings.savings(record["rows"])
+    everything = {str(cell) for cell in cells.all_cells()}
+    assert set(record["missing"]) == everything - {str(cell) for cell in known}
+    page = (study.ROOT / "experiments" / "README.md").read_text("utf-8")
+    for problem in PROBLEMS.values():
+        assert findings.table(record["rows"], problem) in page
+        assert record["noise_scale"][problem.name]
+    assert record["command"] in page
+    assert record["date"] in page
+
+
+@pytest.mark.parametrize("cell", study.known_cells(), ids=str)
+def test_a_cell_is_of_the_settings_that_are_drawn_now(cell):
+    problem, outcome = PROBLEMS[cell.problem], study.known_cells()[cell]
+    drawn = CONTESTANTS[cell.contestant].draw(problem, cells.TRIALS)
+    assert [run.settings for run in outcome.tried] == drawn
+    assert [run.seed for run in outcome.best] == list(cells.SEEDS)
+    first = min(outcome.tried, key=lambda run: cells.order(run, problem))
+    assert outcome.best[0] == first
+    budget = problem.steps_in_epochs(cell.batch_size)
+    for run in outcome.best:
+        if (steps := run.steps_to(problem.target)) is not None:
+            assert run.errors[-1][0] == max(steps, budget)
