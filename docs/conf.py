@@ -39,6 +39,7 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 # The outputs are those that are committed; the tests execute notebooks.
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # which has tables
 
 autodoc_typehints = "none"  # the docstrings have types where they say something
 napoleon_use_ivar = True  # fields of a NamedTuple are listed once
