@@ -197,6 +197,7 @@ def show(record: dict[str, Any]) -> None:
         print(
             f"\ngradient noise scale along SGD, quartiles: {[round(x) for x in scales]}"
         )
+    print(f"\nlargest batches\n\n{findings.table_of_largest(record['rows'])}\n")
     for line in record["savings"]:
         print(line)
     budget = record["budget"]

@@ -17,7 +17,7 @@ def share_arenas(arenas: int = 2) -> bool:
 
     By itself glibc opens up to eight arenas for each core, and a training process has a
     hundred threads to use them. Each keeps the free pieces between what is held, so the
-    resident memory grows for thousands of steps while nothing more is in use: by 36 to
+    resident memory grows for thousands of steps while nothing more is in use: by 18 to
     100 kB a step in runs of the demo, and not with two arenas, at the same speed.
 
     Call it before jax starts its threads; arenas that are open stay.

@@ -172,6 +172,28 @@ def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
     return markdown.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
 
 
+def table_of_largest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Steps and seconds to the target at each problem's largest batch; Markdown.
+
+    Args:
+        rows: The record's.
+
+    Returns:
+        A table, written as that of `table`.
+    """
+    found = {
+        (row["optimizer"], row["problem"]): row
+        for row in rows
+        if row["batch_size"] == PROBLEMS[row["problem"]].batch_sizes[-1]
+    }
+    lines = [
+        [c.title, *(_cell(found.get((name, problem))) for problem in PROBLEMS)]
+        for name, c in CONTESTANTS.items()
+    ]
+    titles = [f"{p.title}, {p.batch_sizes[-1]:,}" for p in PROBLEMS.values()]
+    return markdown.table(["", *titles], lines)
+
+
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
