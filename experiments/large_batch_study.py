@@ -8,11 +8,15 @@
 A cell is an optimizer at a batch size on a problem, such as `strokes/kfac/640`. Eight
 settings are tried with seed 0, drawn alike for everyone at every batch size; the best,
 which needs the fewest steps to the target or comes closest to it, is repeated with two
-more seeds. Cells are run by as many processes as there are cores, each with one thread;
-what is finished is kept in `experiments/results/large_batch_study` and not repeated.
+more seeds. Variants of K-FAC, such as `strokes/kfac_data_labels/2560`, show what its
+steps depend on at the largest batches. Cells are run by as many processes as there are
+cores, each with one thread; what is finished is kept in
+`experiments/results/large_batch_study` and not repeated.
 
-The gradient's noise scale is read along a run of SGD. Writes
-`experiments/results/large_batch_study.json` and `docs/figures/large_batch.png`.
+The gradient's noise scale is read along a run of SGD, training loss beside test error
+along three runs at the largest batch, and the quadratic model's momentum. Writes
+`experiments/results/large_batch_study.json`, `docs/figures/large_batch.png` and
+`docs/figures/large_batch_curves.png`.
 """
 
 import argparse
@@ -29,9 +33,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments import tasks
-from experiments.large_batch import cells, findings, noise_scale
+from experiments.large_batch import cells, curves, findings, noise_scale
 from experiments.large_batch.cells import Cell, Outcome
-from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.contestants import CONTESTANTS, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Task
 from experiments.large_batch.runs import Runner
 
@@ -39,9 +43,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "large_batch_study.json"
 CELLS = RESULTS.with_suffix("")
 FIGURE = ROOT / "docs" / "figures" / "large_batch.png"
+CURVES_FIGURE = FIGURE.with_stem("large_batch_curves")
 COMMAND = "python -m experiments.large_batch_study"
 NOISE_BATCH = 640
 """Of the run of SGD along which the noise scale is read, or the nearest."""
+CURVES_PROBLEM = "strokes"
+"""On what single runs are read."""
+LOSSES_OF = ("muon", "kfac", "kfac_quadratic")
+"""Along whose runs training loss is read beside the error."""
+LENGTHS_AT = (640, 2560)
+"""At which batch sizes the steps under the quadratic model are read."""
 
 
 @functools.cache
@@ -136,6 +147,39 @@ def read_noise(problem_name: str) -> list[list[float]]:
     return found
 
 
+def read_losses() -> dict[str, list[list[float]]]:
+    """Training loss beside the error along runs at the largest batch.
+
+    Returns:
+        By contestant, of those whose cells have been run.
+    """
+    problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
+    found = {}
+    for name in LOSSES_OF:
+        outcome = cells.kept(Cell(problem.name, name, problem.batch_sizes[-1]), CELLS)
+        if outcome is not None:
+            best, contestant = outcome.best[0].settings, CONTESTANTS[name]
+            found[name] = curves.read_losses(problem, contestant, best, task)
+    return found
+
+
+def read_lengths() -> dict[str, list[list[float]]]:
+    """The steps under the quadratic model along its best runs.
+
+    Returns:
+        By batch size, of those whose cells have been run.
+    """
+    problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
+    found = {}
+    for batch_size in LENGTHS_AT:
+        outcome = cells.kept(Cell(problem.name, "kfac_quadratic", batch_size), CELLS)
+        if outcome is not None:
+            best = outcome.best[0].settings
+            lengths = curves.read_lengths(problem, batch_size, best, task)
+            found[str(batch_size)] = lengths
+    return found
+
+
 def known_cells() -> dict[Cell, Outcome]:
     """The cells that have been run."""
     found = {cell: cells.kept(cell, CELLS) for cell in cells.all_cells()}
@@ -143,18 +187,27 @@ def known_cells() -> dict[Cell, Outcome]:
 
 
 def write_record() -> dict[str, Any]:
-    """Writes the record and the picture from the cells.
+    """Writes the record and the pictures from the cells.
 
     Returns:
         The record.
     """
     known = known_cells()
-    rows = [findings.row_of(cell, outcome) for cell, outcome in known.items()]
+    rows, variants = (
+        [
+            findings.row_of(cell, outcome)
+            for cell, outcome in known.items()
+            if cell.contestant in who
+        ]
+        for who in (CONTESTANTS, VARIANTS)
+    )
     before = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     noise = before.get("noise_scale", {})
     for name in PROBLEMS:
         if not noise.get(name):
             noise[name] = read_noise(name)
+    losses = before.get("losses") or read_losses()
+    lengths = before.get("lengths") or read_lengths()
     record = {
         "command": COMMAND,
         "date": datetime.date.today().isoformat(),
@@ -176,11 +229,17 @@ def write_record() -> dict[str, Any]:
         "missing": [str(c) for c in cells.all_cells() if c not in known],
         "savings": findings.savings(rows),
         "noise_scale": noise,
+        "losses": losses,
+        "lengths": lengths,
         "rows": rows,
+        "variants": variants,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if rows:
         findings.draw(rows, noise).savefig(FIGURE)
+    if losses:
+        problem = PROBLEMS[CURVES_PROBLEM]
+        curves.draw(losses, lengths, problem).savefig(CURVES_FIGURE)
     return record
 
 
@@ -197,9 +256,10 @@ def show(record: dict[str, Any]) -> None:
         print(
             f"\ngradient noise scale along SGD, quartiles: {[round(x) for x in scales]}"
         )
-    print(f"\nlargest batches\n\n{findings.table_of_largest(record['rows'])}\n")
-    for line in record["savings"]:
-        print(line)
+    print(f"\nlargest batches\n\n{findings.table_of_largest(record['rows'])}")
+    variants = findings.table_of_variants(record["rows"], record["variants"])
+    print(f"\nK-FAC with one thing changed\n\n{variants}\n")
+    print(f"best by batch size\n\n{findings.table_of_savings(record['savings'])}\n")
     budget = record["budget"]
     print(
         f"budget: {budget['trials']} settings and {len(budget['seeds'])} seeds of each "

@@ -2,5 +2,6 @@
 
 `problems` is what is learnt, `contestants` who learns it, `runs` one run, `cells` the
 search and the seeds of one optimizer at one batch size, `noise_scale` the batch size at
-which noise and gradient are alike, and `findings` what the record says.
+which noise and gradient are alike, `curves` training loss beside test error, and
+`findings` what the record says.
 """

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from experiments import processor
-from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Problem, Task
 from experiments.large_batch.runs import Run, Runner
 
@@ -55,12 +55,16 @@ class Outcome:
 
 
 def all_cells() -> list[Cell]:
-    """Every cell, those of one problem and batch size together, the longest first."""
+    """Every cell: contestants at all batch sizes, variants at a problem's largest."""
     return [
-        Cell(problem.name, contestant, batch_size)
+        Cell(problem.name, name, batch_size)
         for problem in PROBLEMS.values()
         for batch_size in problem.batch_sizes
-        for contestant in CONTESTANTS
+        for name in CONTESTANTS
+    ] + [
+        Cell(problem.name, name, problem.batch_sizes[-1])
+        for problem in PROBLEMS.values()
+        for name in VARIANTS
     ]
 
 
@@ -82,6 +86,7 @@ def parse(text: str) -> Cell:
             f"cell={text!r} must be PROBLEM/OPTIMIZER/BATCH with {list(PROBLEMS)}, "
             f"{list(CONTESTANTS)} and one of the problem's batch sizes: "
             + ", ".join(f"{p.name} {p.batch_sizes}" for p in PROBLEMS.values())
+            + f"; at the largest also {list(VARIANTS)}"
         )
     return named[text]
 
@@ -102,7 +107,7 @@ def measure(cell: Cell, task: Task) -> Outcome:
     Returns:
         What was found.
     """
-    problem, contestant = PROBLEMS[cell.problem], CONTESTANTS[cell.contestant]
+    problem, contestant = PROBLEMS[cell.problem], EVERYONE[cell.contestant]
     runner = Runner(problem, contestant, cell.batch_size, task)
     tried = [
         runner.run(settings, SEEDS[0]) for settings in contestant.draw(problem, TRIALS)

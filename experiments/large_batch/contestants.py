@@ -9,10 +9,13 @@ worth if it ended.
 K-FAC has the bound in KL divergence for its step's size, as Ba et al. have, or finds
 its own under the quadratic model. It takes its statistics from labels that the model
 draws, as its papers do, and SP-NGD from those of the data, as its paper does. All
-invert at every step: what is asked for is steps, and the layers are small.
+invert at every step: what is asked for is steps, and the layers are small. What of this
+matters is seen from variants of K-FAC, each with one thing changed, which are searched
+and repeated as everyone is, at the largest batches.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -158,8 +161,8 @@ def _nlcg(size: Any, other: Any, layers: Any, problem: Problem):
     return lbopt.nlcg(size)
 
 
-def _kfac(size: Any, other: Any, layers: Any, problem: Problem):
-    return lbopt.kfac(LARGEST_RATE, layers, damping=other, kl_clip=size)
+def _kfac(size: Any, other: Any, layers: Any, problem: Problem, **changes: Any):
+    return lbopt.kfac(LARGEST_RATE, layers, damping=other, kl_clip=size, **changes)
 
 
 def _kfac_quadratic(size: Any, other: Any, layers: Any, problem: Problem):
@@ -256,3 +259,26 @@ CONTESTANTS = {
     ),
 }
 """The contestants by name; the first ones use gradients alone."""
+
+
+def _variant(title: str, fisher: Any = "sampled", **changes: Any) -> Contestant:
+    """K-FAC with a setting changed, or with other labels."""
+    make = functools.partial(_kfac, **changes)
+    return dataclasses.replace(
+        CONTESTANTS["kfac"], title=title, make=make, fisher=fisher
+    )
+
+
+VARIANTS = {
+    "kfac_stale_inverses": _variant("inverses at every fifth step", inverse_period=5),
+    "kfac_stale_statistics": _variant(
+        "statistics and inverses at every fifth step", stats_period=5, inverse_period=5
+    ),
+    "kfac_one_batch": _variant("statistics of one batch alone", factor_decay=0.0),
+    "kfac_data_labels": _variant("labels of the data", fisher="empirical"),
+    "kfac_no_momentum": _variant("no momentum", momentum=None),
+}
+"""K-FAC with one thing changed: what its steps depend on, at the largest batches."""
+
+EVERYONE = CONTESTANTS | VARIANTS
+"""Whom a cell may be of."""

@@ -10,7 +10,7 @@ import matplotlib.ticker
 
 from experiments import figures, markdown
 from experiments.large_batch.cells import Cell, Outcome
-from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.contestants import CONTESTANTS, VARIANTS, Contestant
 from experiments.large_batch.problems import PROBLEMS, Problem
 
 
@@ -125,27 +125,54 @@ def best_of(
 
 
 def savings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """At each problem's largest batch, the best of both kinds and the steps saved."""
+    """At each batch size the best of both kinds, and the part of the steps saved."""
     found = []
     for problem in PROBLEMS.values():
-        largest = problem.batch_sizes[-1]
-        first, second = (
-            best_of(rows, problem.name, largest, curvature)
-            for curvature in (False, True)
-        )
-        saved = None
-        if first and second:
-            saved = round(1 - (mean_steps(second) or 0) / (mean_steps(first) or 1), 3)
-        found.append(
-            {
-                "problem": problem.name,
-                "batch_size": largest,
-                "first_order": first and first["optimizer"],
-                "second_order": second and second["optimizer"],
-                "saved": saved,
-            }
-        )
+        for batch_size in problem.batch_sizes:
+            first, second = (
+                best_of(rows, problem.name, batch_size, curvature)
+                for curvature in (False, True)
+            )
+            if not (first and second):
+                continue
+            before, after = mean_steps(first) or 0, mean_steps(second) or 0
+            found.append(
+                {
+                    "problem": problem.name,
+                    "batch_size": batch_size,
+                    "first_order": first["optimizer"],
+                    "second_order": second["optimizer"],
+                    "steps": [round(before, 1), round(after, 1)],
+                    "saved": round(1 - after / before, 3),
+                }
+            )
     return found
+
+
+def table_of_savings(found: Sequence[Mapping[str, Any]]) -> str:
+    """What curvature saves by batch size; Markdown.
+
+    Args:
+        found: What `savings` found.
+
+    Returns:
+        A table.
+    """
+    lines = []
+    for line in found:
+        names = (CONTESTANTS[line[k]].title for k in ("first_order", "second_order"))
+        best = [f"{n}, {s:g}" for n, s in zip(names, line["steps"], strict=True)]
+        lines.append(
+            [
+                line["problem"],
+                f"{line['batch_size']:,}",
+                *best,
+                f"{100 * line['saved']:.0f} %",
+            ]
+        )
+    return markdown.table(
+        ["", "batch", "without curvature", "with", "fewer steps"], lines
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
@@ -172,11 +199,14 @@ def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
     return markdown.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
 
 
-def table_of_largest(rows: Sequence[Mapping[str, Any]]) -> str:
+def table_of_largest(
+    rows: Sequence[Mapping[str, Any]], who: Mapping[str, Contestant] = CONTESTANTS
+) -> str:
     """Steps and seconds to the target at each problem's largest batch; Markdown.
 
     Args:
         rows: The record's.
+        who: Whose.
 
     Returns:
         A table, written as that of `table`.
@@ -188,10 +218,26 @@ def table_of_largest(rows: Sequence[Mapping[str, Any]]) -> str:
     }
     lines = [
         [c.title, *(_cell(found.get((name, problem))) for problem in PROBLEMS)]
-        for name, c in CONTESTANTS.items()
+        for name, c in who.items()
     ]
     titles = [f"{p.title}, {p.batch_sizes[-1]:,}" for p in PROBLEMS.values()]
     return markdown.table(["", *titles], lines)
+
+
+def table_of_variants(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]
+) -> str:
+    """The same of K-FAC as it is, and of its variants; Markdown.
+
+    Args:
+        rows: The record's.
+        variants: The record's.
+
+    Returns:
+        A table, written as that of `table`.
+    """
+    who = {"kfac": CONTESTANTS["kfac"], **VARIANTS}
+    return table_of_largest([*rows, *variants], who)
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -272,9 +318,9 @@ def draw(
             panel.set_xscale("log", base=2)
             if any(len(line.get_xydata()) for line in panel.lines):
                 panel.set_yscale("log")
-                panel.yaxis.set_major_locator(
-                    matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
-                )
+                low, high = panel.get_ylim()
+                marks = (1, 1.5, 2, 3, 5, 7) if high < 100 * low else (1, 3)
+                panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=marks))
             panel.set_xticks(problem.batch_sizes)
             panel.xaxis.set_major_formatter(
                 matplotlib.ticker.StrMethodFormatter("{x:,.0f}")

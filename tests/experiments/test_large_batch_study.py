@@ -12,9 +12,16 @@ import pytest
 import lbopt
 from experiments import large_batch_study as study
 from experiments import processor
-from experiments.large_batch import cells, contestants, findings, noise_scale, problems
+from experiments.large_batch import (
+    cells,
+    contestants,
+    curves,
+    findings,
+    noise_scale,
+    problems,
+)
 from experiments.large_batch.cells import Cell, Outcome
-from experiments.large_batch.contestants import CONTESTANTS
+from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS
 from experiments.large_batch.runs import Run, Runner
 
@@ -247,14 +254,19 @@ def test_rows_tables_and_savings():
     assert by_name["kfac"]["seconds"] == [20.0] * 3
     assert by_name["kfac"]["error_at_budget"] == [2.0] * 3
     assert by_name["sp_ngd"]["steps"] == [None] * 3
-    _, digits = findings.savings(rows)
-    assert digits == {
+    saved = {
         "problem": "digits",
         "batch_size": size,
         "first_order": "adamw",
         "second_order": "kfac",
+        "steps": [100.0, 40.0],
         "saved": 0.6,
     }
+    assert findings.savings(rows) == [saved]  # where both kinds are known
+    assert (
+        "| digits | 750 | AdamW, 100 | K-FAC, 40 | 60 % |"
+        in findings.table_of_savings([saved])
+    )
     table = findings.table(rows, PROBLEMS["digits"])
     assert "| K-FAC |  |  |  |  | 40, 20.0 s |" in table
     assert "| SP-NGD |  |  |  |  | – |" in table
@@ -265,6 +277,58 @@ def test_rows_tables_and_savings():
     lines = {line.get_label(): line.get_xydata().tolist() for line in steps.lines}
     assert lines["K-FAC"] == [[750, 40]]
     assert lines["SP-NGD"] == []
+
+
+def test_variants_stand_beside_kfac():
+    rows, variants = (
+        [findings.row_of(*outcome_of(name, steps, 750))]
+        for name, steps in (("kfac", 40), ("kfac_data_labels", 56))
+    )
+    lines = findings.table_of_variants(rows, variants).splitlines()
+    assert "| K-FAC |  | 40, 20.0 s |" in lines
+    assert "| labels of the data |  | 56, 28.0 s |" in lines
+    assert not any("Muon" in line for line in lines)
+
+
+def test_variants_are_kfac_with_one_thing_changed(monkeypatch):
+    made = []
+    monkeypatch.setattr(lbopt, "kfac", lambda *args, **kwargs: made.append(kwargs))
+    kfac = CONTESTANTS["kfac"]
+    for contestant in (kfac, *VARIANTS.values()):
+        contestant.make(0.1, 0.2, None, PROBLEMS["digits"])
+        assert (contestant.step_sizes, contestant.others) == (
+            kfac.step_sizes,
+            kfac.others,
+        )
+    as_it_is, *changed = made
+    changes = [kwargs.items() - as_it_is.items() for kwargs in changed]
+    assert dict(zip(VARIANTS, changes, strict=True)) == {
+        "kfac_stale_inverses": {("inverse_period", 5)},
+        "kfac_stale_statistics": {("inverse_period", 5), ("stats_period", 5)},
+        "kfac_one_batch": {("factor_decay", 0.0)},
+        "kfac_data_labels": set(),
+        "kfac_no_momentum": {("momentum", None)},
+    }
+    fishers = {name: variant.fisher for name, variant in VARIANTS.items()}
+    assert fishers.pop("kfac_data_labels") == "empirical"
+    assert set(fishers.values()) == {kfac.fisher} == {"sampled"}
+
+
+def test_curves_are_drawn_by_training_loss():
+    curve = [[1, 2.0, 0.9], [2, 1.0, 0.5]]
+    figure = curves.draw(
+        {"muon": curve, "kfac": curve}, {"640": curve}, PROBLEMS["strokes"]
+    )
+    losses, errors, momenta = figure.axes
+    assert losses.get_xlabel() == "steps of 2,560 examples"
+    assert errors.get_ylabel() == "test error"
+    assert [line.get_xydata().tolist() for line in losses.lines] == [
+        [[1, 2.0], [2, 1.0]]
+    ] * 2
+    assert errors.lines[0].get_xydata().tolist() == [[2.0, 0.9], [1.0, 0.5]]
+    (momentum,) = momenta.lines
+    assert momentum.get_label() == "batch 640"
+    assert momentum.get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
 
 
 def test_a_repetition_is_compared_with_the_spread():
@@ -293,6 +357,14 @@ def test_cells_are_kept_whole_and_found_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"cell='digits/kfac/7' must be PROBLEM/"):
         cells.parse("digits/kfac/7")
     count = sum(len(p.batch_sizes) for p in PROBLEMS.values()) * len(CONTESTANTS)
+    count += len(PROBLEMS) * len(VARIANTS)  # at the largest batch alone
+    assert cells.parse("digits/kfac_no_momentum/750") == (
+        "digits",
+        "kfac_no_momentum",
+        750,
+    )
+    with pytest.raises(ValueError, match=r"at the largest also \['kfac_stale_inverses"):
+        cells.parse("digits/kfac_no_momentum/50")
     assert len(set(cells.all_cells())) == count
 
 
@@ -328,25 +400,42 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "record.json")
     monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
+    monkeypatch.setattr(study, "CURVES_FIGURE", tmp_path / "curves.png")
+    monkeypatch.setattr(study, "CURVES_PROBLEM", "digits")
+    monkeypatch.setattr(study, "LOSSES_OF", ("sgd", "kfac", "muon"))
+    monkeypatch.setattr(study, "LENGTHS_AT", (16, 32))
     monkeypatch.setattr(study, "task_of", lambda name: small_task())
     monkeypatch.setattr(cells, "TRIALS", 2)
     small = {"digits": SMALL}
     for module in (study, cells, findings):
         monkeypatch.setattr(module, "PROBLEMS", small)
-    for name in ("sgd", "kfac"):
+    ran = ("sgd", "kfac", "kfac_quadratic", "kfac_no_momentum")
+    for name in ran:
         assert study.run_cell(Cell("digits", name, 32), deadline=0) is None
         assert study.run_cell(Cell("digits", name, 32), math.inf) > 0
     study.main(["--processes", "1", "--minutes", "-1"])  # too late for the others
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "record.json").read_text())
-    assert [row["optimizer"] for row in record["rows"]] == ["sgd", "kfac"]
-    assert len(record["missing"]) == 2 * len(CONTESTANTS) - 2
+    assert [row["optimizer"] for row in record["rows"]] == list(ran[:3])
+    assert [row["optimizer"] for row in record["variants"]] == ["kfac_no_momentum"]
+    assert len(record["missing"]) == 2 * len(CONTESTANTS) + len(VARIANTS) - 4
+    assert list(record["losses"]) == ["sgd", "kfac"]  # Muon's cell is not run
+    best = cells.kept(Cell("digits", "kfac", 32), tmp_path / "cells").best[0]
+    for (step, loss, error), kept in zip(
+        record["losses"]["kfac"], best.errors, strict=True
+    ):
+        assert [step, error] == kept
+        assert 0 < loss < math.inf
+    (lengths,) = record["lengths"].values()
+    assert [step for step, _, _ in lengths] == [step for step, _ in best.errors]
+    assert all(alpha > 0 for _, alpha, _ in lengths)
     assert record["budget"]["trials"] == 2
     assert record["processors"] == [processor.name()]
     assert record["noise_scale"]["digits"]
     assert (tmp_path / "figure.png").exists()
+    assert (tmp_path / "curves.png").exists()
     assert "2 settings and 3 seeds of each" in out
-    study.main(["--again", "digits/kfac/32"])
+    study.main(["--again", "digits/sgd/32"])
     before, again, verdict = capsys.readouterr().out.splitlines()[-3:]
     assert verdict.endswith("as many seeds reach the target: yes")
     assert (
@@ -359,28 +448,35 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------------ what is committed
 
+KNOWN = study.known_cells()
+
 
 def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
     record = json.loads(study.RESULTS.read_text("utf-8"))
-    known = study.known_cells()
-    assert record["rows"] == [findings.row_of(*x) for x in known.items()]
+    rows = [findings.row_of(*x) for x in KNOWN.items()]
+    for kind, who in (("rows", CONTESTANTS), ("variants", VARIANTS)):
+        assert record[kind] == [row for row in rows if row["optimizer"] in who]
     assert record["savings"] == findings.savings(record["rows"])
     everything = {str(cell) for cell in cells.all_cells()}
-    assert set(record["missing"]) == everything - {str(cell) for cell in known}
+    assert set(record["missing"]) == everything - {str(cell) for cell in KNOWN}
     page = (study.ROOT / "experiments" / "README.md").read_text("utf-8")
     for problem in PROBLEMS.values():
         assert findings.table(record["rows"], problem) in page
         assert record["noise_scale"][problem.name]
+    assert findings.table_of_savings(record["savings"]) in page
+    assert findings.table_of_variants(record["rows"], record["variants"]) in page
+    assert tuple(record["losses"]) == study.LOSSES_OF
+    assert tuple(record["lengths"]) == tuple(map(str, study.LENGTHS_AT))
     front = (study.ROOT / "README.md").read_text("utf-8")
     assert findings.table_of_largest(record["rows"]) in front
     assert record["command"] in page
     assert record["date"] in page
 
 
-@pytest.mark.parametrize("cell", study.known_cells(), ids=str)
+@pytest.mark.parametrize("cell", KNOWN, ids=str)
 def test_a_cell_is_of_the_settings_that_are_drawn_now(cell):
-    problem, outcome = PROBLEMS[cell.problem], study.known_cells()[cell]
-    drawn = CONTESTANTS[cell.contestant].draw(problem, cells.TRIALS)
+    problem, outcome = PROBLEMS[cell.problem], KNOWN[cell]
+    drawn = EVERYONE[cell.contestant].draw(problem, cells.TRIALS)
     assert [run.settings for run in outcome.tried] == drawn
     assert [run.seed for run in outcome.best] == list(cells.SEEDS)
     first = min(outcome.tried, key=lambda run: cells.order(run, problem))
