@@ -118,6 +118,7 @@ def outer_sum(
     """
     kept = tuple(range(stack))
     summed = tuple(range(stack, rows.ndim - 1))
+    rows = _no_wider(rows, dtype)
     return lax.dot_general(
         rows,
         rows,
@@ -298,6 +299,7 @@ def _correlations(
       dimension, in lexicographic order.
     """
     # Displacements with a negative first coordinate are transposes of the others.
+    inputs = _no_wider(inputs, dtype)
     rank = len(window.size)
     letters = "HWD"[:rank]
     # Examples are contracted and channels take their place.  The axes are moved by
@@ -319,6 +321,11 @@ def _correlations(
     half = half.reshape(window.size[0], others, *half.shape[-2:])
     mirrored = jnp.swapaxes(half[:0:-1, ::-1], -1, -2)
     return jnp.concatenate([mirrored, half]).reshape(-1, *half.shape[-2:])
+
+
+def _no_wider(x: Array, dtype: Any) -> Array:
+    """In no wider type than its sum: XLA refuses that, and layers may compute in one."""
+    return x if jnp.promote_types(x.dtype, dtype) == dtype else x.astype(dtype)
 
 
 def _block_displacement(size: tuple[int, ...]) -> Int[Array, "kernel kernel"]:

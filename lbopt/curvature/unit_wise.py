@@ -248,7 +248,7 @@ def _signals(
 
     def per_example(inputs: Array, mean: Array, rstd: Array, g: Array) -> list[Array]:
         g = g.astype(dtype)
-        normalised = (inputs.astype(dtype) - mean) * rstd
+        normalised = (inputs.astype(dtype) - mean.astype(dtype)) * rstd.astype(dtype)
         terms = {"scale": g * normalised, "bias": g}
         features = [axis % g.ndim for axis in feature_axes]
         examples = [0] if batched and 0 not in features else []

@@ -587,6 +587,7 @@ def test_a_layer_used_several_times_is_expand_over_its_uses(layer, shape):
         (jnp.bfloat16, jnp.float32, jnp.float32),
         (None, jnp.bfloat16, jnp.float32),
         (jnp.float16, jnp.float32, jnp.float32),
+        (jnp.float64, jnp.float32, jnp.float32),
     ],
 )
 def test_statistics_accumulate_in_float32_or_the_parameters_type(
