@@ -324,7 +324,7 @@ def _correlations(
 
 
 def _no_wider(x: Array, dtype: Any) -> Array:
-    """In no wider type than its sum: XLA refuses that, and layers may compute in one."""
+    """In no wider type than its sum, which XLA refuses; layers may compute in one."""
     return x if jnp.promote_types(x.dtype, dtype) == dtype else x.astype(dtype)
 
 
