@@ -258,7 +258,7 @@ def show(record: dict[str, Any]) -> None:
         )
     print(f"\nlargest batches\n\n{findings.table_of_largest(record['rows'])}")
     variants = findings.table_of_variants(record["rows"], record["variants"])
-    print(f"\nK-FAC with one thing changed\n\n{variants}\n")
+    print(f"\nK-FAC changed\n\n{variants}\n")
     print(f"best by batch size\n\n{findings.table_of_savings(record['savings'])}\n")
     budget = record["budget"]
     print(

@@ -277,8 +277,12 @@ VARIANTS = {
     "kfac_one_batch": _variant("statistics of one batch alone", factor_decay=0.0),
     "kfac_data_labels": _variant("labels of the data", fisher="empirical"),
     "kfac_no_momentum": _variant("no momentum", momentum=None),
+    "kfac_short_memory": _variant(
+        "momentum 0.7, factors' average 0.8", momentum=0.7, factor_decay=0.8
+    ),
 }
-"""K-FAC with one thing changed: what its steps depend on, at the largest batches."""
+"""K-FAC with one thing changed, and last with two that the first ones suggest: what its
+steps depend on, at the largest batches."""
 
 EVERYONE = CONTESTANTS | VARIANTS
 """Whom a cell may be of."""

@@ -290,7 +290,7 @@ def test_variants_stand_beside_kfac():
     assert not any("Muon" in line for line in lines)
 
 
-def test_variants_are_kfac_with_one_thing_changed(monkeypatch):
+def test_variants_are_kfac_with_what_they_say_changed(monkeypatch):
     made = []
     monkeypatch.setattr(lbopt, "kfac", lambda *args, **kwargs: made.append(kwargs))
     kfac = CONTESTANTS["kfac"]
@@ -308,6 +308,7 @@ def test_variants_are_kfac_with_one_thing_changed(monkeypatch):
         "kfac_one_batch": {("factor_decay", 0.0)},
         "kfac_data_labels": set(),
         "kfac_no_momentum": {("momentum", None)},
+        "kfac_short_memory": {("momentum", 0.7), ("factor_decay", 0.8)},
     }
     fishers = {name: variant.fisher for name, variant in VARIANTS.items()}
     assert fishers.pop("kfac_data_labels") == "empirical"
