@@ -10,7 +10,7 @@ K-FAC has the bound in KL divergence for its step's size, as Ba et al. have, or 
 its own under the quadratic model. It takes its statistics from labels that the model
 draws, as its papers do, and SP-NGD from those of the data, as its paper does. All
 invert at every step: what is asked for is steps, and the layers are small. What of this
-matters is seen from variants of K-FAC, each with one thing changed, which are searched
+matters is seen from variants of K-FAC, with a thing or two changed, which are searched
 and repeated as everyone is, at the largest batches.
 """
 
