@@ -45,6 +45,7 @@ CELLS = RESULTS.with_suffix("")
 FIGURE = ROOT / "docs" / "figures" / "large_batch.png"
 CURVES_FIGURE = FIGURE.with_stem("large_batch_curves")
 COMMAND = "python -m experiments.large_batch_study"
+Known = dict[Cell, Outcome]
 NOISE_BATCH = 640
 """Of the run of SGD along which the noise scale is read, or the nearest."""
 CURVES_PROBLEM = "strokes"
@@ -101,26 +102,31 @@ def _rank_of_batch(cell: Cell) -> int:
     return PROBLEMS[cell.problem].batch_sizes[::-1].index(cell.batch_size)
 
 
-def read_noise(problem_name: str) -> list[list[float]]:
+def noise_cell(problem_name: str, known: Known) -> Cell | None:
+    """The cell of SGD along whose best run the noise scale is read."""
+    sizes = sorted(
+        PROBLEMS[problem_name].batch_sizes, key=lambda size: abs(size - NOISE_BATCH)
+    )
+    ranked = (Cell(problem_name, "sgd", size) for size in sizes)
+    return next((cell for cell in ranked if cell in known), None)
+
+
+def read_noise(problem_name: str, known: Known) -> list[list[float]]:
     """The noise scale along a run of SGD's best setting.
 
     Args:
         problem_name: Of which problem.
+        known: The cells that have been run.
 
     Returns:
         `[step, noise scale]`; empty if none of SGD's cells has been run.
     """
     problem = PROBLEMS[problem_name]
-    found_cells = {
-        size: cells.kept(Cell(problem_name, "sgd", size), CELLS)
-        for size in sorted(problem.batch_sizes, key=lambda s: abs(s - NOISE_BATCH))
-    }
-    known = next(((s, x) for s, x in found_cells.items() if x is not None), None)
-    if known is None:
+    cell = noise_cell(problem_name, known)
+    if cell is None:
         return []
-    batch_size, outcome = known
     task = task_of(problem_name)
-    runner = Runner(problem, CONTESTANTS["sgd"], batch_size, task)
+    runner = Runner(problem, CONTESTANTS["sgd"], cell.batch_size, task)
     examples = problem.batch_sizes[-1]
     parts = max(parts for parts in range(2, 11) if examples % parts == 0)
     batch = {name: jnp.asarray(x[:examples]) for name, x in task.train.items()}
@@ -143,44 +149,73 @@ def read_noise(problem_name: str) -> list[list[float]]:
         if signal > 0 and noise > 0:
             found.append([step, round(noise / signal, 1)])
 
-    runner.run(outcome.best[0].settings, 0, at_reading)
+    runner.run(known[cell].best[0].settings, 0, at_reading)
     return found
 
 
-def read_losses() -> dict[str, list[list[float]]]:
+def losses_cells() -> list[Cell]:
+    """The cells along whose best runs training loss is read beside the error."""
+    largest = PROBLEMS[CURVES_PROBLEM].batch_sizes[-1]
+    return [Cell(CURVES_PROBLEM, name, largest) for name in LOSSES_OF]
+
+
+def lengths_cells() -> list[Cell]:
+    """The cells along whose best runs the quadratic model's steps are read."""
+    return [Cell(CURVES_PROBLEM, "kfac_quadratic", size) for size in LENGTHS_AT]
+
+
+def read_losses(known: Known) -> dict[str, list[list[float]]]:
     """Training loss beside the error along runs at the largest batch.
+
+    Args:
+        known: The cells that have been run.
 
     Returns:
         By contestant, of those whose cells have been run.
     """
     problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
-    found = {}
-    for name in LOSSES_OF:
-        outcome = cells.kept(Cell(problem.name, name, problem.batch_sizes[-1]), CELLS)
-        if outcome is not None:
-            best, contestant = outcome.best[0].settings, CONTESTANTS[name]
-            found[name] = curves.read_losses(problem, contestant, best, task)
-    return found
+    return {
+        cell.contestant: curves.read_losses(
+            problem, CONTESTANTS[cell.contestant], known[cell].best[0].settings, task
+        )
+        for cell in losses_cells()
+        if cell in known
+    }
 
 
-def read_lengths() -> dict[str, list[list[float]]]:
+def read_lengths(known: Known) -> dict[str, list[list[float]]]:
     """The steps under the quadratic model along its best runs.
+
+    Args:
+        known: The cells that have been run.
 
     Returns:
         By batch size, of those whose cells have been run.
     """
     problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
-    found = {}
-    for batch_size in LENGTHS_AT:
-        outcome = cells.kept(Cell(problem.name, "kfac_quadratic", batch_size), CELLS)
-        if outcome is not None:
-            best = outcome.best[0].settings
-            lengths = curves.read_lengths(problem, batch_size, best, task)
-            found[str(batch_size)] = lengths
-    return found
+    return {
+        str(cell.batch_size): curves.read_lengths(
+            problem, cell.batch_size, known[cell].best[0].settings, task
+        )
+        for cell in lengths_cells()
+        if cell in known
+    }
 
 
-def known_cells() -> dict[Cell, Outcome]:
+def read_along(known: Known) -> dict[str, dict[str, float]]:
+    """The settings of all runs that are read along, by cell.
+
+    What was read of other settings is read anew.
+    """
+    noise = [noise_cell(name, known) for name in PROBLEMS]
+    return {
+        str(cell): known[cell].best[0].settings
+        for cell in (*noise, *losses_cells(), *lengths_cells())
+        if cell is not None and cell in known
+    }
+
+
+def known_cells() -> Known:
     """The cells that have been run."""
     found = {cell: cells.kept(cell, CELLS) for cell in cells.all_cells()}
     return {cell: outcome for cell, outcome in found.items() if outcome is not None}
@@ -202,12 +237,14 @@ def write_record() -> dict[str, Any]:
         for who in (CONTESTANTS, VARIANTS)
     )
     before = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    noise = before.get("noise_scale", {})
-    for name in PROBLEMS:
-        if not noise.get(name):
-            noise[name] = read_noise(name)
-    losses = before.get("losses") or read_losses()
-    lengths = before.get("lengths") or read_lengths()
+    along = read_along(known)
+    if before.get("read_along") == along:
+        noise, losses, lengths = (
+            before[kind] for kind in ("noise_scale", "losses", "lengths")
+        )
+    else:
+        noise = {name: read_noise(name, known) for name in PROBLEMS}
+        losses, lengths = read_losses(known), read_lengths(known)
     record = {
         "command": COMMAND,
         "date": datetime.date.today().isoformat(),
@@ -228,6 +265,7 @@ def write_record() -> dict[str, Any]:
         },
         "missing": [str(c) for c in cells.all_cells() if c not in known],
         "savings": findings.savings(rows),
+        "read_along": along,
         "noise_scale": noise,
         "losses": losses,
         "lengths": lengths,

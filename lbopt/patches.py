@@ -324,7 +324,7 @@ def _correlations(
 
 
 def _no_wider(x: Array, dtype: Any) -> Array:
-    """In no wider type than its sum, which XLA refuses; layers may compute in one."""
+    """Narrowed to the type of its sum where it is wider, which XLA refuses."""
     return x if jnp.promote_types(x.dtype, dtype) == dtype else x.astype(dtype)
 
 

@@ -436,6 +436,15 @@ def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figure.png").exists()
     assert (tmp_path / "curves.png").exists()
     assert "2 settings and 3 seeds of each" in out
+    # What was read of a run is kept as long as its settings are the best.
+    mark = [[2, 1.0]]
+    for along, noise in (
+        (record["read_along"], {"digits": mark}),
+        ({}, record["noise_scale"]),
+    ):
+        changed = record | {"read_along": along, "noise_scale": {"digits": mark}}
+        study.RESULTS.write_text(json.dumps(changed))
+        assert study.write_record()["noise_scale"] == noise
     study.main(["--again", "digits/sgd/32"])
     before, again, verdict = capsys.readouterr().out.splitlines()[-3:]
     assert verdict.endswith("as many seeds reach the target: yes")
@@ -466,7 +475,11 @@ def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
         assert record["noise_scale"][problem.name]
     assert findings.table_of_savings(record["savings"]) in page
     assert findings.table_of_variants(record["rows"], record["variants"]) in page
-    assert tuple(record["losses"]) == study.LOSSES_OF
+    assert record["read_along"] == study.read_along(KNOWN)
+    for cell in study.losses_cells():  # the same runs, which went on there
+        errors = [[step, error] for step, _, error in record["losses"][cell.contestant]]
+        best = KNOWN[cell].best[0].errors
+        assert errors[: len(best)] == best
     assert tuple(record["lengths"]) == tuple(map(str, study.LENGTHS_AT))
     front = (study.ROOT / "README.md").read_text("utf-8")
     assert findings.table_of_largest(record["rows"]) in front
