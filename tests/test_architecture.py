@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # row names several, nothing of its own row.
 ROWS = [
     ["_typing"],
-    ["collectives", "in_place", "linalg", "parameter_paths", "patches", "sizes"],
+    ["checks", "collectives", "in_place", "linalg"],
+    ["parameter_paths", "patches", "sizes"],
     ["curvature.factor"],
     ["curvature.block"],
     ["curvature.eigen_moments", "curvature.linear_maps"],

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lbopt import checks
+
+WAY_OUT = "0.5 is usual"
+BOUNDS = {
+    checks.positive: ("be positive", [1e-30, 3, 1e30], [0, -1]),
+    checks.not_negative: ("be 0 or positive", [0, 0.0, 3], [-1e-30]),
+    checks.below_one: (r"lie in \[0, 1\)", [0, 0.999], [1, -1e-9]),
+    checks.share: (r"lie in \(0, 1\]", [1e-9, 1], [0, 1.001]),
+    checks.whole: ("be a whole number, ≥ 1", [1, 10**12], [0, -1]),
+}
+NUMPY = {checks.whole: np.int32}
+
+
+@pytest.mark.parametrize("check", BOUNDS, ids=lambda check: check.__name__)
+def test_numbers_within_bounds_pass_and_others_are_refused_by_name(check):
+    wanted, sound, unsound = BOUNDS[check]
+    of_numpy = NUMPY.get(check, np.float64)
+    for value in sound:
+        check("x", value, WAY_OUT)
+        check("x", of_numpy(value) if value < 2**31 else value, WAY_OUT)
+    for value in unsound:
+        for same in (value, of_numpy(value)):
+            with pytest.raises(ValueError, match=rf"^x=.* must {wanted}; {WAY_OUT}$"):
+                check("x", same, WAY_OUT)
+
+
+@pytest.mark.parametrize("check", BOUNDS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "value", ["0.1", None, True, float("nan"), float("inf"), np.float32("nan"), [0.5]]
+)
+def test_what_is_no_number_is_refused(check, value):
+    with pytest.raises(ValueError, match=r"^x=.*; 0.5 is usual$"):
+        check("x", value, WAY_OUT)
+
+
+@pytest.mark.parametrize("check", BOUNDS, ids=lambda check: check.__name__)
+def test_arrays_and_tracers_pass(check):
+    check("x", jnp.asarray(-1), WAY_OUT)
+    jax.eval_shape(lambda x: check("x", x, WAY_OUT), jnp.asarray(-1.0))
+
+
+def test_an_array_of_numpy_that_holds_one_number_is_that_number():
+    checks.positive("x", np.asarray(2.0), WAY_OUT)
+    with pytest.raises(ValueError, match="must be positive"):
+        checks.positive("x", np.asarray(-2.0), WAY_OUT)
+    with pytest.raises(ValueError, match="must be positive"):
+        checks.positive("x", np.ones(3), WAY_OUT)
+
+
+@pytest.mark.parametrize("check", [checks.positive, checks.not_negative])
+def test_schedules_pass_only_where_they_may(check):
+    schedule = optax.constant_schedule(-1.0)
+    check("x", schedule, WAY_OUT, schedule=True)
+    with pytest.raises(ValueError, match="must be"):
+        check("x", schedule, WAY_OUT)
+
+
+def test_whole_numbers_are_whole():
+    checks.whole("x", 0, WAY_OUT, least=0)
+    for value in (1.0, np.float64(2), 0.5):
+        with pytest.raises(ValueError, match=r"must be a whole number, ≥ 0; 0\.5"):
+            checks.whole("x", value, WAY_OUT, least=0)
+
+
+def test_one_of_a_few():
+    checks.one_of("x", "a", ["a", "b"])
+    checks.one_of("x", None, ["a", None])
+    for value in ("d", None, 1, np.zeros(2)):
+        with pytest.raises(ValueError, match=r"x=.* must be 'a', 'b' or 'c'"):
+            checks.one_of("x", value, ["a", "b", "c"])
