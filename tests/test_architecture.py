@@ -25,6 +25,7 @@ ROWS = [
     ["curvature.fisher", "curvature.refresh", "schedules"],
     ["curvature.fisher_products", "sharding"],
     ["batch_functions"],
+    ["settings"],
     ["transforms.statistics", "transforms.desk", "transforms.validation"],
     ["transforms.placement", "transforms.unit_classes"],
     ["transforms.inversion"],
