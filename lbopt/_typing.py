@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree
 
 Array: TypeAlias = jax.Array
@@ -25,8 +26,8 @@ Updates: TypeAlias = PyTree
 OptState: TypeAlias = Any
 """The state of any optax transformation."""
 
-Scalar: TypeAlias = Float[Array, ""] | float | int
-Count: TypeAlias = Int[Array, ""]
+Scalar: TypeAlias = Float[Array, ""] | float | int | np.floating | np.integer
+Count: TypeAlias = Int[Array, ""] | np.integer
 Due: TypeAlias = Bool[Array, ""] | bool
 """Whether a statistic is wanted: a traced flag, or a bool fixed at trace time."""
 

@@ -52,8 +52,9 @@ def core(layers):
 
 def stale(rate, layers, damping):
     """With inverses that have effect later, and a bound that is not felt."""
+    periods = lbopt.Periods(inverses=2, delay=1)
     return lbopt.distributed_kfac(
-        rate, layers, kl_clip=1e3, damping=damping, inverse_period=2, inverse_delay=1
+        rate, layers, kl_clip=1e3, damping=damping, periods=periods
     )
 
 
@@ -95,11 +96,13 @@ OPTIMIZERS = {
         lambda rate, layers: optax.chain(
             core(layers), optax.scale_by_learning_rate(rate)
         ),
-        lambda layers, damping, stats_period: optax.chain(
-            lbopt.scale_by_kfac(layers, damping=damping, stats_period=stats_period),
+        lambda layers, damping, statistics: optax.chain(
+            lbopt.scale_by_kfac(
+                layers, damping=damping, periods=lbopt.Periods(statistics)
+            ),
             optax.scale_by_learning_rate(RATE),
         ),
-        lambda layers: {"layers": layers, "damping": DAMPING, "stats_period": 1},
+        lambda layers: {"layers": layers, "damping": DAMPING, "statistics": 1},
     ),
     "ekfac": Optimizer(
         lambda rate, layers: optax.chain(
@@ -125,14 +128,13 @@ OPTIMIZERS = {
     ),
     "nlcg_polak_ribiere": Optimizer(
         lambda rate, layers: lbopt.scale_by_nlcg(
-            rate, beta="polak_ribiere", step_control="online", descent_guard=True
+            rate, beta="polak_ribiere", step_control="online"
         ),
         lbopt.scale_by_nlcg,
         lambda layers: {
             "learning_rate": RATE,
             "beta": "polak_ribiere",
             "step_control": "online",
-            "descent_guard": True,
         },
         layerwise=False,
         has_curvature=False,

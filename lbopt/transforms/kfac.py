@@ -103,7 +103,13 @@ def scale_by_kfac(
     inverted, with π from the latest traces of both.
     """
     validation.check_settings(
-        layers, damping, norm_damping, factor_decay, periods, block_size
+        layers,
+        damping,
+        norm_damping,
+        factor_decay,
+        periods,
+        placement,
+        block_size,
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)

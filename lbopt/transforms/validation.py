@@ -143,6 +143,7 @@ def check_settings(
     norm_damping: Any,
     factor_decay: Any,
     periods: Any,
+    placement: Any,
     block_size: Any,
 ) -> None:
     """Refuses settings of ``scale_by_kfac`` that are out of range.
@@ -162,6 +163,10 @@ def check_settings(
     if not isinstance(periods, Periods):
         raise ValueError(
             f"periods={periods!r} must be lbopt.Periods(statistics=…, inverses=…)"
+        )
+    if not isinstance(placement, Placement):
+        raise ValueError(
+            f"placement={placement!r} must be lbopt.Placement(axis_name, axis_size)"
         )
     if isinstance(block_size, jax.Array):
         raise ValueError(

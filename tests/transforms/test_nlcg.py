@@ -1,7 +1,6 @@
 """Nonlinear conjugate gradients: golden runs, linear CG, momentum, a textbook loop."""
 
 import inspect
-import itertools
 
 import flax.serialization
 import jax
@@ -314,7 +313,8 @@ def test_linear_conjugate_gradients(rule, preconditioned):
     n = 6
     rng = np.random.default_rng(0)
     root = rng.normal(size=(n, n))
-    a, solution = root @ root.T + np.eye(n), 1e3 * rng.normal(size=n)
+    # So well conditioned that no β is above 1.
+    a, solution = root @ root.T + 20 * np.eye(n), 1e3 * rng.normal(size=n)
     scales = rng.uniform(0.5, 2.0, n) if preconditioned else np.ones(n)
     # With P = S², CG on w is CG without a preconditioner on S⁻¹ w.
     s = np.diag(np.sqrt(scales))
@@ -326,7 +326,6 @@ def test_linear_conjugate_gradients(rule, preconditioned):
             beta=rule,
             preconditioner=p if preconditioned else None,
             step_control=None,
-            beta_max=np.inf,
         )
         rows = descent(tx, lambda w: a @ (w - solution), np.zeros(n), n)
     scale = np.abs(solution).max()
@@ -364,50 +363,6 @@ def test_beta_does_not_know_the_scale_of_the_loss(rule):
     assert len({float(x) for x in plain}) > 2
 
 
-# ------------------------------------------------------------------ restarts, guard
-
-
-def test_periodic_restarts():
-    tx = scale_by_nlcg(0.1, preconditioner=None, step_control=None, restart_period=2)
-    betas = [float(s.beta) for _, s in course(tx, B_GRADIENTS)]
-    assert [b == 0 for b in betas] == [True, False, True, False, True]
-
-
-def test_powell_s_restart_is_for_gradients_that_are_not_orthogonal():
-    tx = scale_by_nlcg(
-        0.1, preconditioner=None, step_control=None, powell_threshold=0.2
-    )
-    grads = [[1, 0, 0], [0.19, 1, 0], [0, 0.21, 1.0], [0, 0, -1.0], [0, 1, 0.1]]
-    betas = [float(s.beta) for _, s in course(tx, grads)]
-    overlaps = [abs(np.dot(a, b)) / np.dot(b, b) for a, b in itertools.pairwise(grads)]
-    assert [b == 0 for b in betas[1:]] == [x >= 0.2 for x in overlaps]
-    assert 0 < sum(x >= 0.2 for x in overlaps) < 4
-
-
-def test_the_descent_guard_replaces_and_counts_uphill_directions():
-    # The second gradient is opposite to the first and longer: β is 1, and d = −g + d.
-    grads = [[1.0, 0, 0], [-0.9, 0.1, 0], [0.1, 0.1, 0.1], [1.0, 1.0, 1.0]]
-
-    def directions(**options):
-        tx = scale_by_nlcg(
-            0.1, preconditioner=None, step_control=None, beta=0.95, **options
-        )
-        return course(tx, grads)
-
-    rising = [
-        np.dot(g, s.direction) >= 0
-        for g, (_, s) in zip(grads, directions(), strict=True)
-    ]
-    assert any(rising)
-    guarded = directions(descent_guard=True)
-    for k, (g, (_, s)) in enumerate(zip(grads, guarded, strict=True)):
-        assert np.dot(g, s.direction) < 0
-        if s.beta == 0:
-            np.testing.assert_allclose(s.direction, -np.asarray(g), rtol=1e-6)
-        assert s.uphill == sum(float(x.beta) == 0 for _, x in guarded[1 : k + 1])
-    assert guarded[-1][1].uphill > 0
-
-
 # -------------------------------------------------------------------------- the state
 
 
@@ -420,7 +375,6 @@ def test_the_descent_guard_replaces_and_counts_uphill_directions():
         ({"beta": "hager_zhang"}, 4),
         ({"preconditioner": None}, 1),
         ({"preconditioner": None, "beta": "polak_ribiere"}, 2),
-        ({"preconditioner": None, "powell_threshold": 0.2}, 2),
     ],
     ids=str,
 )
@@ -531,16 +485,14 @@ def test_the_loss_is_needed(mode):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": -0.1}, r"learning_rate=-0.1 must not be negative; the dir"),
-        ({"beta": "polak"}, r"beta='polak' must be one of \['dai_yuan', .*, or a numb"),
-        ({"beta": -0.5}, r"beta=-0.5 must lie in \[0, 1\]"),
+        ({"learning_rate": -0.1}, r"learning_rate=-0.1 must be 0 or positive; the d"),
+        ({"beta": "polak"}, r"beta='polak' must be 'dai_yuan', .* or 'polak_rib"),
+        ({"beta": -0.5}, r"beta=-0.5 must be 0 or positive; it is a mom"),
+        ({"beta": 1.5}, r"beta=1.5 must lie in \(0, 1\]; it is a momentum"),
         ({"preconditioner": "kfac"}, r"preconditioner='kfac' must be 'bfgs', None, or"),
         ({"preconditioner": 3.0}, r"preconditioner=3.0 must be 'bfgs', None, or a tra"),
         ({"step_control": "armijo"}, r"step_control='armijo' must be 'step', 'online'"),
-        ({"control_period": 0}, r"control_period=0 must be a whole number of steps"),
-        ({"beta_max": -1.0}, r"beta_max=-1.0 must not be negative; 1 is usual"),
-        ({"restart_period": 0}, r"restart_period=0 must be a whole number of steps"),
-        ({"powell_threshold": 0.0}, r"powell_threshold=0.0 must be positive; 0.2 is"),
+        ({"control_period": 0}, r"control_period=0 must be a whole number, ≥ 1; 5"),
     ],
 )
 def test_settings_out_of_range(change, message):

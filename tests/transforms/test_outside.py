@@ -25,7 +25,7 @@ def states(devices, placement):
     renewals = jnp.asarray([1, 1, 1, 0])  # G of the last layer is not known
     state = state._replace(refresh=state.refresh._replace(renewals=renewals))
     many = lbopt.scale_by_kfac(
-        LAYERS, axis_name="data", axis_size=devices, placement=placement
+        LAYERS, placement=lbopt.Placement("data", devices, placement)
     )
     like = jax.eval_shape(many.init, PROBLEM.params)
     return state, lbopt.reshard(state, like, LAYERS)

@@ -87,12 +87,12 @@ def linear_regression(momentum, weight_decay):
     """The points of as many steps as there are parameters, and what they must be."""
     n, size = 12, 6
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, size)), rng.normal(size=n)
-    f, p, tiny = x.T @ x / n, spd(1, size), 1e-14
+    # The smallest λ is 1e-14 of curvatures as large as these.
+    x, y = 1e3 * rng.normal(size=(n, size)), 1e3 * rng.normal(size=n)
+    f, p, weight_decay = x.T @ x / n, spd(1, size), 1e6 * weight_decay
     tx = scale_by_quadratic_model(
         optax.stateless(lambda g, _: jnp.asarray(p) @ g),
-        damping=tiny,
-        damping_floor=tiny,
+        damping=1e-8,
         weight_decay=weight_decay,
         momentum=momentum,
     )
@@ -129,7 +129,7 @@ def test_on_a_quadratic_the_steps_are_conjugate_gradients(weight_decay):
     np.testing.assert_allclose(points[-1], solution, atol=1e-9)
     # The model is the loss: ρ of the fifth step is 1, and λ stays at its floor.
     np.testing.assert_allclose(state.ratio, 1, rtol=1e-6)
-    assert float(state.damping) == 1e-14
+    assert float(state.damping) == 1e-8
     assert state.rejected == 0
     # Without momentum it is steepest descent, the same at the first step only.
     np.testing.assert_allclose(alone[0], points[0], rtol=1e-12)
@@ -220,11 +220,9 @@ def nothing(vectors):
     return jnp.zeros((2, 2))
 
 
-def decided(rise, damping=8.0, **options):
+def decided(rise, damping=8.0):
     """A decision after a loss of 1 rose by a multiple of the predicted change."""
-    tx = scale_by_quadratic_model(
-        IDENTITY, damping=damping, damping_period=2, **options
-    )
+    tx = scale_by_quadratic_model(IDENTITY, damping=damping, damping_period=2)
     state = tx.init(START)._replace(count=jnp.asarray(1))
     # F = 0 and P = I: M(δ) − M(0) is −|g|² / 2λ.
     g = jnp.array([2.0, 0.0, 0.0])
@@ -238,12 +236,11 @@ def test_every_branch_of_the_rule(rho, factor):
     state = decided(rho)
     np.testing.assert_allclose(state.ratio, rho, rtol=1e-5)
     np.testing.assert_allclose(state.damping, 8 * factor, rtol=1e-6)
-    assert decided(rho, damping_decay=1.0).damping == 8
 
 
 def test_the_damping_has_bounds():
-    assert decided(1.0, 1e-8, damping_floor=1e-8).damping == np.float32(1e-8)
-    np.testing.assert_allclose(decided(1.0, 1.0, damping_floor=0.95).damping, 0.95)
+    for damping in (1e-8, 1.1e-8):
+        assert decided(1.0, damping).damping == np.float32(1e-8)
     assert decided(0.0, 1e12).damping == np.float32(1e12)
 
 
@@ -471,12 +468,9 @@ def test_products_are_a_matrix():
     [
         ({"preconditioner": "kfac"}, r"preconditioner='kfac' must be a transformation"),
         ({"damping": 0.0}, r"damping=0.0 must be positive; 150 is a usual start"),
-        ({"weight_decay": -1.0}, r"weight_decay=-1.0 must not be negative"),
-        ({"damping_period": 0}, r"damping_period=0 must be a whole number of steps, ≥"),
-        ({"damping_period": 2.5}, r"damping_period=2.5 must be a whole number of st"),
-        ({"damping_decay": 0.0}, r"damping_decay=0.0 must lie in \(0, 1\]; 19/20 is u"),
-        ({"damping_decay": 1.1}, r"damping_decay=1.1 must lie in \(0, 1\]"),
-        ({"damping_floor": 0.0}, r"damping_floor=0.0 must be positive"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0 must be 0 or positive; 0"),
+        ({"damping_period": 0}, r"damping_period=0 must be a whole number, ≥ 1; 5"),
+        ({"damping_period": 2.5}, r"damping_period=2.5 must be a whole number, ≥ 1"),
     ],
 )
 def test_settings_out_of_range(change, message):
