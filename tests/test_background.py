@@ -20,7 +20,6 @@ from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
 from tests.transforms.test_kfac import numpy_natural
 from tests.transforms.test_renewal import DAMPING, DECAY, STEPS, Course
 
-
 OUTSIDE = lbopt.Periods(inverses=None)
 
 
@@ -236,7 +235,7 @@ def test_settings_out_of_range():
 def test_a_state_without_one_curvature_transform(number):
     tx = optax.chain(*[lbopt.scale_by_kfac(layers())] * number, optax.scale(1.0))
     with lbopt.BackgroundInversion(layers()) as exchange:
-        message = rf"state=tuple holds {number} curvature transforms, not one"
+        message = rf"opt_state=tuple must hold one curvature transform, not {number}; "
         with pytest.raises(ValueError, match=message):
             exchange(tx.init(PARAMS))
 

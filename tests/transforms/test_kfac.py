@@ -8,7 +8,6 @@ import optax
 import pytest
 
 import lbopt
-from lbopt.transforms.kfac_state import KfacState
 from tests.problems import (
     BATCH,
     CLASSES,
@@ -229,76 +228,3 @@ def test_a_step_without_statistics_does_not_read_them():
     _, after = tx.update(grads, state, curvature=bad)
     assert_equal(after.factors, state.factors)
     assert after.rejected.tolist() == [0, 0]
-
-
-# ---------------------------------------------------------------------- messages
-
-
-def prepared():
-    problem = classify(Mlp())
-    layers = problem.trace()
-    tx = lbopt.scale_by_kfac(layers)
-    _, grads, curvature = problem.evaluate(layers)
-    return tx, grads, tx.init(problem.params), curvature
-
-
-def test_curvature_is_missing_or_of_another_model():
-    tx, grads, state, curvature = prepared()
-    message = r"update needs curvature=.*value_grad_and_curvature.*curvature=curvature"
-    with pytest.raises(ValueError, match=message):
-        tx.update(grads, state)
-    without = {"first": curvature["first"]}
-    message = r"curvature has no 'last' \(it has \['first'\]\); make it with the same"
-    with pytest.raises(ValueError, match=message):
-        tx.update(grads, state, curvature=without)
-    wrong_type = {**curvature, "last": tuple(curvature["last"])}
-    message = r"curvature\['last'\] is a tuple, not a KroneckerFactors; make it"
-    with pytest.raises(ValueError, match=message):
-        tx.update(grads, state, curvature=wrong_type)
-    exchanged = {"first": curvature["last"], "last": curvature["first"]}
-    message = r"curvature\['first'\].g has shape \[3, 3\].*packed \[15\]"
-    with pytest.raises(ValueError, match=message):
-        tx.update(grads, state, curvature=exchanged)
-
-
-def test_messages_come_while_tracing():
-    tx, grads, state, curvature = prepared()
-    with pytest.raises(ValueError, match="curvature has no 'last'"):
-        jax.eval_shape(
-            lambda c: tx.update(grads, state, curvature=c),
-            {"first": curvature["first"]},
-        )
-
-
-def test_params_of_another_model():
-    problem = classify(Mlp())
-    tx = lbopt.scale_by_kfac(problem.trace())
-    message = r"params has no 'last', which layers has; make layers and the optimizer"
-    with pytest.raises(ValueError, match=message):
-        tx.init({"first": problem.params["first"]})
-    wide = classify(Mlp(width=9)).params
-    message = r"params\['first'\]\['bias'\] has shape \[9\] where layers has \[5\]"
-    with pytest.raises(ValueError, match=message):
-        tx.init(wide)
-
-
-def test_masks():
-    problem = classify(Mlp())
-    tx = lbopt.scale_by_kfac(problem.trace())
-    part = {"first": {"kernel": True, "bias": False}, "last": {"kernel": True}}
-    with pytest.raises(
-        ValueError, match=r"layer 'first' is masked in part.*all of them"
-    ):
-        optax.masked(tx, part).init(problem.params)
-    nothing = {"first": False, "last": False}
-    message = r"params holds none of the layers \['first', 'last'\]"
-    with pytest.raises(ValueError, match=message):
-        optax.masked(tx, nothing).init(problem.params)
-    # A mask may stop at a module or name every array.
-    for mask in (
-        {"first": True, "last": False},
-        {"first": {"kernel": True, "bias": True}, "last": {"kernel": False}},
-    ):
-        state = optax.masked(tx, mask).init(problem.params)
-        assert isinstance(state.inner_state, KfacState)
-        assert set(state.inner_state.factors) == {"first"}

@@ -1,7 +1,5 @@
 """The layer-wise trust ratio: golden numbers, invariances, optax."""
 
-import inspect
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ import pytest
 
 import lbopt
 from lbopt.transforms.lars import scale_by_lars
-from tests.problems import Mlp, assert_close, assert_equal, classify
+from tests.problems import Mlp, assert_close
 
 # lars.md section 6; the paper's own settings.
 RATES = (10.0, 8.0)
@@ -130,28 +128,6 @@ def test_with_decay_a_step_is_shorter_but_for_optax(network):
         np.testing.assert_allclose(norms(updates), 0.02 * norms(params), rtol=1e-5)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("skip", [None, r"bias$"])
-def test_the_variant_of_optax_is_optax_bit_for_bit(network, skip, nesterov):
-    params, draws = network
-    rate = optax.linear_schedule(3.0, 0.1, 5)
-    ours = lbopt.lars(rate, variant="optax", skip=skip, nesterov=nesterov)
-    mask = {
-        "first": {"kernel": True, "bias": skip is None},
-        "last": {"kernel": True},
-    }
-    theirs = optax.lars(
-        rate,
-        weight_decay=5e-4,
-        weight_decay_mask=mask,
-        trust_coefficient=1e-3,
-        trust_ratio_mask=mask,
-        momentum=0.9,
-        nesterov=nesterov,
-    )
-    assert_equal(trajectory(ours, *network), trajectory(theirs, params, draws))
-
-
 @pytest.mark.parametrize("zero", ["weights", "gradient", "both"])
 def test_zero_norms_give_plain_steps(network, zero):
     params, (grads, *_) = network
@@ -229,20 +205,6 @@ def test_norms_of_half_precision_are_taken_in_float32():
     np.testing.assert_array_equal(updates["w"], 4.0)
 
 
-def test_after_kfac_it_is_the_natural_gradient_that_is_scaled():
-    problem = classify(Mlp())
-    layers = problem.trace()
-    core = lbopt.scale_by_kfac(layers, damping=1e-2)
-    tx = optax.chain(core, lbopt.lars(1.0, weight_decay=0.0, trust_coefficient=0.02))
-    _, grads, curvature = problem.evaluate(layers)
-    params, state = problem.params, tx.init(problem.params)
-    updates, state = tx.update(grads, state, params, curvature=curvature)
-    natural, _ = core.update(grads, core.init(params), curvature=curvature)
-    for u, z, w in zip(*map(jax.tree.leaves, (updates, natural, params)), strict=True):
-        length = 0.02 * jnp.linalg.norm(w) if jnp.any(w) else jnp.linalg.norm(z)
-        np.testing.assert_allclose(u, -z * length / jnp.linalg.norm(z), rtol=1e-4)
-
-
 # ----------------------------------------------------------------------------- errors
 
 
@@ -278,21 +240,3 @@ def test_nothing_to_skip_for_mlperf():
 def test_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
         scale_by_lars(**change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"variant": "larc"}, r"variant='larc' must be 'paper', 'mlperf' or 'optax'"),
-        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); 0 for none"),
-        ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be 0 or positive; it is"),
-        ({"variant": "optax", "weight_decay": -1.0}, r"weight_decay=-1.0 must be 0"),
-        (
-            {"variant": "optax", "clip": True},
-            r"clip=True must not be set with variant='optax', .* use variant='paper'",
-        ),
-    ],
-)
-def test_settings_of_the_ready_optimizer(change, message):
-    with pytest.raises(ValueError, match=message):
-        inspect.unwrap(lbopt.lars)(**({"learning_rate": 1.0} | change))

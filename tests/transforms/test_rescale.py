@@ -16,7 +16,6 @@ from tests.problems import (
     Mlp,
     Problem,
     all_finite,
-    assert_close,
     assert_equal,
     classify,
     cross_entropy,
@@ -220,22 +219,6 @@ def test_inside_masked(mlp, mask):
     updates, _ = tx.update(step, tx.init(params), params)
     assert_equal(updates["first"], expected["first"])
     assert_equal(updates["last"], step["last"])
-
-
-def test_inside_optax(mlp):
-    params, layers, step = mlp
-    expected, _ = rescale_weights(layers).update(step, optax.EmptyState(), params)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    for tx in (
-        optax.chain(optax.identity(), rescale_weights(layers)),
-        optax.apply_if_finite(rescale_weights(layers), 3),
-        optax.MultiSteps(rescale_weights(layers), 1),
-        optax.inject_hyperparams(rescale_weights)(layers=layers),
-    ):
-        update = jax.jit(tx.update)
-        updates, _ = update(step, tx.init(params), params, value=jnp.ones([]))
-        assert_close(updates, expected)
-    assert rescale_weights(layers).init(shapes) == optax.EmptyState()
 
 
 def test_errors_at_the_door(mlp):

@@ -5,10 +5,15 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lbopt
-from tests.problems import Mlp, classify
+from lbopt.collectives import Axis
+from lbopt.curvature.eigen_moments import CorrectedStatistics
+from lbopt.transforms import validation
+from lbopt.transforms.eigen_moments import Moments
+from tests.problems import Mlp, assert_equal, classify
 
 ADAPTIVE = {"factor_decay": 0.0, "stale_threshold": 0.1}
 
@@ -27,14 +32,11 @@ def layers():
         ({"norm_damping": 0}, "norm_damping=0 must be positive; 1 damps them like"),
         ({"factor_decay": 1.0}, r"factor_decay=1.0 must lie in \[0, 1\); 0 keeps"),
         ({"factor_decay": -0.1}, r"factor_decay=-0.1 must lie in \[0, 1\)"),
-        (
-            {"periods": 5},
-            r"periods=5 must be lbopt.Periods\(statistics=…, inverses=…\)",
-        ),
+        ({"periods": 5}, r"periods=5 must be lbopt.Periods\(statistics=…, inverses=…"),
         ({"placement": "comm"}, r"placement='comm' must be lbopt.Placement\(axis_name"),
         ({"block_size": 0}, "block_size=0 must be a whole number, ≥ 1; None keeps"),
         ({"block_size": 2.5}, "block_size=2.5 must be a whole number, ≥ 1"),
-        ({"block_size": jnp.asarray(3)}, "block_size=3 must be a Python int, for it"),
+        ({"block_size": jnp.asarray(3)}, "block_size=3 must be a Python int, becau"),
         (ADAPTIVE | {"stale_threshold": -1}, "stale_threshold=-1 must be 0 or positi"),
         ({"stale_threshold": 0.1}, "factor_decay=0.95 must be 0 with stale_threshold="),
         (
@@ -109,3 +111,117 @@ def test_layers_of_another_kind(layers):
         make(dict(layers))
     with pytest.raises(ValueError, match=r"layers=\[\] must hold a layer that the los"):
         make(type(layers)({}))
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: {"first": p["first"]},
+            "params has no 'last', which layers has; mak",
+        ),
+        (
+            lambda p: p | {"first": {"kernel": jnp.ones((4, 9)), "bias": jnp.ones(9)}},
+            r"params\['first'\]\['bias'\] has shape \[9\] where layers has \[5\]",
+        ),
+        (
+            lambda p: p | {"first": p["first"] | {"bias": optax.MaskedNode()}},
+            "layer 'first' is masked in part .* mask all of them or none",
+        ),
+        (
+            lambda p: dict.fromkeys(p, optax.MaskedNode()),
+            r"params holds none of the layers \['first', 'last'\], all are masked",
+        ),
+    ],
+)
+def test_parameters_that_do_not_fit(layers, change, message):
+    params = change(classify(Mlp()).params)
+    with pytest.raises(ValueError, match=message):
+        lbopt.scale_by_kfac(layers).init(params)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"first": True, "last": False},
+        {"first": {"kernel": True, "bias": True}, "last": {"kernel": False}},
+    ],
+)
+def test_a_mask_may_stop_at_a_module_or_name_every_array(layers, mask):
+    tx = optax.masked(lbopt.scale_by_kfac(layers), mask)
+    state = lbopt.curvature_state(tx.init(classify(Mlp()).params))
+    assert set(state.factors) == {"first"}
+
+
+# ----------------------------------------------------------------------- statistics
+
+
+@pytest.fixture(scope="module")
+def curvature(layers):
+    return classify(Mlp()).evaluate(layers)[2]
+
+
+def corrected(statistics, size=5):
+    return CorrectedStatistics(statistics.a, statistics.g, jnp.ones((size, size)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: None, "update needs curvature=.*value_grad_and_curvature"),
+        (
+            lambda c: {"first": c["first"]},
+            r"curvature has no 'last' \(it has \['first'\]\); make it with the same",
+        ),
+        (
+            lambda c: c | {"last": tuple(c["last"])},
+            r"curvature\['last'\] is a tuple, not a KroneckerFactors; make it",
+        ),
+        (
+            lambda c: {"first": c["last"], "last": c["first"]},
+            r"curvature\['first'\].g has shape \[3, 3\].*packed \[15\]",
+        ),
+        (
+            lambda c: c | {"first": corrected(c["first"])},
+            r"curvature\['first'\] is a CorrectedStatistics, not a KroneckerFactors",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit(layers, curvature, change, message):
+    tx = lbopt.scale_by_kfac(layers)
+    params = classify(Mlp()).params
+    # While tracing: nothing is compiled before.
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda c: tx.update(params, tx.init(params), curvature=change(c)),
+            curvature,
+        )
+
+
+def test_second_moments_that_do_not_fit(layers, curvature):
+    moments = {"first": Moments(jnp.ones((5, 5)), jnp.asarray(0), jnp.asarray(True))}
+
+    def checked(first):
+        given = curvature | {"first": first}
+        return validation.checked_statistics(dict(layers), given, moments)
+
+    statistics, squares = checked(corrected(curvature["first"]))
+    assert set(squares) == {"first"}
+    assert_equal(statistics, dict(curvature))
+    message = r"\['first'\] is a KroneckerFactors without the second moments that eigen"
+    with pytest.raises(ValueError, match=message):
+        checked(curvature["first"])
+    message = r"curvature\['first'\].s has shape \[6, 6\], and the state's \[5, 5\]; e"
+    with pytest.raises(ValueError, match=message):
+        checked(corrected(curvature["first"], 6))
+
+
+def test_shares_of_another_number_of_devices(layers):
+    state = lbopt.scale_by_kfac(layers).init(classify(Mlp()).params)
+    validation.check_shares(layers, state.factors, Axis(None, 1))
+    message = r"axis_size=2 must be .* of 'first' has 15 numbers on a device, not 8; "
+    with pytest.raises(ValueError, match=message):
+        validation.check_shares(layers, state.factors, Axis("data", 2))
