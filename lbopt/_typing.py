@@ -10,9 +10,10 @@ Axis names used in shape annotations all over the library:
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree
 
 Array: TypeAlias = jax.Array
@@ -25,8 +26,17 @@ Updates: TypeAlias = PyTree
 OptState: TypeAlias = Any
 """The state of any optax transformation."""
 
-Scalar: TypeAlias = Float[Array, ""] | float | int
-Count: TypeAlias = Int[Array, ""]
+# NumPy scalars are accepted everywhere, but optax's annotations, to which these values
+# are passed on, leave them out.
+if TYPE_CHECKING:
+    Number: TypeAlias = float | int
+    Whole: TypeAlias = int
+else:
+    Number = float | int | np.floating | np.integer
+    Whole = int | np.integer
+
+Scalar: TypeAlias = Float[Array, ""] | Number
+Count: TypeAlias = Int[Array, ""] | Whole
 Due: TypeAlias = Bool[Array, ""] | bool
 """Whether a statistic is wanted: a traced flag, or a bool fixed at trace time."""
 

@@ -31,7 +31,7 @@ ROWS = [
     ["curvature.fisher_products", "sharding"],
     ["batch_functions"],
     ["settings"],
-    ["transforms.statistics", "transforms.desk", "transforms.validation"],
+    ["transforms.statistics", "transforms.owner_buffers", "transforms.validation"],
     ["transforms.placement", "transforms.unit_classes"],
     ["transforms.inversion"],
     ["transforms.kfac_state"],

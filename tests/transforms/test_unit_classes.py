@@ -37,7 +37,7 @@ def test_gathered_units_and_others_are_classes_apart():
 def test_turns_are_those_of_the_owners():
     owners = owners_of(UNITS, 3)
     classes = unit_classes.classes_of(owners)
-    turns = unit_classes.turns_of(classes, jnp.asarray(SOME))
+    turns = unit_classes.queues_of(classes, jnp.asarray(SOME))
     for ids, turn in zip(CLASSES, turns, strict=True):
         assert turn.due.tolist() == SOME[ids].tolist()
         for device in range(3):
@@ -47,7 +47,7 @@ def test_turns_are_those_of_the_owners():
             positions = turn.positions[device].tolist()
             assert positions[: len(first)] == first
             assert sorted(k for k in positions if k < len(ids)) == mine
-    most = unit_classes.most_of(turns)
+    most = unit_classes.longest_queues(turns)
     assert most.tolist() == [int(np.max(turn.lengths)) for turn in turns]
-    count = unit_classes.count_of(turns)
+    count = unit_classes.due_counts(turns)
     assert count.tolist() == [int(SOME[ids].sum()) for ids in CLASSES]
