@@ -70,7 +70,9 @@ def test_the_loss_is_refused_where_not_all_devices_have_a_share():
     train_step = training.make_train_step(
         loss_fn, tx, LAYERS, mesh, statistics_devices=1
     )
-    message = r"fisher_products is refused with statistics_devices=1.*_fraction or a"
+    message = (
+        r"fisher_products cannot be evaluated with statistics_devices=1.*_fraction or a"
+    )
     with pytest.raises(ValueError, match=message):
         train_step(state, batch_of(0))
 

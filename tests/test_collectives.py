@@ -133,7 +133,7 @@ def test_shares_are_rounded_up():
 
 def test_an_axis_that_is_not_there():
     message = (
-        "axis_name='rows' is no mapped axis here; call the update inside "
+        "axis_name='rows' is not a mapped axis here; call the update inside "
         "jax.shard_map or jax.pmap"
     )
     with pytest.raises(ValueError, match=message):
