@@ -66,7 +66,7 @@ def report(
       >>> print(memory.splitlines()[0])
       1,994 parameters; memory per device: parameters 7.98 kB, ...
     """
-    _check_batch(inputs, devices)
+    _check_batch(inputs, devices)  # first, or the failure would be the model's
     layers, params, model_state = _traced(model, inputs, dict(arguments or {}))
     spread: dict[str, Any] = {}
     if devices > 1:

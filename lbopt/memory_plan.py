@@ -48,7 +48,7 @@ class MemoryPlan(NamedTuple):
     @property
     def total(self) -> int:
         """State and batch, from shapes alone."""
-        return sum(self[:6])
+        return sum(self[:6])  # not XLA's two, which count the same bytes again
 
     def __str__(self) -> str:
         """Lists the parts that are not empty, and XLA's count if there is one."""
@@ -150,7 +150,7 @@ def on_mesh(
     """
     if mesh is None:
         return state, batch
-    (axis_name,) = mesh.axis_names
+    (axis_name,) = mesh.axis_names  # on more axes it would be a guess which is split
 
     def placed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(

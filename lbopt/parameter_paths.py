@@ -36,6 +36,7 @@ class Matching(NamedTuple):
         paths = [path for path, _ in tree_leaves_with_path(params)]
         if self.expression is None or any(map(self, paths)):
             return
+        # A few paths show how they are written; a large model has thousands.
         shown = ", ".join(_named(path) for path in paths[:5])
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         raise ValueError(

@@ -1,4 +1,4 @@
-"""LARS and NLCG do the same on any devices, in micro-batches, and after sleep."""
+"""LARS and NLCG compute the same on any devices, in micro-batches, and when resumed."""
 
 import functools
 import re
@@ -12,35 +12,29 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lbopt
-from lbopt import sharding, training
+from lbopt import training
+from tests.devices import mesh_of, spread
 from tests.problems import assert_equal
 from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
 
 STEPS = 8
 
 
-def core(**options):
-    return lbopt.scale_by_kfac(layers(), damping=1e-2, **options)
-
-
-def lars(**options):
-    del options
+def lars(**_):
     return lbopt.lars(optax.linear_schedule(0.5, 0.1, STEPS), trust_coefficient=0.1)
 
 
-def nlcg(**options):
-    del options
+def nlcg(**_):
     return lbopt.nlcg(0.05, control_period=2)
 
 
-def nlcg_polak_ribiere(**options):
-    del options
+def nlcg_polak_ribiere(**_):
     return lbopt.nlcg(0.05, beta="polak_ribiere", step_control="online")
 
 
-def nlcg_kfac(**options):
-    axis_name = options.get("axis_name")
-    return lbopt.nlcg(0.02, preconditioner=core(**options), axis_name=axis_name)
+def nlcg_kfac(axis_name=None, **options):
+    core = lbopt.scale_by_kfac(layers(), damping=1e-2, axis_name=axis_name, **options)
+    return lbopt.nlcg(0.02, preconditioner=core, axis_name=axis_name)
 
 
 ON_TWO, ON_FOUR = {"devices": 2}, {"devices": 4, "accumulate": 2}
@@ -55,11 +49,9 @@ WAYS = [
 
 def start(make, devices):
     """A first state and its step."""
-    mesh, options = None, {}
-    if devices is not None:
-        mesh = sharding.make_mesh(jax.devices()[:devices])
-        options = {"axis_name": "data", "axis_size": devices}
-        options |= {"placement": "memory"} if devices > 2 else {}
+    mesh, options = mesh_of(devices), spread(devices)
+    if devices == 4:
+        options |= {"placement": "memory"}
     tx = make(**options)
     known = layers() if "kfac" in make.__name__ else None
     state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
@@ -95,14 +87,14 @@ def test_the_work_may_be_spread(make, how):
 
 
 @pytest.mark.parametrize("make", [lars, nlcg], ids=lambda make: make.__name__)
-def test_a_run_goes_on_after_sleep(make):
+def test_a_run_is_resumed(make):
     state, make_step = start(make, None)
     step = make_step()
     for i in range(STEPS // 2):
         state, _ = step(state, batch_of(i))
-    asleep = flax.serialization.to_bytes(state._replace(rng=()))
+    saved = flax.serialization.to_bytes(state._replace(rng=()))
     first, _ = start(make, None)
-    state = flax.serialization.from_bytes(first._replace(rng=()), asleep)
+    state = flax.serialization.from_bytes(first._replace(rng=()), saved)
     state = state._replace(rng=first.rng)
     for i in range(STEPS // 2, STEPS):
         state, _ = step(state, batch_of(i))
@@ -122,8 +114,7 @@ def test_a_run_goes_on_after_sleep(make):
     ids=str,
 )
 def test_cut_parameters_need_two_reductions(options):
-    kinds = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds)
+    mesh = mesh_of(4)
     rows, whole = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
     params = {f"w{i}": jnp.linspace(-1, i, 32).reshape(8, 4) for i in range(5)}
     grads = [jax.tree.map(lambda w, k=k: jnp.cos(k + 3 * w), params) for k in range(4)]
