@@ -75,7 +75,9 @@ def likelihood_terms(f, y, distribution):
 
 
 class Problem:
-    """A model, its parameters, a batch, and how the outputs are a distribution."""
+    """A model, its parameters, a batch, and the distribution of its outputs."""
+
+    doubly_factored = None
 
     def __init__(self, model, x, distribution="normal", seed=1):
         self.model, self.x, self.distribution = model, x, distribution
@@ -87,13 +89,12 @@ class Problem:
             variables["params"],
         )
         shape = jax.eval_shape(self.outputs, self.params, x).shape
-        self.y = jnp.asarray(
-            {
-                "normal": lambda: rng.normal(size=shape),
-                "bernoulli": lambda: rng.integers(0, 2, size=shape).astype(float),
-                "categorical": lambda: rng.integers(0, shape[-1], size=shape[:-1]),
-            }[distribution]()
-        )
+        draw = {
+            "normal": lambda: rng.normal(size=shape),
+            "bernoulli": lambda: rng.integers(0, 2, size=shape).astype(float),
+            "categorical": lambda: rng.integers(0, shape[-1], size=shape[:-1]),
+        }
+        self.y = jnp.asarray(draw[distribution]())
 
     def outputs(self, params, x):
         return self.model.apply({"params": params}, x)
@@ -106,9 +107,9 @@ class Problem:
         return jnp.mean(likelihood_terms(f, y, self.distribution))
 
     def layers(self, sharing="expand"):
-        return lbopt.trace_layers(
-            self.loss, self.params, self.x, self.y, weight_sharing=sharing, strict=True
-        )
+        options = {"weight_sharing": sharing, "doubly_factored": self.doubly_factored}
+        args = self.params, self.x, self.y
+        return lbopt.trace_layers(self.loss, *args, strict=True, **options)
 
     def evaluate(self, fisher="exact", sharing="expand"):
         return lbopt.value_grad_and_curvature(
@@ -143,13 +144,10 @@ class Problem:
 
     def empirical_fishers(self):
         losses = jax.eval_shape(self.losses, self.params, self.x, self.y)
-        jac = oracles.jacobians(
-            lambda p, x: self.losses(p, x, self.y), self.params, self.x
-        )
-        return {
-            path: oracles.empirical_fisher(oracles.layer_jacobian(jac, losses, path))
-            for path in self.params
-        }
+        own = functools.partial(self.losses, y=self.y)
+        jac = oracles.jacobians(own, self.params, self.x)
+        layers = {path: oracles.layer_jacobian(jac, losses, path) for path in jac}
+        return {path: oracles.empirical_fisher(j) for path, j in layers.items()}
 
 
 def product(statistics):
@@ -463,25 +461,12 @@ def test_12_mean_and_sum_over_locations_damp_alike():
 MAP = (4, 3)  # locations, channels
 
 
-class OnMap(Problem):
+def on_map(maps):
     """A dense layer that reads a flattened map, under squared loss."""
-
-    def __init__(self, maps):
-        flattened = jnp.asarray(maps).reshape(len(maps), -1)
-        super().__init__(nn.Sequential((dense(2),)), flattened)
-        self.maps = np.asarray(maps)
-
-    def layers(self, sharing="expand"):
-        shape = self.maps.shape[1:]
-        return lbopt.trace_layers(
-            self.loss,
-            self.params,
-            self.x,
-            self.y,
-            weight_sharing=sharing,
-            doubly_factored={"layers_0": shape},
-            strict=True,
-        )
+    flattened, shape = jnp.asarray(maps).reshape(len(maps), -1), maps.shape[1:]
+    problem = Problem(nn.Sequential((dense(2),)), flattened)
+    problem.doubly_factored = {"layers_0": shape}
+    return problem
 
 
 def rectified(seed, *shape):
@@ -515,10 +500,8 @@ def three_products(statistics):
     ],
     ids=["product design", "rank two", "sizes vary", "not a product"],
 )
-def test_13_product_design_of_unit_rank_one_maps_is_exact_and_others_are_not(
-    maps, exact
-):
-    problem = OnMap(maps)
+def test_13_product_designs_of_unit_maps_of_rank_one_alone_are_exact(maps, exact):
+    problem = on_map(maps)
     statistics, fisher = problem.curvature()["layers_0"], problem.fisher("layers_0")
     off = error(three_products(statistics), fisher[:-2, :-2])
     assert off < EXACT if exact else off > INEXACT
@@ -565,19 +548,19 @@ def test_13_power_iteration_is_the_singular_value_decomposition(shape, sign):
 
 
 def test_13_trace_is_never_overstated():
-    problem = OnMap(rectified(0, 7, *MAP))
-    statistics = problem.curvature()["layers_0"]
+    maps = rectified(0, 7, *MAP)
+    statistics = on_map(maps).curvature()["layers_0"]
     trace = np.trace(statistics.k) * np.trace(statistics.c)
-    sigma = np.linalg.svd(problem.maps, compute_uv=False)[:, 0]
+    sigma = np.linalg.svd(maps, compute_uv=False)[:, 0]
     assert error(trace, np.mean(sigma) ** 2) < EXACT
-    assert trace < np.mean(sigma**2) < np.mean(np.sum(problem.maps**2, (1, 2)))
+    assert trace < np.mean(sigma**2) < np.mean(np.sum(maps**2, (1, 2)))
 
 
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5)])
 def test_13_a_map_of_vectors_is_the_ordinary_factor_where_sizes_are_equal(shape, equal):
     rows = unit_rows(0, 7, 5) * (3.0 if equal else np.linspace(0.5, 2, 7)[:, None])
-    statistics = OnMap(rows.reshape(7, *shape)).curvature()["layers_0"]
+    statistics = on_map(rows.reshape(7, *shape)).curvature()["layers_0"]
     sizes = np.linalg.norm(rows, axis=-1)
     vectors, number = (statistics.k, statistics.c)[:: 1 if shape[1] == 1 else -1]
     # E[a aᵀ / |a|] and E|a|

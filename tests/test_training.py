@@ -265,7 +265,7 @@ def test_training_goes_on_with_singular_factors(case):
         batch["x"] = jnp.zeros_like(batch["x"])
     if case == "duplicated":
         batch["x"] = jnp.tile(batch["x"][:, :1], (1, batch["x"].shape[1]))
-    model = Dead() if case == "dead" else NormNet()
+    model = Dead() if case == "dead" else NormNet(between=nn.relu)
     variables = model.init(jax.random.key(1), batch["x"])
     params = variables.pop("params")
     loss_fn = problems.noisy_loss(model)
