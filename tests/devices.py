@@ -31,3 +31,13 @@ def on_devices(devices, function, *args, parallel="shard_map"):
     return quick_jit(
         jax.shard_map(own, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
     )(*args)
+
+
+def mesh_of(devices):
+    """A mesh of so many devices; None for none."""
+    return None if devices is None else sharding.make_mesh(jax.devices()[:devices])
+
+
+def spread(devices):
+    """The arguments of an optimizer on so many devices."""
+    return {} if devices is None else {"axis_name": AXIS, "axis_size": devices}
