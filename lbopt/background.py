@@ -44,7 +44,6 @@ class BackgroundInversion:
     Args:
       layers: what ``trace_layers`` found.
       block_size: what the optimizer was made with.
-      exact_damping: likewise.
       delay: steps after which inverses have effect: those of the factors of step t at
         step t + delay, as with ``inverse_delay``.  If they have not come by then, they
         are waited for, so that a run's numbers do not depend on its speed.  None for as
@@ -83,7 +82,6 @@ class BackgroundInversion:
         layers: Layers,
         *,
         block_size: int | None = None,
-        exact_damping: bool = False,
         delay: int | None = None,
         cores: Sequence[int] | None = None,
     ) -> None:
@@ -94,9 +92,7 @@ class BackgroundInversion:
             )
         if cores is not None:
             _check_cores(cores)
-        self._known = sharding.configured(
-            layers.preconditioned, exact_damping=exact_damping, block_size=block_size
-        )
+        self._known = sharding.configured(layers.preconditioned, block_size=block_size)
         self._delay, self._cores = delay, cores
         self._folder = tempfile.TemporaryDirectory(prefix="lbopt-")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbopt-background")

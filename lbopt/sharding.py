@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lbopt import collectives
 from lbopt._typing import OptState, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import discovery
+from lbopt.curvature import discovery, eigen_moments
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
@@ -416,28 +416,26 @@ def owner_table(
 def configured(
     layers: Mapping[str, Layer],
     *,
-    exact_damping: bool = False,
     block_size: int | None = None,
     corrected: bool = False,
 ) -> dict[str, Layer]:
-    """Layers with the variant of their blocks that an optimizer's settings ask for.
+    """Configures the layers' blocks by an optimizer's settings.
 
     Args:
       layers: layers by path.
-      exact_damping: as for ``scale_by_kfac``.
-      block_size: likewise.
-      corrected: whether blocks that may have eigenvalues of their own are to.
+      block_size: as for ``scale_by_kfac``.
+      corrected: whether blocks with ``moments`` have eigenbases instead of inverses.
 
     Returns:
       The layers by path.
     """
 
     def one(layer: Layer) -> Layer:
-        make = layer.block.variant
-        if make is None:
-            return layer
-        in_bases = corrected and layer.block.moments is not None
-        block = make(exact_damping or in_bases, block_size)
+        block = layer.block
+        if block.cut is not None:
+            block = block.cut(block_size)
+        if corrected and block.moments is not None:
+            block = eigen_moments.in_eigenbases(block)
         return layer._replace(tapped=layer.tapped._replace(block=block))
 
     return {path: one(layer) for path, layer in layers.items()}

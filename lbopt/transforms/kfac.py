@@ -40,7 +40,6 @@ def scale_by_kfac(
     stagger: bool = False,
     stale_threshold: Scalar | None = None,
     block_size: int | None = None,
-    exact_damping: bool = False,
     eigenvalues: Literal["kronecker", "corrected"] = "kronecker",
     axis_name: str | None = None,
     axis_size: Count | int = 1,
@@ -86,8 +85,6 @@ def scale_by_kfac(
         when its own clock says so.  None for the periods.
       block_size: factors with more rows are cut into equal diagonal blocks with at most
         so many; None keeps them whole.
-      exact_damping: invert A ⊗ G + λI itself, in the factors' eigenbases, instead of
-        splitting λ between the factors; dearer, and never a shorter step.
       eigenvalues: ``"corrected"`` is EKFAC: a layer with two symmetric factors gets
         their eigenbases, and in these the second moments s of the gradients for
         eigenvalues, :math:`U_A [(U_A^\top \nabla W U_G) / (s + \lambda)] U_G^\top`.
@@ -140,7 +137,6 @@ def scale_by_kfac(
     axis = Axis(axis_name, 1 if axis_name is None else int(axis_size))
     known = sharding.configured(
         layers.preconditioned,
-        exact_damping=exact_damping,
         block_size=block_size,
         corrected=eigenvalues == "corrected",
     )

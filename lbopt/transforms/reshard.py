@@ -23,7 +23,6 @@ def reshard(
     layers: Layers,
     *,
     block_size: int | None = None,
-    exact_damping: bool = False,
 ) -> Any:
     """A state as another number of devices, or another placement, would have it.
 
@@ -40,7 +39,6 @@ def reshard(
         ``jax.eval_shape(optimizer.init, params)``.
       layers: what ``trace_layers`` found.
       block_size: what both optimizers were made with.
-      exact_damping: likewise.
 
     Returns:
       The numbers of ``state`` in the shapes of ``like``; ``sharding.place`` puts them
@@ -63,9 +61,7 @@ def reshard(
       >>> state.factors.shards["layers_0"].a.shape  # 21 numbers in 4 shares
       (4, 6)
     """
-    known = sharding.configured(
-        layers.preconditioned, exact_damping=exact_damping, block_size=block_size
-    )
+    known = sharding.configured(layers.preconditioned, block_size=block_size)
 
     def one(new: Any, old: Any) -> Any:
         if not isinstance(new, KfacState):

@@ -332,19 +332,3 @@ def test_masks():
         state = optax.masked(tx, mask).init(problem.params)
         assert isinstance(state.inner_state, KfacState)
         assert set(state.inner_state.factors) == {"first"}
-
-
-def test_exact_damping_is_the_dense_solve_of_each_layer():
-    problem = classify(Mlp())
-    layers = problem.trace()
-    tx = lbopt.scale_by_kfac(layers, damping=DAMPING, exact_damping=True)
-    _, [(grads, curvature, updates)] = steps_of(problem, layers, tx, [inputs(0)])
-    for path, (a, g) in curvature.items():
-        w = np.asarray(grads[path]["kernel"], np.float64)
-        if "bias" in grads[path]:
-            w = np.concatenate([w, np.asarray(grads[path]["bias"], np.float64)[None]])
-        dense = np.kron(np.asarray(a, np.float64), np.asarray(g, np.float64))
-        u = np.linalg.solve(dense + DAMPING * np.eye(w.size), w.ravel())
-        u = u.reshape(w.shape)
-        kernel = updates[path]["kernel"]
-        np.testing.assert_allclose(kernel, u[: len(kernel)], rtol=1e-3, atol=1e-5)
