@@ -247,6 +247,40 @@ def kronecker_eigenvalues(
     return a[..., :, None] * g[..., None, :]
 
 
+def precondition(
+    kinds: Any,
+    bases: Eigenbases,
+    s: Float[Array, "*copies rows columns"],
+    matrix: Float[Array, "*copies in out"],
+) -> Float[Array, "*copies in out"]:
+    r"""Preconditions a gradient by the corrected eigenvalues.
+
+    .. math:: U = U_A \left[(U_A^\top\, \nabla W\, U_G) / (s + \lambda)\right] U_G^\top
+
+    Args:
+      kinds: the kinds of the two factors.
+      bases: their eigenbases, and λ.
+      s: second moments of the gradients in the bases.
+      matrix: the gradient ∇W as a kernel matrix.
+
+    Returns:
+      The natural gradient U.
+    """
+    (a, g), ((damping, _, q_a), (_, _, q_g)) = kinds, bases
+    rows, columns = matrix.shape[-2:]
+    # The last block of a cut factor is padded, and eigh may put the padding's
+    # eigenvectors anywhere among its columns.
+    edges = [(0, s.shape[-2] - rows), (0, s.shape[-1] - columns)]
+    v = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + edges)
+    v = factor.times_right(g, v, q_g)
+    v = factor.times(a, _transposed(q_a), v)
+    # One λ per copy, repeated for the diagonal blocks of a cut factor.
+    damping = damping[..., 0] if a.parts > 1 else damping
+    v = v / (s + damping[..., None, None])
+    v = factor.times_right(g, v, _transposed(q_g))
+    return factor.times(a, q_a, v)[..., :rows, :columns]
+
+
 def carried(
     s: Float[Array, "*copies rows columns"], before: Any, after: Any
 ) -> Float[Array, "*copies rows columns"]:

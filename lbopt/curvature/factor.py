@@ -103,6 +103,15 @@ def times(kind: Factor, whole: Array, v: Float[Array, "*stack n m"]) -> Array:
     return (linalg.block_matmul if kind.parts > 1 else linalg.matmul)(whole, v)
 
 
+def times_right(kind: Factor, v: Float[Array, "*stack m n"], whole: Array) -> Array:
+    """Multiplies ``v`` from the right by an unpacked matrix of a symmetric factor."""
+    if kind.parts == 1:
+        return linalg.matmul(v, whole)
+    # v M = (Mᵀ vᵀ)ᵀ; eigenvectors, unlike inverses, are not symmetric.
+    product = linalg.block_matmul(jnp.swapaxes(whole, -1, -2), jnp.swapaxes(v, -1, -2))
+    return jnp.swapaxes(product, -1, -2)
+
+
 def diagonal(shape: tuple[int, ...]) -> Factor:
     """A diagonal matrix, stored in any shape.
 

@@ -194,28 +194,16 @@ def two_factor_block(
             inverses: KroneckerInverses, leaves: block.Leaves
         ) -> dict[str, Array]:
             a_inv, g_inv = inverses
-            v = _right(to_matrix(leaves), g_inv, g)  # [*copies, *stack, in, out]
+            v = to_matrix(leaves)  # [*copies, *stack, in, out]
+            v = factor.times_right(g, v, g_inv)
             v = a_inv[..., None] * v if diagonal else factor.times(a, a_inv, v)
             return from_matrix(v)
 
         def precondition_in_bases(
             bases: eigen_moments.Eigenbases, s: Array, leaves: block.Leaves
         ) -> dict[str, Array]:
-            (damping, _, q_a), (_, _, q_g) = bases
             matrix = to_matrix(leaves)
-            rows, columns = matrix.shape[-2:]
-            # The last block of a cut factor is padded, and eigh may put the padding's
-            # eigenvectors anywhere among its columns.
-            edges = [(0, s.shape[-2] - rows), (0, s.shape[-1] - columns)]
-            v = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + edges)
-            v = _right(v, q_g, g)
-            v = factor.times(a, jnp.swapaxes(q_a, -1, -2), v)
-            # One λ per copy, repeated for the diagonal blocks of a cut factor.
-            damping = damping[..., 0] if a.parts > 1 else damping
-            v = v / (s + damping[..., None, None])
-            v = _right(v, jnp.swapaxes(q_g, -1, -2), g)
-            v = factor.times(a, q_a, v)
-            return from_matrix(v[..., :rows, :columns])
+            return from_matrix(eigen_moments.precondition((a, g), bases, s, matrix))
 
         return block.CurvatureBlock(
             kind="kronecker",
@@ -244,15 +232,6 @@ def _kind(shape: jax.ShapeDtypeStruct, block_size: int | None) -> factor.Factor:
     if len(shape.shape) == 1:
         return factor.diagonal((order,))
     return factor.cut_symmetric(order, block_size)
-
-
-def _right(v: Array, blocks: Array, kind: factor.Factor) -> Array:
-    """Multiplies ``v`` from the right by a factor's matrix."""
-    if kind.parts == 1:
-        return linalg.matmul(v, blocks)
-    # v M = (Mᵀ vᵀ)ᵀ; eigenvectors, unlike inverses, are not symmetric.
-    turned = linalg.block_matmul(jnp.swapaxes(blocks, -1, -2), jnp.swapaxes(v, -1, -2))
-    return jnp.swapaxes(turned, -1, -2)
 
 
 def _factored_damping(means: KroneckerFactors, damping: Scalar) -> KroneckerFactors:

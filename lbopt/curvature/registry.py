@@ -66,7 +66,7 @@ class Layer(NamedTuple):
         )
 
 
-# A Mapping, not a dict: immutable, and no pytree, so jit never sees it as an argument.
+# A Mapping, not a dict: immutable, and no pytree, hence a constant of the program.
 class Layers(Mapping[str, Layer]):
     """The layers of a model by path, in the order of its parameters.
 
@@ -209,7 +209,7 @@ def trace_layers(
                 loss, params, args, location, sightings[number], choice, own, n
             )
         else:
-            rows = _diagonal_rows(location, params, (), "no layer with a rule uses it")
+            rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
         layers |= {row.path: _annotated(row, used, unexplained) for row in rows}
     if strict:
         _require_unmarked(layers)

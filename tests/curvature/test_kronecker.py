@@ -136,6 +136,33 @@ def test_statistics_are_unchanged_by_splitting_the_batch(seed, parts):
         assert error(actual, expected) < SINGLE
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_shared_layer_follows_its_definition(sharing, use_bias):
+    x, g = random_rows(0)
+    linear = linear_maps.dense_linear((4, 2), use_bias, True)
+    block = kronecker.kronecker_block(linear, sharing, jnp.float32)
+    sums = block.estimate(x, g / 8, kronecker.KroneckerFactors(True, True))
+    found = block.statistics(block.mean(sums, 8))
+    rows = oracles.with_ones(x) if use_bias else x
+    for factor, expected in zip(
+        found, oracles.second_moments(rows, g, sharing), strict=True
+    ):
+        assert error(factor, expected) < SINGLE
+    gradient = np.concatenate(
+        [leaf.reshape(-1, 2) for leaf in block.gradient(x, g).values()]
+    )
+    assert error(gradient, np.einsum("nsi,nso->io", rows, g)) < SINGLE
+    if sharing == "reduce":
+        rows, g = rows.mean(1, keepdims=True), g.sum(1, keepdims=True)
+    each = np.einsum("nsi,nso->nio", rows, g)
+    bases = jnp.eye(4 + use_bias), jnp.eye(2)
+    squares = block.moments.sum_squares(random_rows(0)[1], x, *bases)
+    assert error(squares, (each**2).sum(0)) < SINGLE
+    nothing = block.estimate(x, g, kronecker.KroneckerFactors(False, False))
+    assert not any(np.any(x) for x in nothing)
+
+
 # ------------------------------------------------- inverses
 
 

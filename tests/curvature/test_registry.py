@@ -66,7 +66,7 @@ def test_the_table():
     assert layers["dense"].state_bytes() == 4 * (2 * 15 + 2 * 25)
     marked = {path for path, line in rows.items() if line.startswith("!")}
     assert marked == {"gate", "unused/kernel", "unused/bias"}
-    assert "no layer with a rule uses it" in rows["gate"]
+    assert "no layer with a rule reads it" in rows["gate"]
     assert "the loss does not use it" in rows["unused/kernel"]
     total = sum(x.state_bytes() for x in layers.preconditioned.values())
     assert lines[-2].split()[:2] == [str(len(layers)), "layers"]
@@ -91,7 +91,7 @@ def test_strict_refuses_by_path():
     with pytest.raises(ValueError, match="strict=True") as error:
         classify(Gated()).trace(strict=True)
     message = str(error.value)
-    assert "'gate' (no layer with a rule uses it)" in message
+    assert "'gate' (no layer with a rule reads it)" in message
     assert "'unused/kernel' (the loss does not use it)" in message
     assert "strict=False" in message
     assert "'dense'" not in message
