@@ -106,6 +106,7 @@ def kronecker_block(
         return patches.outer_sum(g, dtype, stack=len(stack))
 
     def estimate(inputs: Array, output_grads: Array, due: Any) -> KroneckerSums:
+        # The count belongs to A alone: G is divided by the number of terms.
         a, rows = block.when(due.a, sum_inputs, inputs)
         return KroneckerSums(a, block.when(due.g, sum_output_grads, output_grads), rows)
 
@@ -187,6 +188,7 @@ def two_factor_block(
         a, g = (_kind(shape, block_size) for shape in shapes)
 
         def pack(statistics: KroneckerFactors) -> KroneckerFactors:
+            # A diagonal is its own packed form.
             packed_a = statistics.a if diagonal else factor.pack(a, statistics.a)
             return KroneckerFactors(packed_a, factor.pack(g, statistics.g))
 
@@ -230,7 +232,7 @@ def _kind(shape: jax.ShapeDtypeStruct, block_size: int | None) -> factor.Factor:
     """Returns the kind of a factor, cut if it is larger than ``block_size``."""
     order = shape.shape[-1]
     if len(shape.shape) == 1:
-        return factor.diagonal((order,))
+        return factor.diagonal((order,))  # nothing in it to cut
     return factor.cut_symmetric(order, block_size)
 
 
