@@ -117,7 +117,7 @@ class CurvatureBlock(NamedTuple):
         for leaf, f in zip(factors, self.factors, strict=True):
             copies = leaf.shape[: leaf.ndim - len(f.shape)]
             rows = leaf.reshape(*copies, f.size)
-            # Of packed numbers, those on the diagonal stand in the matrix once.
+            # Multiplicity 1 marks the diagonal, whose sum is the trace.
             trace = jnp.sum(jnp.where(f.multiplicity() == 1, rows, 0), -1)
             # π compares whole factors, so the diagonal blocks of one share its trace.
             if f.parts > 1:

@@ -84,7 +84,7 @@ class CorrectedSums(NamedTuple):
 
 
 class Eigenbases(NamedTuple):
-    """The eigenbases of the two factors, in the place of their inverses.
+    """The eigenbases of the two factors, kept instead of their inverses.
 
     Attributes:
       a: eigendecomposition of A, a ``factor.Eigenbasis``.

@@ -93,7 +93,7 @@ def join_bias(leaves: block.Leaves, linear: SharedLinear) -> Array:
 
 
 def split_bias(matrix: Array, linear: SharedLinear) -> dict[str, Array]:
-    """The inverse of ``join_bias``."""
+    """Splits ``[*copies, *stack, in (+ 1), out]`` into kernel and bias."""
     copies = matrix.ndim - len(linear.stack) - 2
     kernel = _over_copies(
         linear.matrix_kernel, matrix[..., : linear.in_features, :], copies

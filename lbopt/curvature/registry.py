@@ -98,7 +98,7 @@ class Layers(Mapping[str, Layer]):
         """Returns the table: path, module, block, sizes, bytes of state and reason."""
         rows = [("", "path", "module", "block", "sizes", "state", "why")]
         total = 0
-        # "!" marks what strict=True refuses.
+        # "!" marks the rows that strict=True refuses.
         for path, layer in self.items():
             size = layer.state_bytes() if layer.used else 0
             total += size
