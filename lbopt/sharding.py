@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lbopt import checks, collectives
 from lbopt._typing import Number, OptState, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import discovery
+from lbopt.curvature import discovery, eigen_moments
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
@@ -429,18 +429,18 @@ def configured(
     Args:
       layers: layers by path.
       block_size: as for ``scale_by_kfac``.
-      corrected: whether blocks that may have eigenvalues of their own are to.
+      corrected: whether blocks with ``moments`` have eigenbases instead of inverses.
 
     Returns:
       The layers by path.
     """
 
     def one(layer: Layer) -> Layer:
-        make = layer.block.variant
-        if make is None:  # a block of one kind only, such as a diagonal
-            return layer
-        in_bases = corrected and layer.block.moments is not None
-        block = make(in_bases, block_size)
+        block = layer.block
+        if block.cut is not None:
+            block = block.cut(block_size)
+        if corrected and block.moments is not None:
+            block = eigen_moments.in_eigenbases(block)
         return layer._replace(tapped=layer.tapped._replace(block=block))
 
     return {path: one(layer) for path, layer in layers.items()}

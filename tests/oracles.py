@@ -263,3 +263,20 @@ def full_norm(x_hat, output_grads, names=("scale", "bias")):
         gradient = np.concatenate([own[name] for name in names])
         f += np.outer(gradient, gradient) / n
     return f
+
+
+# ------------------------------------------------------------------ comparisons
+
+
+def error(actual, expected):
+    """The relative error, in the Frobenius norm."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def cut(matrix, block_size):
+    """A matrix without the entries outside its equal diagonal blocks."""
+    parts = 1 if block_size is None else -(-len(matrix) // block_size)
+    block = np.arange(len(matrix)) // -(-len(matrix) // parts)
+    return np.where(block[:, None] == block, matrix, 0)

@@ -36,6 +36,12 @@ class Problem(NamedTuple):
             self.params, *self.args
         )
 
+    def captured(self, layers=None, **options):
+        """The curvature, once loss and gradient are those without taps, bit for bit."""
+        loss, grads, curvature = self.evaluate(layers, **options)
+        assert_equal((loss, grads), self.untapped())
+        return curvature
+
     def untapped(self):
         f = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
         return jax.jit(f)(self.params, *self.args)

@@ -66,7 +66,9 @@ def test_arrays_beside_the_optimizer_s_pass_unchanged():
     jax.tree.map(np.testing.assert_array_equal, moved[0], params)
 
 
-@pytest.mark.parametrize("other", [ADAPTIVE, {"eigenvalues": "corrected"}])
+@pytest.mark.parametrize(
+    "other", [ADAPTIVE, {"eigenvalues": "corrected"}, {"block_size": 3}]
+)
 def test_other_differences_are_refused(other):
     like = transform(2, **other).init(PROBLEM.params)
     message = r"like\..*only placement= may differ"
