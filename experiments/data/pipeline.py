@@ -15,12 +15,11 @@ for decoding releases the interpreter lock, or in worker processes.
 """
 
 import dataclasses
-import functools
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -246,7 +245,6 @@ def open_data(
     num_workers: int = 0,
     bad_images: loading.BadImages = "stop",
     with_index: bool = False,
-    reader: Literal["array_record", "tf_data"] = "array_record",
 ) -> Data:
     """Opens the training and the test split of a data set, for this JAX process.
 
@@ -264,8 +262,6 @@ def open_data(
         num_workers: As in `TrainingBatches`.
         bad_images: As in `TrainingBatches`.
         with_index: As in `TrainingBatches`.
-        reader: `"tf_data"` reads a data set prepared as TFRecord, by TensorFlow, which
-            has no workers and stops at bad images; see `tf_records`.
 
     Returns:
         The batches.
@@ -273,12 +269,10 @@ def open_data(
     Raises:
         FileNotFoundError: If the data set is not prepared in `data_dir`.
         RecordError: If a record file is not as long as it was when it was written.
-        ValueError: If there is no such data set, `batch_size` exceeds it, or
-            TensorFlow is asked for and not installed.
+        ValueError: If there is no such data set, or `batch_size` exceeds it.
     """
-    open_split, train_batches, test_batches = _reader(reader, num_workers, bad_images)
     train, test = (
-        open_split(dataset, split, data_dir, recipe=recipe)
+        splits.open_split(dataset, split, data_dir, recipe=recipe)
         for split in ("train", splits.test_split(dataset))
     )
     if batch_size > len(train):
@@ -291,44 +285,24 @@ def open_data(
         "process_count": jax.process_count(),
         "dtype": dtype,
         "num_threads": num_threads,
+        "bad_images": bad_images,
         "with_index": with_index,
     }
     return Data(
-        train=train_batches(
-            train, batch_size=batch_size, seed=seed, augmented=augmented, **shared
+        train=TrainingBatches(
+            train,
+            batch_size=batch_size,
+            seed=seed,
+            augmented=augmented,
+            num_workers=num_workers,
+            **shared,
         ),
-        test=test_batches(test, batch_size=eval_batch_size, **shared),
+        test=EvaluationBatches(test, batch_size=eval_batch_size, **shared),
         image_shape=train.image_shape,
         num_classes=train.num_classes,
         steps_per_epoch=len(train) / batch_size,
         train_images=len(train),
         test_images=len(test),
-    )
-
-
-class _Reader(NamedTuple):
-    """Who opens splits and reads them."""
-
-    open_split: Callable[..., splits.Split]
-    train: Callable[..., Any]
-    test: Callable[..., Any]
-
-
-def _reader(name: str, num_workers: int, bad_images: loading.BadImages) -> _Reader:
-    if name == "tf_data":
-        from experiments.data import tf_records  # and TensorFlow, for nobody else
-
-        return _Reader(
-            tf_records.open_split,
-            tf_records.TfTrainingBatches,
-            tf_records.TfEvaluationBatches,
-        )
-    return _Reader(
-        splits.open_split,
-        functools.partial(
-            TrainingBatches, num_workers=num_workers, bad_images=bad_images
-        ),
-        functools.partial(EvaluationBatches, bad_images=bad_images),
     )
 
 

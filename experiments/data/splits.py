@@ -339,8 +339,8 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
     if found is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
             f"dataset: {name!r} is prepared in {builder.data_path} as "
-            f"{found and found.value}, and reader=array_record reads array_record; "
-            "choose reader=tf_data, or another data_dir"
+            f"{found and found.value}, not array_record; convert it once with `tfds "
+            "convert_format --out_file_format=array_record`, or choose another data_dir"
         )
     return builder
 

@@ -107,12 +107,12 @@ def test_a_missing_directory_is_named(tmp_path):
         splits.open_split("cifar10", "train", tmp_path / "nowhere")
 
 
-def test_a_copy_in_another_format_names_its_reader(tmp_path):
+def test_a_copy_in_another_format_names_the_converter(tmp_path):
     builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="tfrecord")
     directory = builder.data_path
     directory.mkdir(parents=True)
     builder.info.write_to_directory(directory)
-    with pytest.raises(ValueError, match=r"^dataset: .* as tfrecord, .*=tf_data"):
+    with pytest.raises(ValueError, match=r"^dataset: .* as tfrecord, .*convert_format"):
         splits.open_split("cifar10", "train", tmp_path)
 
 
