@@ -22,14 +22,14 @@ def run(
     """Parses a command line and carries out its runs.
 
     Args:
-      arguments: the command line without the program's name. The first argument may
-            name one of `configs`; all others change its settings.
-        description: The first paragraph of ``--help``.
-        configs: Settings by name; the first are the default.
-        expand: The runs that the settings stand for, drawn in one picture.
+      arguments: the command line without the program's name.  The first argument may
+        name one of ``configs``; all others change its settings.
+      description: the first paragraph of ``--help``.
+      configs: settings by name; the first is the default.
+      expand: turns the settings into several runs, drawn in one picture.
 
     Raises:
-        SystemExit: With one of `cluster.ExitCode`, unless all went well.
+      SystemExit: with one of ``cluster.ExitCode``, unless all runs are done.
     """
     # A checkpoint that orbax cannot write is reported in our own words.
     absl.logging.set_verbosity(absl.logging.FATAL)
