@@ -122,7 +122,7 @@ def test_what_is_prepared(undisturbed):
     assert {record["image"].shape[-1] for record in train} <= {1, 3}
     validation = splits.open_split("imagenet2012", "validation", undisturbed)
     found = collections.Counter(
-        int(row["label"]) for row in validation.records.__getitems__(range(VALIDATION))
+        int(row["label"]) for row in map(validation.read, range(VALIDATION))
     )
     assert found == dict.fromkeys(range(20), 2)
 
@@ -227,7 +227,7 @@ def test_wrong_counts(made, undisturbed, tmp_path):
     run(made, tmp_path)  # as the message says
     assert contents(tmp_path) == contents(undisturbed)
 
-    with pytest.raises(SystemExit, match=r"^error: .*'train': 60.*Move it away"):
+    with pytest.raises(SystemExit, match=r"^error: .*'train': 60.*; move it away"):
         run(made, tmp_path, "--train-images", "61")
     assert contents(tmp_path) == contents(undisturbed)
 
@@ -250,13 +250,13 @@ def test_a_copy_in_tensorflows_format(undisturbed, tmp_path, options):
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
 def test_missing_archive(archives, tmp_path, name):
     (archives / name).unlink()
-    assert f"there is no {archives / name}. Who" in fails(archives, tmp_path / "data")
+    assert f"there is no {archives / name}; register" in fails(archives, tmp_path / "data")
 
 
 def test_archives_are_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: archives: say with --archives"):
+    with pytest.raises(SystemExit, match=r"^error: archives: pass --archives"):
         prepare_imagenet.main(["--data-dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^error: workers must be positive, got 0"):
+    with pytest.raises(SystemExit, match="^error: workers=0 must be a whole number, ≥ 1"):
         run(tmp_path, tmp_path, "--workers", "0")
 
 
@@ -298,7 +298,7 @@ def test_no_space_at_the_start(made, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(prepare_imagenet.shutil, "disk_usage", lambda path: usage)
     message = fails(made, tmp_path)
-    assert "GB more, and 0.0 GB are free. Make room or name another" in message
+    assert "GB more, and 0.0 GB are free; make room or choose another" in message
 
 
 def test_no_space_on_the_way(made, undisturbed, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_a_shard_that_cannot_be_written(made, tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written(made, tmp_path):
     (tmp_path / "file").write_text("")
     message = fails(made, tmp_path / "file")
-    assert "cannot be written (Not a directory); name another --data-dir" in message
+    assert "cannot be written (Not a directory); choose another --data-dir" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

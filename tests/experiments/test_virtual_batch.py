@@ -171,17 +171,16 @@ def test_a_share_of_the_images_is_erased_each_for_itself():
         boxes(erase(jax.random.key(seed), jnp.ones((n, 8, 8, 1))))[:, 2] > 0
         for seed in (0, 1)
     ]
+    images = make_batch(0)["image"]
+    for probability in (0.0, 1.0):
+        erased = virtual_batch.random_erasing(
+            key_of(0), images, probability=probability
+        )
+        assert (np.asarray(erased) == 0).any((1, 2, 3)).mean() == probability
     for each in chosen:
         assert abs(each.mean() - 0.5) < 5 * 0.5 / n**0.5
         assert abs(np.corrcoef(each[1:], each[:-1])[0, 1]) < 5 / n**0.5
     assert abs(np.corrcoef(chosen[0], chosen[1])[0, 1]) < 5 / n**0.5
-
-
-@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (1.0, 1.0)])
-def test_none_and_all(probability, share):
-    images = make_batch(0)["image"]
-    erased = virtual_batch.random_erasing(key_of(0), images, probability=probability)
-    assert np.mean((np.asarray(erased) == 0).any(axis=(1, 2, 3))) == share
 
 
 def test_area_and_aspect_are_within_their_bounds():
@@ -263,11 +262,10 @@ def test_an_image_is_treated_alike_on_one_device_and_on_four():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": -0.4}, r"alpha must be positive.*got -0\.4.*the real batch"),
-        ({"alpha": 0.0}, r"alpha must be positive.*got 0\.0.*the real batch"),
-        ({"alpha": math.nan}, "alpha.*nan"),
-        ({"alpha": math.inf}, "alpha.*inf"),
-        ({"alpha": 1.0, "form": "max"}, '"paper" or "code", got \'max\''),
+        ({"alpha": -0.4}, r"alpha=-0\.4 must be positive; .*the real batch"),
+        ({"alpha": 0.0}, r"alpha=0\.0 must be positive"),
+        ({"alpha": math.inf}, "alpha=inf must be positive"),
+        ({"alpha": 1.0, "form": "max"}, "form='max' must be 'paper' or 'code'"),
     ],
 )
 def test_mixup_refuses_bad_settings(arguments, message):
@@ -284,29 +282,23 @@ def test_mixup_refuses_a_batch_of_another_shape(part):
     arrays = {"images": batch["image"], "labels": one_hot(batch)}
     arrays[part] = arrays[part][:1]  # would broadcast
     previous = virtual_batch.empty((N, *SHAPE), CLASSES)
-    with pytest.raises(ValueError, match=r"in previous, \(8, 16, 12, 3\).*empty"):
+    with pytest.raises(ValueError, match=r"in previous, \(\(8, 16, 12, 3\).*empty"):
         virtual_batch.running_mixup(key_of(0), previous, **arrays, alpha=ALPHA)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"probability": -0.1}, r"probability must be in \[0, 1\], got -0\.1"),
-        ({"probability": 1.5}, r"probability .*got 1\.5; 0 erases nothing"),
-        ({"probability": math.nan}, "probability.*nan"),
-        ({"area": (0.0, 0.2)}, r"area must be .*0 < least.*got \(0\.0, 0\.2\)"),
-        ({"aspect": (0.5, 0.3)}, r"aspect must be .*got \(0\.5, 0\.3\)"),
-        ({"aspect": (0.3, 3.3)}, "aspect"),
+        ({"probability": -0.1}, r"probability=-0\.1 must lie in \[0, 1\]; 0 erases"),
+        ({"probability": 1.5}, r"probability=1\.5 must lie in"),
+        ({"probability": math.nan}, "probability=nan must lie in"),
+        ({"images": jnp.ones(SHAPE)}, r"images.shape=\(16, 12, 3\) must be \[n,"),
     ],
 )
-def test_erasing_refuses_bad_settings(arguments, message):
+def test_erasing_refuses_bad_arguments(arguments, message):
+    arguments = {"images": make_batch(0)["image"], **arguments}
     with pytest.raises(ValueError, match=message):
-        virtual_batch.random_erasing(key_of(0), make_batch(0)["image"], **arguments)
-
-
-def test_erasing_refuses_a_single_image():
-    with pytest.raises(ValueError, match=r"images must be \[n,.*\(16, 12, 3\)"):
-        virtual_batch.random_erasing(key_of(0), jnp.ones(SHAPE))
+        virtual_batch.random_erasing(key_of(0), **arguments)
 
 
 @pytest.mark.parametrize(
