@@ -191,7 +191,7 @@ def refused(capsys, *arguments):
             "directory: /dev/null/run cannot be written (Not a directory); choose",
         ),
         (["--num-workers", "-1"], r"num_workers must be in [0, inf)"),
-        (["sp_ngd_4k"], "batch_size must be at most 256, the number of training im"),
+        (["sp_ngd_4k"], "must be at most 256, the number of training images"),
     ],
     ids=["no data", "no such set", "no directory", "workers", "few images"],
 )

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -224,9 +223,3 @@ def test_the_rights_that_jax_needs_to_ask_kubernetes():
     assert "list" in rights["pods"]
     assert "list" in rights["services"]
     assert "get" in rights["jobs"]
-
-
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda p: p.name)
-def test_shell_files_parse(path):
-    subprocess.run(["bash", "-n", path], check=True)
-    assert os.access(path, os.X_OK)

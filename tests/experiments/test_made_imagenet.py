@@ -5,18 +5,14 @@ import tarfile
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments import made_imagenet
 from experiments.data import strokes
+from tests.experiments.test_imagenet_builder import official
 
 OPTIONS = ["--train-images", "45", "--validation-images", "30"]
 SIZES = ["--min-size", "40", "--max-size", "90"]
-
-
-def official(name):
-    return (tfds.core.tfds_path("datasets/imagenet2012") / name).read_text().split()
 
 
 def members(data):

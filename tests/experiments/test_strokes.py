@@ -115,22 +115,14 @@ def test_other_sizes(size):
     assert images.std() > 30
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"num_classes": 1}, "num_classes"),
-        ({"image_size": 4}, "image_size"),
-        ({"label_noise": 1.5}, "label_noise"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_bad_settings_are_refused_by_name(settings, name):
-    with pytest.raises(ValueError, match=name):
-        strokes.Strokes(**settings)
-
-
-def test_bad_arguments_are_refused_by_name():
-    with pytest.raises(ValueError, match="split"):
+def test_bad_settings_are_refused_by_name():
+    bounds = {"num_classes": (2, 1), "image_size": (8, 7), "seed": (0, -1)}
+    bounds["label_noise"] = (1.0, 1.01)
+    for name, (least, beyond) in bounds.items():
+        strokes.Strokes(**{name: least})
+        with pytest.raises(ValueError, match=f"{name}={beyond} must"):
+            strokes.Strokes(**{name: beyond})
+    with pytest.raises(ValueError, match="split='validation' must be"):
         strokes.draw(strokes.Strokes(), "validation", 10)
-    with pytest.raises(ValueError, match="count"):
+    with pytest.raises(ValueError, match="count=-1 must"):
         strokes.draw(strokes.Strokes(), "train", -1)
