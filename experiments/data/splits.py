@@ -300,7 +300,7 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
         raise ValueError(
             f"dataset: {name!r} is prepared in {builder.data_path} as "
             f"{found and found.value}, not array_record; convert it once with `tfds "
-            "convert_format --out_file_format=array_record`, or choose another data_dir"
+            "convert_format` (see experiments/README.md), or choose another data_dir"
         )
     return builder
 

@@ -68,25 +68,21 @@ TIMEOUTS = {"initialization_timeout": 1, "heartbeat_timeout_seconds": 10}
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         (KUBERNETES, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"TPU": "yes"}, True),
     ],
 )
 def test_auto_joins_several_processes_only(
     environ, joined, monkeypatch, variables, joins
 ):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
+    devices = ["/dev/accel0"] if "TPU" in variables else []
+    monkeypatch.setattr(cluster.glob, "glob", lambda pattern: devices)
     environ(variables)
     start("auto")
     place = {"num_processes": 3, "process_id": 2}
     place |= {"cluster_detection_method": "deactivate"}
     expected = TIMEOUTS | (place if variables is EXPLICIT else {})
     assert joined == [expected] * joins
-
-
-def test_auto_joins_a_tpu_pod(environ, joined, monkeypatch):
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(cluster.glob, "glob", lambda pattern: ["/dev/accel0"])
-    start("auto")
-    assert joined == [TIMEOUTS]
 
 
 def test_notebooks_wait_for_others_only_if_asked(environ, joined, monkeypatch):

@@ -136,7 +136,7 @@ def test_batches_run_on_over_the_end_of_an_epoch(train, batch_size, count):
         assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5, 9])
+@pytest.mark.parametrize("taken", [0, 1, 9])
 def test_resumes_bit_for_bit_from_one_integer(train, taken):
     batches = stream(train, batch_size=48, seed=1)
     through = take(batches, 10)
@@ -147,14 +147,6 @@ def test_resumes_bit_for_bit_from_one_integer(train, taken):
     for batch in through[taken:]:
         assert_same(next(resumed), batch)
     assert resumed.get_state() == batches.get_state() == 10
-
-
-def test_seed_decides_the_order(train):
-    one, same, other = (
-        next(stream(train, batch_size=32, seed=seed)) for seed in (0, 0, 1)
-    )
-    assert_same(one, same)
-    assert not np.array_equal(one["image"], other["image"])
 
 
 def test_processes_together_read_what_one_process_reads(train):
@@ -431,7 +423,6 @@ def test_crops_keep_the_order_for_any_processes_and_resume(textured, crop):
     [
         ("strokes/tiny", splits.Recipe(image_size=67), (67, 67, 3)),
         ("photographs", splits.Recipe(), (224, 224, 3)),
-        ("photographs", splits.Recipe(image_size=67), (67, 67, 3)),
         ("photographs", splits.Recipe(crop="plain"), (224, 224, 3)),
     ],
 )
@@ -464,8 +455,6 @@ def test_open_data_counts_steps(data_dir):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 must"),
-        ({"batch_size": 30, "process_count": 4}, "batch_size=30 must"),
-        ({"batch_size": 32, "process_index": 1}, "process_index=1 must"),
         ({"batch_size": 32, "seed": -1}, "seed=-1 must"),
         ({"batch_size": 32, "seed": 2**32}, "seed=4294967296 must"),
     ],

@@ -231,12 +231,6 @@ def test_wrong_counts(made, undisturbed, tmp_path):
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_a_directory_that_is_no_data_set(made, tmp_path):
-    target(tmp_path).mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"^error: .* holds no data set"):
-        run(made, tmp_path)
-
-
 @pytest.mark.parametrize("options", [["--archives", "x"], ["--verify"]])
 def test_a_copy_in_tensorflows_format(undisturbed, tmp_path, options):
     shutil.copytree(target(undisturbed), target(tmp_path))
@@ -321,12 +315,15 @@ def test_a_directory_that_cannot_be_written(made, tmp_path):
     assert "cannot be written (Not a directory); choose another --data-dir" in message
 
 
-def test_two_at_once(made, tmp_path):
+def test_two_at_once_or_something_else_there(made, tmp_path):
     work(tmp_path).mkdir(parents=True)
     with (work(tmp_path) / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process prepares" in fails(made, tmp_path)
     run(made, tmp_path)
+    (target(tmp_path) / "dataset_info.json").unlink()
+    with pytest.raises(SystemExit, match=r"^error: .* holds no data set"):
+        run(made, tmp_path)
 
 
 def test_a_killed_worker_is_explained(made, tmp_path, monkeypatch):
