@@ -43,7 +43,6 @@ def open_data(config: Config) -> pipeline.Data:
         num_threads=config.num_threads,
         num_workers=config.num_workers,
         bad_images=config.bad_images,
-        reader=config.reader,
     )
 
 

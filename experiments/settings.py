@@ -202,8 +202,6 @@ class Config:
     """One mixing weight a step, or one an image and at least 1/2, as in the code."""
     random_erasing: float = 0.0
     """Probability that a rectangle of a training image is erased; 0 for never."""
-    reader: Literal["array_record", "tf_data"] = "array_record"
-    """Format of the prepared data set; tf_data reads TFRecords and needs TensorFlow."""
     num_threads: int = 16
     """Threads that read and decode images which are not in memory."""
     num_workers: int = 0
@@ -277,11 +275,6 @@ class Config:
                 f"doubly_factored={self.doubly_factored} needs an optimizer with "
                 f"curvature, got optimizer={self.optimizer}; pass optimizer=kfac, or "
                 "doubly_factored=None"
-            )
-        if self.reader == "tf_data" and (self.num_workers or self.bad_images != "stop"):
-            raise ValueError(
-                f"reader=tf_data has threads of its own and stops at bad images; leave "
-                f"out num_workers={self.num_workers} and bad_images={self.bad_images}"
             )
 
     def _check_schedule(self, peak_value: float) -> None:

@@ -100,13 +100,13 @@ class Place:
             running = [self.start(name, **settings)]
         else:
             running = self.start_several(name, processes, **settings)
-        self.expect(0, name, running)
+        self.expect({0}, name, running)
 
-    def expect(self, code, name, running, timeout=TIMEOUT):
-        """Waits until processes end with a code, and leaves none behind."""
+    def expect(self, codes, name, running, timeout=TIMEOUT):
+        """Waits until processes end with one of some codes, and leaves none behind."""
         try:
             for process in running:
-                assert process.wait(timeout) == code, self.log(name)
+                assert process.wait(timeout) in codes, self.log(name)
         finally:
             for process in running:
                 process.kill()

@@ -203,7 +203,7 @@ def test_label_smoothing_is_in_the_training_loss(config):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "batch_size must be positive, got 0"),
-        (["--batch-size", "300"], "batch_size must be at most 256"),
+        (["--batch-size", "300"], "batch_size=300 must be at most 256"),
         (["--devices", "-1"], r"devices must be in \[0, inf\), got -1"),
         (["--devices", "3"], r"batch_size must be a multiple of 3 devices, got 64"),
         (["--micro-batch-size", "0"], "micro_batch_size must be positive or none"),

@@ -49,7 +49,7 @@ def stop(place, name, process, at):
     """Tells a run to stop once it has done some steps; returns how many."""
     until(lambda: at in place.steps(name), process, lambda: place.log(name))
     process.send_signal(signal.SIGTERM)
-    place.expect(cluster.ExitCode.PREEMPTED, name, [process])
+    place.expect({cluster.ExitCode.PREEMPTED}, name, [process])
     assert "start again with --resume" in place.log(name)
     done = place.steps(name)[-1]
     assert (place.root / name / "checkpoints" / str(done)).is_dir()

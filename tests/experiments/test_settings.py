@@ -77,11 +77,6 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
             {"optimizer": "sgd", "doubly_factored": 512},
             "doubly_factored=512 needs an optimizer with curvature, got optimizer=sgd",
         ),
-        (
-            {"reader": "tf_data", "num_workers": 2},
-            "reader=tf_data has threads of its own and stops at bad images; leave out "
-            "num_workers=2",
-        ),
     ],
 )
 def test_contradictions_are_refused(settings, message):
