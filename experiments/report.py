@@ -16,12 +16,13 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
+from flax import traverse_util
 
 from experiments import figures, metrics, settings
 from lbopt import sizes
@@ -139,7 +140,6 @@ def write(directory: str | os.PathLike) -> pathlib.Path:
         )
     parts = [
         f"# {title}",
-        _status(run),
         table(("", ""), results(run).items()),
         "![Loss, accuracy, curvature, speed and memory by step](report.png)",
         *_time(run),
@@ -159,7 +159,8 @@ def write(directory: str | os.PathLike) -> pathlib.Path:
 def results(run: Records) -> dict[str, str]:
     """Returns the results of a run as texts by name, as far as its records tell."""
     last, devices = run.train[-1], run.facts.get("devices", 1)
-    found = {"steps": f"{run.last['step']:,}"}
+    total = f" of {run.facts['steps']:,}" if "steps" in run.facts else ""
+    found = {"steps": f"{run.last['step']:,}{total}"}
     steps, accuracies = run.curve("test", "accuracy")
     if accuracies:
         best, end = max(accuracies), f"{accuracies[-1]:.1%} (step {steps[-1]:,})"
@@ -237,15 +238,6 @@ def main(arguments: Sequence[str]) -> None:
 # === Parts ============================================================================
 
 
-def _status(run: Records) -> str:
-    done, total = run.last["step"], run.facts.get("steps")
-    if total is None:
-        return f"{done:,} steps on record."
-    if done >= total:
-        return f"Finished: {total:,} steps."
-    return f"{done:,} of {total:,} steps: the run goes on, or was stopped."
-
-
 def _time(run: Records) -> list[str]:
     """The section on where the time went, if the records tell."""
     last = run.last
@@ -266,8 +258,8 @@ def _time(run: Records) -> list[str]:
     return [
         "## Where the time went",
         table(("phase", "seconds", "share", "ms a step"), rows),
-        "Seconds of the process that reports. `compile` is the first step. A step lasts "
-        "from its dispatch until its metrics have been read; the device may also "
+        "Seconds of the process that reports. `compile` is the first step. A `step` "
+        "lasts from its dispatch until its metrics have been read; the device may also "
         "compute while the process waits for `input`. Training time is all but "
         "`evaluate` and `checkpoint`.",
     ]
@@ -295,24 +287,16 @@ def _changed(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     Those of K-FAC stay: other optimizers may use it as their preconditioner.
     """
     plain = json.dumps(dataclasses.asdict(settings.Config()), default=str)
-    defaults = dict(_flat(json.loads(plain)))
+    defaults = traverse_util.flatten_dict(json.loads(plain), sep=".")
     groups = {name for name, x in config.items() if isinstance(x, Mapping)}
     groups -= {config.get("optimizer"), "kfac", "recipe"}
     return [
         (f"`{name}`", f"`{json.dumps(x)}`", f"`{json.dumps(defaults.get(name))}`")
-        for name, x in _flat(config)
+        for name, x in traverse_util.flatten_dict(config, sep=".").items()
         if x != defaults.get(name)
         and name not in ("data_dir", "directory", "resume")
         and name.partition(".")[0] not in groups
     ]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 # === Picture ==========================================================================
