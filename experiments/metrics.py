@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import jax
 import tqdm
-from tensorboardX import event_file_writer
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from experiments import memory_use, runs
@@ -125,7 +125,7 @@ class EventFile:
 
     tensorboardX's ``SummaryWriter`` passes events to a thread through a queue, and the
     program waits for that queue forever once a full disk has ended the thread (seen
-    with tensorboardX 2.6.5). ``EventsWriter``, below it, writes without a thread.
+    with tensorboardX 2.6.5). ``RecordWriter``, below it, writes without a thread.
 
     Args:
       directory: the directory of the run's event files; created if missing.
@@ -138,11 +138,10 @@ class EventFile:
         self, directory: pathlib.Path, *, first_step: int, tell: Callable[[str], None]
     ):
         directory.mkdir(parents=True, exist_ok=True)
-        # Two starts within a second would otherwise share a name.
-        self._writer = event_file_writer.EventsWriter(
-            str(directory / "events"), f".{time.time_ns()}"
-        )
+        path = directory / f"events.out.tfevents.{time.time_ns()}"
+        self._writer = record_writer.RecordWriter(str(path))
         self._tell, self._failed = tell, False
+        self._write(_EVENTS.Event(file_version="brain.Event:2"))
         start = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
         self._write(_EVENTS.Event(step=first_step, session_log=start))
 
@@ -166,7 +165,7 @@ class EventFile:
     def _write(self, event: Any) -> None:
         if not self._failed:  # else the buffer may end within an event
             event.wall_time = time.time()
-            self._try(lambda: self._writer.write_event(event))
+            self._try(lambda: self._writer.write(event.SerializeToString()))
 
     def _try(self, act: Callable[[], Any]) -> None:
         try:

@@ -319,6 +319,7 @@ def _draw(run: Records, path: pathlib.Path) -> None:
             x, y = thinned(steps), [value / unit for value in thinned(values)]
             marked = key.startswith("test")
             figures.plot(panel, index, x, y, labels[key], marked=marked)
+            panel.update_datalim([(x[0], 0)])  # room above a level curve, too
         panel.set(xlabel="step", ylabel=ordinate, ylim=(0, None))
         if ordinate in ("accuracy", "statistics renewed"):
             panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1))

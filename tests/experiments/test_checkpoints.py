@@ -186,7 +186,9 @@ def test_a_run_never_begins_anew_because_its_checkpoints_are_damaged(tmp_path):
     for _ in range(2):  # and not at the second attempt either
         with (
             checkpoints.Checkpoints(directory) as saved,
-            pytest.raises(ValueError, match=r"no checkpoint that is whole.*--dir"),
+            pytest.raises(
+                ValueError, match=r"must hold a checkpoint that is whole.*--dir"
+            ),
         ):
             saved.restore_latest(lambda place: SMALL)
 

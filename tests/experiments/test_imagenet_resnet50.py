@@ -72,7 +72,7 @@ def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
         assert train[-1]["loss"] < 3
         assert train[-1]["skipped"] == 0
         assert [r["step"] for r in records if r["kind"] == "test"] == [4, 8]
-        assert (root / optimizer / "report_curves.png").stat().st_size > 10_000
+        assert (root / optimizer / "report.png").stat().st_size > 10_000
         assert any((root / optimizer / "tensorboard").iterdir())
         assert (root / optimizer / "checkpoints" / "8").is_dir()
     output = capsys.readouterr()
