@@ -43,6 +43,14 @@ def test_a_run_goes_on_under_its_own_settings_only(tmp_path):
             runs.claim(tmp_path, other, resume=True)
 
 
+def test_a_run_begun_by_an_older_version_goes_on(tmp_path):
+    """Settings that came later have their defaults then."""
+    (tmp_path / "config.json").write_text('{"inner": {"rate": 0.1}}')
+    runs.claim(tmp_path, Config(), resume=True)
+    with pytest.raises(ValueError, match="seed=1 must be 0"):
+        runs.claim(tmp_path, Config(seed=1), resume=True)
+
+
 def test_the_facts_of_the_latest_start_are_kept(tmp_path):
     for steps in (10, 20):
         runs.write_facts(tmp_path, steps=steps, image_shape=(24, 24, 3))
