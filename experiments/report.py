@@ -342,10 +342,8 @@ def thinned(values: Sequence[float]) -> list[float]:
 
 def _mean_over_steps(records: Sequence[Mapping[str, Any]], metric: str) -> float:
     """Returns the mean over all steps; each record is the mean of several steps."""
-    ends = [r["step"] for r in records]
-    return float(
-        np.average([r[metric] for r in records], weights=np.diff(ends, prepend=0))
-    )
+    steps = np.diff([r["step"] for r in records], prepend=0)
+    return float(np.average([r[metric] for r in records], weights=steps))
 
 
 def _duration(seconds: float) -> str:

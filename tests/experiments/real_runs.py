@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from experiments import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = "experiments/imagenet_resnet50.py"
 TIMEOUT = 600.0  # seconds for any one of them, on a busy machine
 # Eight steps an epoch, a checkpoint every two steps.
 SETTINGS = {
@@ -72,18 +72,10 @@ class Place:
             }
         with (self.root / f"{name}.log").open("a") as log:
             return subprocess.Popen(
-                [
-                    sys.executable,
-                    "experiments/imagenet_resnet50.py",
-                    *flags,
-                    "--resume",
-                ],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
+                [sys.executable, SCRIPT, *flags, "--resume"],
+                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
-            )
+            )  # fmt: skip
 
     def start_several(self, name, processes, **settings):
         """The command on several processes of this machine."""
@@ -161,12 +153,9 @@ def assert_same_end(one, other, like, step):
     records, ends = [], []
     for directory in (one, other):
         found = metrics.read_json_lines(directory / "metrics.jsonl")
+        timed = [k for r in found for k in r if re.search("second|memory", k)]
         records.append(
-            [
-                {k: v for k, v in r.items() if not re.search("second|memory", k)}
-                for r in found
-                if r["kind"] != "event"
-            ]
+            [r | dict.fromkeys(timed) for r in found if r["kind"] != "event"]
         )
         with checkpoints.Checkpoints(directory / "checkpoints") as store:
             ends.append(store.restore_latest(lambda place: like))
@@ -176,12 +165,3 @@ def assert_same_end(one, other, like, step):
     assert ends[0].place.batches_taken == step
     for a, b in zip(*(arrays(end.state) for end in ends), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def until(condition, process, log):
-    """Waits for a condition, as long as the process runs."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, log()
-        assert process.poll() is None, log()
-        time.sleep(0.001)

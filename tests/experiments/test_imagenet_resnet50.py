@@ -191,6 +191,7 @@ def test_label_smoothing_is_in_the_training_loss(config):
             ["--devices", "4", "--eval-batch-size", "30"],
             "eval_batch_size must be a mul",
         ),
+        (["--num-workers", "-1"], "num_workers.*-1"),
         (["--sync-norm"], "sync_norm needs several devices"),
         (["--remat", "--model", "convnet"], "remat: convnet has no residual blocks"),
         (["--distributed", "on"], "distributed=on, but no cluster"),
