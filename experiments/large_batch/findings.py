@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from experiments import figures, markdown
+from experiments import figures, report
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, VARIANTS, Contestant
 from experiments.large_batch.problems import PROBLEMS, Problem
@@ -170,7 +170,7 @@ def table_of_savings(found: Sequence[Mapping[str, Any]]) -> str:
                 f"{100 * line['saved']:.0f} %",
             ]
         )
-    return markdown.table(
+    return report.table(
         ["", "batch", "without curvature", "with", "fewer steps"], lines
     )
 
@@ -196,7 +196,7 @@ def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
         if own:
             cells = [_cell(own.get(size)) for size in problem.batch_sizes]
             lines.append([contestant.title, *cells])
-    return markdown.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
+    return report.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
 
 
 def table_of_largest(
@@ -221,7 +221,7 @@ def table_of_largest(
         for name, c in who.items()
     ]
     titles = [f"{p.title}, {p.batch_sizes[-1]:,}" for p in PROBLEMS.values()]
-    return markdown.table(["", *titles], lines)
+    return report.table(["", *titles], lines)
 
 
 def table_of_variants(

@@ -28,7 +28,7 @@ def run(main, arguments, data_dir, directory):
     records = metrics.read_json_lines(directory / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
     assert records[-1]["kind"] == "test"
-    assert (directory / "report_curves.png").stat().st_size > 10_000
+    assert (directory / "report.png").stat().st_size > 10_000
     return records
 
 

@@ -52,5 +52,5 @@ def test_contestants_see_the_same_batches(config, capsys):
 
 def test_other_data_are_refused(config):
     other = dataclasses.replace(config, batch_size=32)
-    with pytest.raises(ValueError, match=r"batch_size: 'b' has 32, the first .* 64"):
+    with pytest.raises(ValueError, match=r"batch_size=32 of 'b' must be 64, as of"):
         train_together({"a": config, "b": other})
