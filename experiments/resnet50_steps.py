@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import classifier
-from experiments.configs import resnet50_sp_ngd
+from experiments.configs import resnet50
 from experiments.data import pipeline
 from experiments.models import resnet
 from experiments.settings import Config
@@ -57,9 +57,7 @@ CASES: dict[str, Config] = {
     "sp_ngd bfloat16 remat": dataclasses.replace(
         BASE, optimizer="sp_ngd", dtype="bfloat16", remat=True
     ),
-    ACCUMULATED: dataclasses.replace(
-        resnet50_sp_ngd.RUNS["sp_ngd_131k"].config, devices=8
-    ),
+    ACCUMULATED: dataclasses.replace(resnet50.RUNS["sp_ngd_131k"].config, devices=8),
 }
 """Settings by the name of the case; the last is compiled only."""
 
