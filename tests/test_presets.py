@@ -154,8 +154,8 @@ def assert_mlperf_schedule(preset):
     length = total - begin + 1  # D = T − t_w + 1
     for step in (begin, (begin + total) // 2, total - 1, total, total + 1):
         left = 1 - (step - begin) / length
-        np.testing.assert_allclose(eta(step), 1e-4 + (rate - 1e-4) * left**2, 1e-3)
-    np.testing.assert_allclose(eta(total + 1), 1e-4, rtol=1e-5)
+        expected = 1e-4 + (rate - 1e-4) * left**2
+        np.testing.assert_allclose(eta(step), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_other_settings_for_mlperf_s_model():
