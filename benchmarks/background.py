@@ -125,7 +125,10 @@ def train(
     periods = {"synchronous": period, "background": None, "never again": 10**9}
     settings = {name: _SETTINGS[name] for name in ("kl_clip", "damping")}
     tx = lbopt.distributed_kfac(
-        _SETTINGS["learning_rate"], layers, inverse_period=periods[mode], **settings
+        _SETTINGS["learning_rate"],
+        layers,
+        periods=lbopt.Periods(inverses=periods[mode]),
+        **settings,
     )
     evaluate = lbopt.value_grad_and_curvature(loss_fn, layers, fisher="sampled")
 

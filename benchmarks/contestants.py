@@ -93,8 +93,7 @@ def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
         momentum=MOMENTUM,
         damping=DAMPING,
         factor_decay=FACTOR_DECAY,
-        stats_period=timing.STATS_PERIOD,
-        inverse_period=timing.INVERSE_PERIOD,
+        periods=lbopt.Periods(timing.STATS_PERIOD, timing.INVERSE_PERIOD),
     )
     return with_curvature("lbopt", workload, set_up(workload), make, fisher)
 

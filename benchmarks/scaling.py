@@ -149,9 +149,7 @@ def optimizer(
         0.03,
         layers,
         stale_threshold=stale_threshold,
-        axis_name="data",
-        axis_size=devices,
-        placement=placement,
+        placement=lbopt.Placement("data", devices, placement),
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.stagger [--workload resnet50] [--rounds 5]
 
-SGD and K-FAC with ``inverse_period=10``, with and without ``stagger``, run in one
+SGD and K-FAC with ``Periods(inverses=10)``, with and without ``stagger``, run in one
 process and take turns at every step; each step of K-FAC is divided by SGD's beside it.
 Statistics are renewed at the first step alone, which belongs to the round that is not
 timed: steps then differ in nothing but their inversions, and none has to be left out.
@@ -218,9 +218,7 @@ def _kfac(*, stagger: bool) -> Any:
         contestants.LEARNING_RATE,
         momentum=contestants.MOMENTUM,
         damping=contestants.DAMPING,
-        stats_period=_NEVER_AGAIN,
-        inverse_period=PERIOD,
-        stagger=stagger,
+        periods=lbopt.Periods(_NEVER_AGAIN, PERIOD, stagger),
         block_size=BLOCK_SIZE,
     )
 

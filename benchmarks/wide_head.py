@@ -124,8 +124,11 @@ def train(mode: str, *, channels: int, outputs: int, steps: int) -> dict[str, An
             loss_fn, *arguments, has_aux=True, doubly_factored=limit
         )
         orders = [kind.order for kind in layers["wide"].block.factors]
-        settings = {k: _SETTINGS[k] for k in ("damping", "inverse_period", "kl_clip")}
-        tx = lbopt.kfac(rates["K-FAC"], layers, momentum=0.9, **settings)
+        settings = {k: _SETTINGS[k] for k in ("damping", "kl_clip")}
+        periods = lbopt.Periods(inverses=_SETTINGS["inverse_period"])
+        tx = lbopt.kfac(
+            rates["K-FAC"], layers, momentum=0.9, periods=periods, **settings
+        )
     step = training.make_train_step(loss_fn, tx, layers)
     state = training.init_state(tx, params, {}, key)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))

@@ -197,11 +197,13 @@ def make_optimizer(
             damping=damping,
             weight_decay=WEIGHT_DECAY,
             kl_clip=kl_clip,
-            inverse_period=INVERSE_PERIOD,
+            periods=lbopt.Periods(inverses=INVERSE_PERIOD),
         )
 
     def quadratic_model(damping):
-        precondition = lbopt.scale_by_kfac(layers, inverse_period=INVERSE_PERIOD)
+        precondition = lbopt.scale_by_kfac(
+            layers, periods=lbopt.Periods(inverses=INVERSE_PERIOD)
+        )
         return lbopt.scale_by_quadratic_model(
             precondition, damping=damping, weight_decay=WEIGHT_DECAY
         )

@@ -96,7 +96,7 @@ def build_optimizer(
     settings = dataclasses.asdict(getattr(config, config.optimizer))
     peak_value = settings.pop("learning_rate")
     layers: Any = None
-    spread: dict[str, Any] = {}
+    placement = lbopt.Placement()
     if config.has_curvature:
         norm_blocks = settings.pop("norm_blocks", "unit_wise")
         layers = lbopt.trace_layers(
@@ -107,31 +107,32 @@ def build_optimizer(
             doubly_factored=config.doubly_factored,
         )
     if devices > 1:
-        spread = {"axis_name": "data", "axis_size": devices}
-        spread["placement"] = config.placement
+        placement = lbopt.Placement("data", devices, config.placement)
     rate = build_schedule(config, data, peak_value)
     if config.optimizer == "sp_ngd":
         for name in ("power", "decay_start", "decay_end"):  # of the schedule
             settings.pop(name)
         settings.pop("fisher")  # of the step
-        return lbopt.sp_ngd(rate, layers, **settings, **spread), layers
+        return lbopt.sp_ngd(rate, layers, **settings, placement=placement), layers
     if config.optimizer == "kfac":
         decay = settings.pop("kl_clip_decay")
         if settings["kl_clip"] is not None and decay < 1:
             settings["kl_clip"] = _by_half_epochs(settings["kl_clip"], decay, data)
-        return lbopt.kfac(rate, layers, **settings, **spread), layers
+        settings["periods"] = lbopt.Periods(
+            settings.pop("stats_period"), settings.pop("inverse_period")
+        )
+        return lbopt.kfac(rate, layers, **settings, placement=placement), layers
     if config.optimizer == "lars":
         after_kfac = settings.pop("after_kfac")
         lars = lbopt.lars(rate, **settings)
         if not after_kfac:
             return lars, None
-        return optax.chain(_natural_gradient(config, layers, spread), lars), layers
+        return optax.chain(_natural_gradient(config, layers, placement), lars), layers
     if config.optimizer == "nlcg":
         if layers is None:
             return lbopt.nlcg(rate, **settings), None
-        settings["preconditioner"] = _natural_gradient(config, layers, spread)
-        axis_name = spread.get("axis_name")
-        return lbopt.nlcg(rate, **settings, axis_name=axis_name), layers
+        settings["preconditioner"] = _natural_gradient(config, layers, placement)
+        return lbopt.nlcg(rate, **settings, axis_name=placement.axis_name), layers
     if config.optimizer == "rmsprop":
         # The slots of TensorFlow's start at 1, as the baselines of Adya et al. did.
         return optax.rmsprop(rate, **settings, initial_scale=1.0), None
@@ -140,7 +141,7 @@ def build_optimizer(
 
 
 def _natural_gradient(
-    config: Config, layers: Any, spread: dict[str, Any]
+    config: Config, layers: Any, placement: lbopt.Placement
 ) -> optax.GradientTransformation:
     """K-FAC as a preconditioner of another optimizer."""
     kfac = config.kfac
@@ -148,7 +149,6 @@ def _natural_gradient(
         layers,
         damping=kfac.damping,
         factor_decay=kfac.factor_decay,
-        stats_period=kfac.stats_period,
-        inverse_period=kfac.inverse_period,
-        **spread,
+        periods=lbopt.Periods(kfac.stats_period, kfac.inverse_period),
+        placement=placement,
     )

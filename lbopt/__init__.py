@@ -11,6 +11,7 @@ from lbopt.optimizers.kfac import distributed_kfac, kfac
 from lbopt.optimizers.lars import lars
 from lbopt.optimizers.nlcg import nlcg
 from lbopt.optimizers.sp_ngd import sp_ngd
+from lbopt.settings import Periods, Placement
 from lbopt.transforms.average import average_params, averaged_params
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.lars import scale_by_lars
@@ -22,6 +23,8 @@ from lbopt.transforms.reshard import reshard
 
 __all__ = [
     "BackgroundInversion",
+    "Periods",
+    "Placement",
     "average_params",
     "averaged_params",
     "clip_by_kl",

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from lbopt import inversion_worker, sharding
+from lbopt import checks, inversion_worker, sharding
 from lbopt.curvature.registry import Layers
 from lbopt.inversion_worker import Job
 from lbopt.transforms import outside, unit_classes
@@ -44,9 +44,8 @@ class BackgroundInversion:
     Args:
       layers: what ``trace_layers`` found.
       block_size: what the optimizer was made with.
-      exact_damping: likewise.
       delay: steps after which inverses have effect: those of the factors of step t at
-        step t + delay, as with ``inverse_delay``.  If they have not come by then, they
+        step t + delay, as with ``Periods.delay``.  If they have not come by then, they
         are waited for, so that a run's numbers do not depend on its speed.  None for as
         soon as possible.
       cores: CPU cores that the process stays on; None for any.
@@ -62,7 +61,7 @@ class BackgroundInversion:
       >>> def loss_fn(params, x):
       ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
       >>> layers = lbopt.trace_layers(loss_fn, params, x)
-      >>> tx = lbopt.scale_by_kfac(layers, inverse_period=None)
+      >>> tx = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(inverses=None))
       >>> f = lbopt.value_grad_and_curvature(loss_fn, layers)
       >>> state = tx.init(params)
       >>> with lbopt.BackgroundInversion(layers, delay=2) as exchange:
@@ -83,20 +82,14 @@ class BackgroundInversion:
         layers: Layers,
         *,
         block_size: int | None = None,
-        exact_damping: bool = False,
         delay: int | None = None,
         cores: Sequence[int] | None = None,
     ) -> None:
-        if delay is not None and delay < 1:
-            raise ValueError(
-                f"delay={delay} must be a number of steps, ≥ 1, or None for as soon "
-                "as possible"
-            )
+        if delay is not None:
+            checks.whole("delay", delay, "None delivers inverses as soon as possible")
         if cores is not None:
             _check_cores(cores)
-        self._known = sharding.configured(
-            layers.preconditioned, exact_damping=exact_damping, block_size=block_size
-        )
+        self._known = sharding.configured(layers.preconditioned, block_size=block_size)
         self._delay, self._cores = delay, cores
         self._folder = tempfile.TemporaryDirectory(prefix="lbopt-")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbopt-background")
@@ -292,18 +285,18 @@ def _curvature_state(state: Any) -> KfacState:
         raise ValueError(
             f"state={type(state).__name__} holds {len(found)} curvature transforms, "
             "not one; pass the state of an optimizer made with "
-            "lbopt.scale_by_kfac(..., inverse_period=None)"
+            "lbopt.scale_by_kfac(..., periods=lbopt.Periods(inverses=None))"
         )
     if found[0].moments:
         raise ValueError(
             "the state has second moments in its eigenbases (eigenvalues='corrected'), "
             "which new bases would leave behind; invert in the step, with "
-            "inverse_delay= to take it off the critical path"
+            "Periods(delay=) to take it off the critical path"
         )
     if not all(x.is_fully_addressable for x in jax.tree.leaves(found[0])):
         raise ValueError(
             "the state lies on devices of several processes, of which each sees its "
-            "own; invert in the step, with inverse_delay= to take it off the critical "
+            "own; invert in the step, with Periods(delay=) to take it off the critical "
             "path"
         )
     return found[0]

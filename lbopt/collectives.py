@@ -55,12 +55,12 @@ class Axis(NamedTuple):
             raise ValueError(
                 f"axis_name={self.name!r} is no mapped axis here; call the update "
                 "inside jax.shard_map or jax.pmap over it (training.make_train_step "
-                "does), or leave axis_name out"
+                "does), or leave placement= out"
             ) from error
         if found != self.size:
             raise ValueError(
                 f"axis_size={self.size}, but the axis {self.name!r} has {found} "
-                "devices; pass axis_size=mesh.shape[axis_name]"
+                "devices; pass Placement(axis_name, mesh.shape[axis_name])"
             )
 
 

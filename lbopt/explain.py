@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from lbopt import memory_plan, sharding, training
 from lbopt.curvature.registry import Layers, trace_layers
 from lbopt.optimizers.kfac import kfac
+from lbopt.settings import Periods, Placement
 
 
 def report(
@@ -47,9 +48,9 @@ def report(
         along the first axis.
       arguments: keyword arguments of the call, such as ``{"train": True}``.
       devices: how many devices share batch and curvature.
-      placement: as for ``scale_by_kfac``.
+      placement: where inverses live, as in ``lbopt.Placement``.
       block_size: likewise.
-      inverse_period: likewise, with its inversions staggered.
+      inverse_period: steps from one inversion to the next, staggered.
 
     Returns:
       The text.
@@ -69,16 +70,15 @@ def report(
     """
     _check_batch(inputs, devices)
     layers, params, model_state = _traced(model, inputs, dict(arguments or {}))
-    spread: dict[str, Any] = {}
+    spread = Placement()
     if devices > 1:
-        spread = {"axis_name": "data", "axis_size": devices, "placement": placement}
+        spread = Placement("data", devices, placement)
     tx = kfac(
         0.1,
         layers,
         block_size=block_size,
-        inverse_period=inverse_period,
-        stagger=inverse_period > 1,
-        **spread,
+        periods=Periods(inverses=inverse_period, stagger=inverse_period > 1),
+        placement=spread,
     )
     state = jax.eval_shape(
         functools.partial(training.init_state, tx), params, model_state, _KEY

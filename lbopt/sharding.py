@@ -384,8 +384,8 @@ def owner_table(
       layers: what ``trace_layers`` found.
       devices: how many devices.
       block_size: as for ``scale_by_kfac``.
-      inverse_period: likewise, with its inversions staggered.
-      placement: likewise.
+      inverse_period: steps from one inversion to the next, staggered.
+      placement: where inverses live, as in ``lbopt.Placement``.
 
     Returns:
       The table; ``print`` shows it.
@@ -416,7 +416,6 @@ def owner_table(
 def configured(
     layers: Mapping[str, Layer],
     *,
-    exact_damping: bool = False,
     block_size: int | None = None,
     corrected: bool = False,
 ) -> dict[str, Layer]:
@@ -424,8 +423,7 @@ def configured(
 
     Args:
       layers: layers by path.
-      exact_damping: as for ``scale_by_kfac``.
-      block_size: likewise.
+      block_size: as for ``scale_by_kfac``.
       corrected: whether blocks that may have eigenvalues of their own are to.
 
     Returns:
@@ -437,7 +435,7 @@ def configured(
         if make is None:
             return layer
         in_bases = corrected and layer.block.moments is not None
-        block = make(exact_damping or in_bases, block_size)
+        block = make(in_bases, block_size)
         return layer._replace(tapped=layer.tapped._replace(block=block))
 
     return {path: one(layer) for path, layer in layers.items()}

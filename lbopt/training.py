@@ -160,7 +160,7 @@ def make_train_step(
       >>> rng = jax.random.key(1)
       >>> layers = lbopt.trace_layers(loss_fn, params, {}, batch, rng, has_aux=True)
       >>> mesh = lbopt.sharding.make_mesh(jax.devices()[:2])
-      >>> tx = lbopt.kfac(0.1, layers, axis_name="data", axis_size=2)
+      >>> tx = lbopt.kfac(0.1, layers, placement=lbopt.Placement("data", 2))
       >>> state = training.init_state(tx, params, {}, rng, mesh)
       >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)

@@ -270,9 +270,11 @@ def _variant(title: str, fisher: Any = "sampled", **changes: Any) -> Contestant:
 
 
 VARIANTS = {
-    "kfac_stale_inverses": _variant("inverses at every fifth step", inverse_period=5),
+    "kfac_stale_inverses": _variant(
+        "inverses at every fifth step", periods=lbopt.Periods(inverses=5)
+    ),
     "kfac_stale_statistics": _variant(
-        "statistics and inverses at every fifth step", stats_period=5, inverse_period=5
+        "statistics and inverses at every fifth step", periods=lbopt.Periods(5, 5)
     ),
     "kfac_one_batch": _variant("statistics of one batch alone", factor_decay=0.0),
     "kfac_data_labels": _variant("labels of the data", fisher="empirical"),

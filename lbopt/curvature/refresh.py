@@ -168,7 +168,7 @@ def inverse_age(opt_state: OptState) -> dict[str, Any]:
       >>> def loss_fn(params, x):
       ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
       >>> layers = lbopt.trace_layers(loss_fn, params, x)
-      >>> tx = lbopt.scale_by_kfac(layers, inverse_period=5)
+      >>> tx = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(inverses=5))
       >>> _, grads, curvature = lbopt.value_grad_and_curvature(loss_fn, layers)(
       ...     params, x)
       >>> state = tx.init(params)

@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import optax
 
-from lbopt._typing import Count, Scalar, ScalarOrSchedule
+from lbopt import checks
+from lbopt._typing import Scalar, ScalarOrSchedule
 from lbopt.curvature.registry import Layers
+from lbopt.settings import Periods, Placement
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.norm_constraint import clip_by_kl
 
@@ -18,19 +20,12 @@ def kfac(
     momentum: Scalar | None = 0.9,
     damping: ScalarOrSchedule = 1e-3,
     weight_decay: Scalar = 0.0,
-    weight_decay_mask: Any = None,
     kl_clip: ScalarOrSchedule | None = None,
     factor_decay: Scalar = 0.95,
-    stats_period: Count | int = 1,
-    inverse_period: Count | int | None = 1,
-    inverse_delay: int | None = None,
-    stagger: bool = False,
+    periods: Periods = Periods(),
     block_size: int | None = None,
     eigenvalues: Literal["kronecker", "corrected"] = "kronecker",
-    axis_name: str | None = None,
-    axis_size: Count | int = 1,
-    placement: float | int | str = "comm",
-    gather_dtype: Any = None,
+    placement: Placement = Placement(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent with Kronecker-factored curvature.
 
@@ -44,29 +39,20 @@ def kfac(
 
     Args:
       learning_rate: η, a number or a schedule of the step.
-      layers: what ``trace_layers`` found.
+      layers: the result of ``trace_layers``.
       momentum: μ on the natural gradient; None for no momentum.
       damping: λ, a number or a schedule.
       weight_decay: β.
-      weight_decay_mask: which parameters decay, as for
-        ``optax.add_decayed_weights``.
       kl_clip: bound c on the squared length of a step in the curvature, twice the KL
         divergence; see ``clip_by_kl``.  None for no bound.
       factor_decay: decay of the factors' running average.
-      stats_period: steps from one statistic to the next.
-      inverse_period: steps from one inversion to the next; None for inversion in the
-        background.
-      inverse_delay: steps until an inverse has effect; None for at once.
-      stagger: spread the inversions over the steps of their period.
+      periods: steps between statistics and between inversions (``lbopt.Periods``).
       block_size: the largest factor that is not cut into diagonal blocks.
       eigenvalues: ``"corrected"`` for EKFAC, which keeps second moments of gradients in
         the factors' eigenbases, and needs curvature that was evaluated with
         ``due=lbopt.refresh(opt_state)``.
-      axis_name: the mesh axis of the devices; this and the rest as for
-        ``scale_by_kfac``.
-      axis_size: devices along it.
-      placement: where inverses live.
-      gather_dtype: type in which they travel.
+      placement: the devices over which examples are spread, and where inverses live
+        (``lbopt.Placement``).
 
     Returns:
       A transformation whose ``update`` takes ``params`` and ``curvature=``.
@@ -92,33 +78,28 @@ def kfac(
     Grosse & Martens 2017.  The tables of the latter could not be had; the defaults are
     those of the authors' later code where it has one.
     """
-    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
-        raise ValueError(f"weight_decay={weight_decay} must not be negative")
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum} must lie in [0, 1), or be None")
-    if isinstance(damping, (int, float)) and not damping > 0:
-        raise ValueError(f"damping={damping} must be positive; 1e-3 is a usual start")
+    checks.not_negative(
+        "learning_rate", learning_rate, "the step is subtracted", schedule=True
+    )
+    checks.not_negative("weight_decay", weight_decay, "0 for none")
+    if momentum is not None:
+        checks.below_one("momentum", momentum, "None for none")
+    checks.positive("damping", damping, "1e-3 is a usual start", schedule=True)
     precondition = scale_by_kfac(
         layers,
         damping=_add(damping, weight_decay),
         factor_decay=factor_decay,
-        stats_period=stats_period,
-        inverse_period=inverse_period,
-        inverse_delay=inverse_delay,
-        stagger=stagger,
+        periods=periods,
         block_size=block_size,
         eigenvalues=eigenvalues,
-        axis_name=axis_name,
-        axis_size=axis_size,
         placement=placement,
-        gather_dtype=gather_dtype,
     )
     if kl_clip is not None:
         precondition = clip_by_kl(
-            precondition, kl_clip, learning_rate, axis_name=axis_name
+            precondition, kl_clip, learning_rate, axis_name=placement.axis_name
         )
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.add_decayed_weights(weight_decay),
         precondition,
         optax.identity() if momentum is None else optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),
@@ -131,19 +112,9 @@ def distributed_kfac(
     *,
     kl_clip: ScalarOrSchedule = 0.01,
     damping: ScalarOrSchedule = 1e-3,
-    momentum: Scalar = 0.9,
-    weight_decay: Scalar = 0.0,
-    weight_decay_mask: Any = None,
-    factor_decay: Scalar = 0.95,
-    stats_period: Count | int = 1,
-    inverse_period: Count | int | None = 20,
-    inverse_delay: int | None = None,
-    stagger: bool = False,
-    block_size: int | None = None,
-    axis_name: str | None = None,
-    axis_size: Count | int = 1,
-    placement: float | int | str = "comm",
-    gather_dtype: Any = None,
+    momentum: Scalar | None = 0.9,
+    periods: Periods = Periods(inverses=20),
+    placement: Placement = Placement(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-FAC as for distributed training: stale inverses, and steps bounded in KL.
 
@@ -153,9 +124,8 @@ def distributed_kfac(
       \sqrt{\frac{c_k}{\Delta^\top \hat F \Delta}}\right), \qquad
       v \leftarrow \mu v + \eta \Delta, \qquad w \leftarrow w - v
 
-    It is ``kfac`` with a bound on every step and with inverses that are renewed now and
-    then.  What else makes the method of the paper stands elsewhere, because it is not
-    the optimizer's:
+    It is ``kfac`` with two other defaults: a bound on every step, and inverses that are
+    renewed every 20 steps.  The rest of the paper's method is not the optimizer's:
 
     * the Fisher matrix of labels that are **sampled** from the model:
       ``fisher="sampled"`` of ``value_grad_and_curvature`` or
@@ -163,33 +133,22 @@ def distributed_kfac(
     * statistics of their own examples, on devices of their own:
       ``statistics_fraction``, ``statistics_devices`` and the step's third argument in
       ``training.make_train_step``; ``lbopt.curvature_only``;
-    * inverses made by other processors while training goes on: ``inverse_delay``, or
-      ``inverse_period=None`` with ``lbopt.BackgroundInversion``;
+    * inverses made by other processors while training goes on: ``Periods(delay=)``, or
+      ``Periods(inverses=None)`` with ``lbopt.BackgroundInversion``;
     * wide layers on feature maps, and cheap factors of convolutions:
       ``doubly_factored`` and ``weight_sharing="reduce"`` of ``trace_layers``;
     * an average of the iterates: ``lbopt.average_params`` at the end of the chain.
 
     Args:
-      learning_rate: η_max, large: it is to be felt in the first steps only.
-      layers: what ``trace_layers`` found.
-      kl_clip: c, twice the KL divergence that a step may make; a number, or the paper's
+      learning_rate: η_max, large enough to matter in the first steps only.
+      layers: the result of ``trace_layers``.
+      kl_clip: c, twice the KL divergence of a step at most; a number, or the paper's
         schedule c₀ ζᵏ, where k counts half epochs: ``optax.exponential_decay(c0,
         steps_per_half_epoch, zeta, staircase=True)``.
       damping: λ, a number or a schedule.
       momentum: μ.
-      weight_decay: added to the gradient, and to the damping.
-      weight_decay_mask: as for ``kfac``; this and the rest.
-      factor_decay: decay of the factors' running average.
-      stats_period: steps from one statistic to the next.
-      inverse_period: steps from one inversion to the next; None for inversion in the
-        background.
-      inverse_delay: steps until an inverse has effect; None for at once.
-      stagger: spread the inversions over the steps of their period.
-      block_size: the largest factor that is not cut into diagonal blocks.
-      axis_name: the mesh axis of the devices.
-      axis_size: devices along it.
-      placement: where inverses live.
-      gather_dtype: type in which they travel.
+      periods: steps between statistics and between inversions.
+      placement: the devices over which examples are spread, and where inverses live.
 
     Returns:
       A transformation whose ``update`` takes ``params`` and ``curvature=``.
@@ -216,30 +175,20 @@ def distributed_kfac(
       True
 
     Source: Ba, Grosse & Martens 2017, §3–5, and the authors' later code.  The text of
-    the paper could not be had: what stands here is recalled, and agrees with
+    the paper could not be had: the method is recalled, and agrees with
     tensorflow/kfac, baselines and kfac-jax where these have it.  Its tables of settings
-    are not known, and none of the defaults is one of them: c is that of kfac-jax for
-    ResNet-50, the decay that of tensorflow/kfac, the period that of Martens & Grosse
-    2015, who also invert at each of the first ten steps.
+    are not known, and none of the defaults is taken from them: c is kfac-jax's for
+    ResNet-50, the decay tensorflow/kfac's, the period that of Martens & Grosse 2015,
+    who also invert at each of the first ten steps.
     """
     return kfac(
         learning_rate,
         layers,
-        momentum=momentum,
-        damping=damping,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         kl_clip=kl_clip,
-        factor_decay=factor_decay,
-        stats_period=stats_period,
-        inverse_period=inverse_period,
-        inverse_delay=inverse_delay,
-        stagger=stagger,
-        block_size=block_size,
-        axis_name=axis_name,
-        axis_size=axis_size,
+        damping=damping,
+        momentum=momentum,
+        periods=periods,
         placement=placement,
-        gather_dtype=gather_dtype,
     )
 
 

@@ -21,8 +21,7 @@ def nlcg(
     .. math:: d_k = -P_k g_k + \beta_k d_{k-1}, \qquad
               w \leftarrow w + \eta_k b_k d_k
 
-    with the settings of the authors' release; ``scale_by_nlcg`` has the equations, and
-    more options (restarts, a descent guard, the bound on β).
+    with the settings of the authors' release; ``scale_by_nlcg`` has the equations.
 
     **No transformation that changes the step may follow**: the learning rate is applied
     here.  Weight decay belongs into the loss, clipping before.

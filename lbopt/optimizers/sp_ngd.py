@@ -1,11 +1,13 @@
 """SP-NGD as a ready optimizer."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
-from lbopt._typing import Count, Scalar, ScalarOrSchedule
+from lbopt import checks
+from lbopt._typing import Scalar, ScalarOrSchedule
 from lbopt.curvature.registry import Layers
+from lbopt.settings import Placement
 from lbopt.transforms.kfac import scale_by_kfac
 from lbopt.transforms.rescale import rescale_weights
 from lbopt.transforms.velocity import scale_by_velocity
@@ -23,10 +25,7 @@ def sp_ngd(
     rescale: Literal["always", "shrink_only"] | None = "always",
     velocity: Literal["paper", "code"] = "paper",
     block_size: int | None = None,
-    axis_name: str | None = None,
-    axis_size: Count | int = 1,
-    placement: float | int | str = "comm",
-    gather_dtype: Any = None,
+    placement: Placement = Placement(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scalable and practical natural gradient descent.
 
@@ -42,22 +41,19 @@ def sp_ngd(
     Args:
       learning_rate: η, a number or a schedule of the step, such as
         ``schedules.polynomial``.
-      layers: what ``trace_layers`` found.
+      layers: the result of ``trace_layers``.
       damping: λ, a number or a schedule.
       momentum: m₀; it decays with the rate.
       stale_threshold: α of the adaptive refresh; None renews everything at every step.
-      norm_damping: what λ is multiplied by for normalisation layers.
+      norm_damping: factor by which λ is multiplied for normalisation layers.
       factor_decay: decay of a running average of the statistics, which the paper does
         not have; 0 keeps the last alone.
       rescale: kernels get the norm of their initialisation after each step
         (``"always"``), only where they are longer (``"shrink_only"``), or not (None).
       velocity: the momentum's form, see ``scale_by_velocity``.
       block_size: the largest factor that is not cut into diagonal blocks.
-      axis_name: the mesh axis of the devices; this and the rest as for
-        ``scale_by_kfac``.
-      axis_size: devices along it.
-      placement: where inverses live.
-      gather_dtype: type in which they travel.
+      placement: the devices over which examples are spread, and where inverses live
+        (``lbopt.Placement``).
 
     Returns:
       A transformation whose ``update`` takes ``params`` and ``curvature=``.
@@ -84,11 +80,10 @@ def sp_ngd(
     Source: Osawa et al. 2022, Eq. 3–24 and Algorithms 1 and 2.  Where the paper and the
     released code differ the paper is followed: momentum that decays with the rate, a
     velocity that holds the rescaling, rescaling at every step, damping of norm layers
-    like that of others (the code: 16 λ).  What the paper leaves open is listed in
-    ``lbopt.presets.sp_ngd``.
+    like that of others (the code: 16 λ).  ``lbopt.presets.sp_ngd`` lists the choices
+    that the paper leaves open.
     """
-    if rescale not in ("always", "shrink_only", None):
-        raise ValueError(f"rescale={rescale!r} must be 'always', 'shrink_only' or None")
+    checks.one_of("rescale", rescale, ["always", "shrink_only", None])
     return optax.chain(
         scale_by_kfac(
             layers,
@@ -97,10 +92,7 @@ def sp_ngd(
             factor_decay=factor_decay,
             stale_threshold=stale_threshold,
             block_size=block_size,
-            axis_name=axis_name,
-            axis_size=axis_size,
             placement=placement,
-            gather_dtype=gather_dtype,
         ),
         scale_by_velocity(learning_rate, momentum, variant=velocity),
         optax.identity()

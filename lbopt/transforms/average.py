@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lbopt import checks
 from lbopt._typing import OptState, Params, Scalar, Updates
 
 
@@ -58,8 +59,7 @@ def average_params(
     the better of θ and θ̄ is reported) and Grosse & Martens 2016 (1 / (1 − ξ) steps
     are an epoch); Ba, Grosse & Martens 2017 average all their methods.
     """
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"decay={decay} must lie in [0, 1); 0.99 is usual")
+    checks.below_one("decay", decay, "0.99 is usual")
 
     def init_fn(params: Params) -> AverageState:
         return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.array, params))

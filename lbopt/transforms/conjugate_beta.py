@@ -29,7 +29,6 @@ class Products(NamedTuple):
       dy: the last direction times y.
       dg: the last direction times the gradient.
       yy: y times the change of the preconditioned gradient, yᵀPy for a fixed P.
-      before_gz: the last gradient times Pg, for Powell's restart.
     """
 
     gz: Any
@@ -39,7 +38,6 @@ class Products(NamedTuple):
     dy: Any = ()
     dg: Any = ()
     yy: Any = ()
-    before_gz: Any = ()
 
 
 def fletcher_reeves(p: Products) -> Array:

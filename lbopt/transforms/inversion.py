@@ -57,7 +57,6 @@ def invert(
     due: Bool[Array, " units"],
     damping: Float[Array, " units"],
     axis: Axis,
-    gather_dtype: Any = None,
 ) -> tuple[Sequence[Any], Any, Inverted]:
     """Renews the inverses of the units that are due.
 
@@ -70,7 +69,6 @@ def invert(
       due: which units are, the same on all devices.
       damping: what is added to each unit's diagonal.
       axis: the devices.
-      gather_dtype: type in which inverses travel, their own if None.
 
     Returns:
       ``inverses`` and ``kept``, with the old ones where the new are not finite, and
@@ -78,7 +76,6 @@ def invert(
     """
     classes = classes_of(owners)
     turns = turns_of(classes, due)
-    travels = jnp.result_type(*factors) if gather_dtype is None else gather_dtype
     accepted = jnp.zeros(len(owners.units), bool)
     found = Inverted(
         accepted,
@@ -91,9 +88,7 @@ def invert(
         for units, turn in zip(classes, turns, strict=True):
             shares = jnp.concatenate([factors[i] for i in units.statistics])
             old = [inverses[i] for i in units.statistics]
-            new, sound = _invert_here(
-                owners, units, turn, shares, damping, old, travels
-            )
+            new, sound = _invert_here(owners, units, turn, shares, damping, old)
             accepted = accepted.at[units.numbers].set(sound)
             for i, inverse in zip(units.statistics, new, strict=True):
                 renewed[i] = inverse
@@ -103,7 +98,7 @@ def invert(
         plan = desk_of_all(owners)
         buffer = jnp.zeros(plan.length, jnp.result_type(*factors))
         buffer = _begin(classes, turns, factors, damping, buffer, plan, axis)
-        return _deliver(owners, classes, turns, buffer, plan, carry, axis, travels)
+        return _deliver(owners, classes, turns, buffer, plan, carry, axis)
 
     start = (list(inverses), kept, accepted)
     inverses, kept, accepted = update_if(jnp.any(due), renew, start)
@@ -121,7 +116,6 @@ def invert_later(
     first: Bool[Array, " units"],
     damping: Float[Array, " units"],
     axis: Axis,
-    gather_dtype: Any = None,
 ) -> tuple[Sequence[Any], Any, Float[Array, " room"], Inverted]:
     """Inverts the units that are due, and delivers inverses that were made before.
 
@@ -136,14 +130,12 @@ def invert_later(
       first: which of those that are due are to be delivered at once.
       damping: as for ``invert``.
       axis: likewise.
-      gather_dtype: likewise.
 
     Returns:
       ``inverses``, ``kept`` and ``waiting``, and what was found out; accepted are units
       that were delivered and are finite.
     """
     classes, plan = classes_of(owners), desk_of_all(owners)
-    travels = jnp.result_type(*factors) if gather_dtype is None else gather_dtype
 
     def turn(number: Array, carry: Any) -> Any:
         waiting, delivered = carry
@@ -156,9 +148,7 @@ def invert_later(
 
         def deliver(delivered: Any) -> Any:
             turns = turns_of(classes, handed)
-            return _deliver(
-                owners, classes, turns, waiting, plan, delivered, axis, travels
-            )
+            return _deliver(owners, classes, turns, waiting, plan, delivered, axis)
 
         waiting = update_if(jnp.any(begun), begin, waiting)
         return waiting, update_if(jnp.any(handed), deliver, delivered)
@@ -196,7 +186,6 @@ def _invert_here(
     rows: Float[Array, "class size"],
     damping: Array,
     old: list[Any],
-    travels: Any,
 ) -> tuple[list[Any], Array]:
     """The inverses with those that are due renewed, and which are sound."""
     f, size = units.factor, len(units.numbers)
@@ -204,8 +193,7 @@ def _invert_here(
     def one(k: Array, wires: Array) -> Array:
         position = turn.positions[0, k]
         amount = damping[jnp.asarray(units.numbers)[position]].astype(rows.dtype)
-        # Rounded as on its way between devices: their number changes no result.
-        wire = f.invert(rows[position], amount).astype(travels)
+        wire = f.invert(rows[position], amount)
         return wires.at[position].set(wire.astype(wires.dtype))
 
     def renew(carry: Any) -> Any:
@@ -246,7 +234,6 @@ def _deliver(
     plan: desk.Desk,
     carry: Any,
     axis: Axis,
-    travels: Any,
 ) -> tuple[list[Any], Any, Bool[Array, " units"]]:
     """The inverses, those kept, and the accepted, with what the desks have for them."""
     inverses, kept, accepted = carry
@@ -254,9 +241,7 @@ def _deliver(
     for units, turn in zip(classes, turns, strict=True):
         if units.gathered:
             old = [inverses[i] for i in units.statistics]
-            new, sound = _hand_out(
-                owners, units, turn, buffer, plan, old, axis, travels
-            )
+            new, sound = _hand_out(owners, units, turn, buffer, plan, old, axis)
             for i, inverse in zip(units.statistics, new, strict=True):
                 renewed[i] = inverse
         else:
@@ -321,7 +306,6 @@ def _hand_out(
     plan: desk.Desk,
     old: list[Any],
     axis: Axis,
-    travels: Any,
 ) -> tuple[list[Any], Bool[Array, " class"]]:
     """The class's inverses on every device with new ones, and which are sound."""
     f, size, me = units.factor, len(units.numbers), axis.position()
@@ -331,7 +315,7 @@ def _hand_out(
         valid = k < turn.lengths
         devices = jnp.argsort(~valid, stable=True)
         at = jnp.where(valid[me], offsets[turn.positions[me, k]], 0)
-        wire = jax.lax.dynamic_slice(buffer, (at,), (f.wire,)).astype(travels)
+        wire = jax.lax.dynamic_slice(buffer, (at,), (f.wire,))
         # Each device takes a share of every owner's row, and passes it to all others:
         # a row moves once, however many devices have none in this round.
         shares = collectives.exchange(collectives.cut(wire[None], axis)[0], axis)

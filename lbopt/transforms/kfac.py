@@ -7,7 +7,6 @@ with the factors' running averages A and G.  The transformation is a pipeline of
 curvature blocks' functions: statistics → factors → inverses → natural gradient.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -15,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Bool
 
 from lbopt import sharding
-from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
+from lbopt.settings import Periods, Placement
 from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
@@ -34,18 +35,11 @@ def scale_by_kfac(
     damping: ScalarOrSchedule = 1e-3,
     norm_damping: Scalar = 1.0,
     factor_decay: Scalar = 0.95,
-    stats_period: Count | int = 1,
-    inverse_period: Count | int | None = 1,
-    inverse_delay: int | None = None,
-    stagger: bool = False,
+    periods: Periods = Periods(),
     stale_threshold: Scalar | None = None,
     block_size: int | None = None,
-    exact_damping: bool = False,
     eigenvalues: Literal["kronecker", "corrected"] = "kronecker",
-    axis_name: str | None = None,
-    axis_size: Count | int = 1,
-    placement: float | int | str = "comm",
-    gather_dtype: Any = None,
+    placement: Placement = Placement(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of the layers' damped curvature.
 
@@ -59,50 +53,32 @@ def scale_by_kfac(
     finite the old inverse stays and the layer's damping grows tenfold until one is.
     Both are counted in ``rejected``.
 
-    With ``axis_name``, under ``jax.shard_map`` or ``jax.pmap`` over that axis, the
+    With ``placement``, under ``jax.shard_map`` or ``jax.pmap`` over its axis, the
     gradients and statistics are those of each device's examples; the transformation
     averages them.  Factors are cut into equal shares over the devices, and each unit is
     inverted by one device (``lbopt.sharding``).
 
     Args:
-      layers: what ``trace_layers`` found.
+      layers: the result of ``trace_layers``.
       damping: λ, in units of the curvature of the loss; a number or a schedule of the
         step.
-      norm_damping: what λ is multiplied by for normalisation layers.
+      norm_damping: factor by which λ is multiplied for normalisation layers.
       factor_decay: β, in [0, 1); 0 keeps the last statistic alone.
-      stats_period: steps from one statistic to the next.
-      inverse_period: steps from one inversion to the next; None where the first alone
-        are made here, and later ones come from ``BackgroundInversion``.
-      inverse_delay: s, steps until an inverse has effect: that of the factors of step t
-        at step t + s, at most a period later.  No step waits for an inversion then, and
-        the compiler may put it beside other work; the price is a second buffer of
-        inverses, split over the devices.  The first inverses have effect at once, and
-        with None or 0 all have.
-      stagger: spread the inversions of each device evenly over the steps of
-        ``inverse_period`` instead of inverting everything at once; the first step
-        inverts all.
+      periods: steps between statistics and between inversions (``lbopt.Periods``).
       stale_threshold: α of SP-NGD's adaptive refresh (``curvature.refresh``), which
         takes the place of the periods: a statistic is renewed, and its factor inverted,
         when its own clock says so.  None for the periods.
-      block_size: factors with more rows are cut into equal diagonal blocks with at most
-        so many; None keeps them whole.
-      exact_damping: invert A ⊗ G + λI itself, in the factors' eigenbases, instead of
-        splitting λ between the factors; dearer, and never a shorter step.
-      eigenvalues: ``"corrected"`` is EKFAC: a layer with two symmetric factors gets
-        their eigenbases, and in these the second moments s of the gradients for
-        eigenvalues, :math:`U_A [(U_A^\top \nabla W U_G) / (s + \lambda)] U_G^\top`.
-        They are renewed at the period of statistics, so that bases may grow old.
-        Curvature has to be evaluated with ``due=lbopt.refresh(opt_state)``, and every
-        device keeps bases and s.  ``"kronecker"``: those of the factors.
-      axis_name: the mesh axis over whose devices examples are spread; None for one
-        device, or where ``jit`` alone places the work.
-      axis_size: devices along it.
-      placement: where inverses live and gradients are preconditioned.  ``"comm"``:
-        every device gets all inverses, and gradients are all-reduced.  ``"memory"``:
-        a layer's inverses stay with its owner; gradients are reduce-scattered, and
-        the natural gradients gathered.  A number between: the share of the bytes of
-        all inverses that every device gets, the smallest layers first.
-      gather_dtype: type in which inverses travel (for example ``jnp.bfloat16``).
+      block_size: the largest number of rows of a factor that is kept whole; larger ones
+        are cut into equal diagonal blocks.  None keeps all whole.
+      eigenvalues: ``"kronecker"``: the products of the factors' eigenvalues.
+        ``"corrected"`` is EKFAC: a layer with two symmetric factors gets their
+        eigenbases, and in these the second moments s of the gradients for eigenvalues,
+        :math:`U_A [(U_A^\top \nabla W U_G) / (s + \lambda)] U_G^\top`.  They are
+        renewed at the period of statistics, so that bases may grow old.  Curvature has
+        to be evaluated with ``due=lbopt.refresh(opt_state)``, and every device keeps
+        bases and s.
+      placement: the devices over which examples are spread, and where inverses live
+        (``lbopt.Placement``).
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``, the statistics of
@@ -118,29 +94,22 @@ def scale_by_kfac(
       ...     return optax.chain(lbopt.scale_by_kfac(layers), optax.scale(-0.1))
 
     Source: Martens & Grosse 2015, §2–6; Ba, Grosse & Martens 2017; the adaptive refresh
-    and the distribution: Osawa et al. 2022, §4.3 and §5.  The papers leave open how
-    numbers that are not finite are treated; refusing them is our choice.  Until a
-    layer's first statistic its gradient passes unchanged.  SP-NGD reduces each
-    statistic to one device; here each device keeps a share of every statistic, which
-    moves the same bytes without padding them to the largest owner.  Where only one
-    factor of a layer is renewed, only that one is inverted, with π from the latest
-    traces of both.  Inverses that have effect later are those of Ba et al., §3, whose
-    workers are asynchronous: there the delay is what it happens to be.  Corrected
-    eigenvalues: George et al. 2018.
+    and the distribution: Osawa et al. 2022, §4.3 and §5; corrected eigenvalues: George
+    et al. 2018.  The papers leave open how numbers that are not finite are treated;
+    refusing them is our choice.  Until a layer's first statistic its gradient passes
+    unchanged.  SP-NGD reduces each statistic to one device; here each device keeps a
+    share of every statistic, which moves the same bytes without padding them to the
+    largest owner.  Where only one factor of a layer is renewed, only that one is
+    inverted, with π from the latest traces of both.
     """
     validation.check_settings(
-        layers, damping, factor_decay, stats_period, inverse_period, stale_threshold
+        layers, damping, norm_damping, factor_decay, periods, block_size
     )
-    validation.check_delay(inverse_delay, inverse_period, stale_threshold, stagger)
-    validation.check_sizes(block_size, axis_name, axis_size, norm_damping)
-    validation.check_placement(placement)
-    validation.check_eigenvalues(
-        eigenvalues, placement, inverse_period, stale_threshold
-    )
-    axis = Axis(axis_name, 1 if axis_name is None else int(axis_size))
+    validation.check_stale_threshold(stale_threshold, factor_decay, periods)
+    validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
+    axis = Axis(placement.axis_name, placement.axis_size)
     known = sharding.configured(
         layers.preconditioned,
-        exact_damping=exact_damping,
         block_size=block_size,
         corrected=eigenvalues == "corrected",
     )
@@ -148,16 +117,16 @@ def scale_by_kfac(
 
     def owners_of(own: Mapping[str, Layer]) -> Owners:
         gathered = None
-        if axis_name is not None:
-            gathered = sharding.gathered_layers(own, placement)
-        turns: Any = inverse_period if stagger else 1
+        if axis.name is not None:
+            gathered = sharding.gathered_layers(own, placement.inverses)
+        phases: Any = periods.inverses if periods.stagger else 1
         units = sharding.units_of(own)
-        return sharding.owners_of(units, axis.size, period=turns, gathered=gathered)
+        return sharding.owners_of(units, axis.size, period=phases, gathered=gathered)
 
     def init_fn(params: Params) -> KfacState:
         own = validation.present_layers(known, params)
         state = kfac_state.init_state(
-            own, owners_of(own), axis, adaptive, bool(inverse_delay)
+            own, owners_of(own), axis, adaptive, bool(periods.delay)
         )
         if eigenvalues == "kronecker":
             return state
@@ -185,41 +154,43 @@ def scale_by_kfac(
             own, state, statistics, factor_decay, stale_threshold, axis
         )
         state = eigen_moments.average(own, state, squares, factor_decay, axis)
-        if inverse_period is None:
-            turn = jnp.zeros(len(owners.units), bool)
-        elif adaptive:
-            turn = findings.accepted[np.asarray([u.statistic for u in owners.units])]
-        else:
-            turn = clocks.is_due(state.count, inverse_period, np.asarray(owners.phase))
+        turn = _units_due(owners, state, findings, periods, adaptive)
         value = extra_args.get("damping", damping)
         value = value(state.count) if callable(value) else value
         amounts = renewal.amounts(own, state, value, norm_damping)
-        invert = renewal.invert
-        if inverse_delay:
-            invert = functools.partial(renewal.invert_later, delay=inverse_delay)
         before = state
-        state, inverted = invert(own, owners, state, turn, amounts, axis, gather_dtype)
+        state, inverted = renewal.invert(
+            own, owners, state, turn, amounts, axis, periods.delay
+        )
         state = eigen_moments.carry(own, owners, before, state, inverted.accepted)
         updates, natural = precondition(own, owners, state, updates, axis)
-        state = eigen_moments.scheduled(own, owners, state, stats_period)
+        state = eigen_moments.scheduled(own, owners, state, periods.statistics)
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=amounts.astype(state.damping.dtype),
-            refresh=_clocks(state, findings, stats_period, adaptive),
+            refresh=_clocks(state, findings, periods.statistics, adaptive),
             report=kfac_state.report(
-                own,
-                owners,
-                due,
-                inverted,
-                not adaptive,
-                axis,
-                gather_dtype,
-                before.moments,
+                own, owners, due, inverted, not adaptive, axis, before.moments
             ),
         )
         return put(own, updates, natural), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _units_due(
+    owners: Owners,
+    state: KfacState,
+    findings: Findings,
+    periods: Periods,
+    adaptive: bool,
+) -> Bool[Array, " units"]:
+    """Returns which units the schedule wants inverted at this step."""
+    if periods.inverses is None:  # BackgroundInversion makes them
+        return jnp.zeros(len(owners.units), bool)
+    if adaptive:
+        return findings.accepted[np.asarray([u.statistic for u in owners.units])]
+    return clocks.is_due(state.count, periods.inverses, np.asarray(owners.phase))
 
 
 def _average(

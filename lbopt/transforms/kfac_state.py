@@ -215,7 +215,6 @@ def report(
     inverted: inversion.Inverted,
     joint: bool,
     axis: Axis,
-    gather_dtype: Any,
     moments: Mapping[str, Any],
 ) -> Report:
     """What ran in an update.
@@ -227,7 +226,6 @@ def report(
       inverted: what inverting found out.
       joint: whether all statistics travel together.
       axis: the devices.
-      gather_dtype: type in which inverses travel.
       moments: the second moments of gradients, with what was due of them.
 
     Returns:
@@ -245,7 +243,7 @@ def report(
         f, path = units.factor, owners.units[units.numbers[0]].path
         dtype = own[path].block.sums[0].dtype
         away.append(jnp.dtype(dtype).itemsize * axis.share(f.size))
-        wire = jnp.dtype(gather_dtype or dtype).itemsize * axis.share(f.wire)
+        wire = jnp.dtype(dtype).itemsize * axis.share(f.wire)
         back.append(units.gathered * wire)
     remote = float(axis.name is not None)
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_map_with_path
 
+from lbopt import checks
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.parameter_paths import matching
 
@@ -16,13 +17,10 @@ class LarsState(NamedTuple):
 
     Attributes:
       count: steps taken; the argument of schedules.
-      inner_state: the state of ``inner``.
-      trust_ratio: λ of the last step: a number for each parameter, a row for each
-        stacked one.
+      trust_ratio: λ of the last step, a number for each array of the parameters.
     """
 
     count: Any
-    inner_state: Any
     trust_ratio: Any
 
 
@@ -30,17 +28,14 @@ def scale_by_lars(
     *,
     weight_decay: Scalar = 5e-4,
     trust_coefficient: Scalar = 1e-3,
-    eps: Scalar = 0.0,
     skip: str | None = None,
-    stacked: str | None = None,
     clip: ScalarOrSchedule | None = None,
-    inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives every layer a step whose length is a share of its weights' norm.
 
     .. math:: u_\ell = \lambda_\ell\, (g_\ell + \beta w_\ell), \qquad
               \lambda_\ell = \frac{\eta \lVert w_\ell \rVert}
-              {\lVert g_\ell \rVert + \beta \lVert w_\ell \rVert + \epsilon}
+              {\lVert g_\ell \rVert + \beta \lVert w_\ell \rVert}
 
     for every array of the parameters by itself, biases and the scales of norm layers
     among them; λ is 1 where the weights or the gradient are zero.  A step is never
@@ -48,26 +43,20 @@ def scale_by_lars(
 
     It differs from ``optax.scale_by_trust_ratio`` after ``optax.add_decayed_weights``
     in the denominator, which is ‖g + βw‖ there, so that every step has the length η‖w‖;
-    and in what optax does not have: one norm for each slice of a stack, the clip of
-    LARC, and a momentum that λ multiplies.
+    and in LARC's clip, which optax does not have.
 
-    The norms are taken in float32 or better, of the gradient that is handed in:
-    average it over devices and micro-batches before (``training.make_train_step``
-    does), and undo any loss scaling.  After ``scale_by_kfac`` g is the natural
+    The norms are taken in float32 or better, of the gradient as passed: average it over
+    devices and micro-batches before (``training.make_train_step`` does), and undo any
+    loss scaling.  After ``scale_by_kfac`` g is the natural
     gradient.
 
     Args:
       weight_decay: β.
       trust_coefficient: η.
-      eps: ε.
-      skip: a regular expression; parameters in whose path, such as
-        ``"Conv_0/kernel"``, it is found pass as they are: λ = 1, no decay.
-      stacked: likewise for parameters whose first axis numbers the copies of a layer
-        under ``nn.scan`` or ``nn.vmap``; each copy has its own λ.
+      skip: a regular expression, searched for in parameters' paths such as
+        ``"Conv_0/kernel"``; gradients of parameters that match pass unchanged.
       clip: the learning rate γ, a number or a schedule, for LARC: the rate of a layer
         is min(γ, λ) instead of γλ.  It must be the rate that is multiplied by later.
-      inner: what becomes of g + βw before λ multiplies it, such as ``optax.trace``;
-        None for nothing.
 
     Returns:
       A transformation whose ``update`` takes ``params``.
@@ -87,28 +76,18 @@ def scale_by_lars(
       >>> updates["bias"]  # zero weights give no scale
       Array([1.], dtype=float32)
 
-    Source: You, Gitman & Ginsburg 2017, Algorithm 1 and Eq. 6; what happens at zero
-    norms is that of the authors' code (NVIDIA Caffe), which has no ε; LARC is its later
-    form.
+    Source: You, Gitman & Ginsburg 2017, Algorithm 1 and Eq. 6; zero norms are treated
+    as in the authors' code (NVIDIA Caffe), which has no ε; LARC is its later form.
     """
-    check_settings(weight_decay, trust_coefficient, eps)
-    if isinstance(clip, (int, float)) and not clip > 0:
-        raise ValueError(
-            f"clip={clip} must be the positive learning rate, a schedule of it, or None"
-        )
-    skipped, in_stack = matching("skip", skip), matching("stacked", stacked)
-    inner = optax.with_extra_args_support(inner or optax.identity())
+    check_settings(weight_decay, trust_coefficient)
+    if clip is not None:
+        checks.positive("clip", clip, "pass the learning rate or None", schedule=True)
+    skipped = matching("skip", skip)
 
     def init_fn(params: Params) -> LarsState:
-        for matches in (skipped, in_stack):
-            matches.require(params)
-
-        def ones(path: Any, w: Any) -> Array:  # or the shape of an array
-            copies = w.shape[:1] if in_stack(path) else ()
-            return jnp.ones(copies, _precise(w))
-
-        ratios = tree_map_with_path(ones, params)
-        return LarsState(jnp.zeros([], jnp.int32), inner.init(params), ratios)
+        skipped.require(params)
+        ratios = jax.tree.map(lambda w: jnp.ones([], _precise(w)), params)
+        return LarsState(jnp.zeros([], jnp.int32), ratios)
 
     def update_fn(
         updates: Updates,
@@ -116,6 +95,7 @@ def scale_by_lars(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, LarsState]:
+        del extra_args
         if params is None:
             raise ValueError(
                 "scale_by_lars.update needs params, whose norms it takes; call "
@@ -125,30 +105,26 @@ def scale_by_lars(
 
         def ratio(path: Any, g: Array, w: Array) -> Array:
             if skipped(path):
-                return jnp.ones(w.shape[:1] if in_stack(path) else (), _precise(w))
-            first = 1 if in_stack(path) else 0
-            g_norm, w_norm = _norm(g, first), _norm(w, first)
+                return jnp.ones([], _precise(w))
+            g_norm, w_norm = _norm(g), _norm(w)
             moves = (g_norm > 0) & (w_norm > 0)
-            length = jnp.where(moves, g_norm + weight_decay * w_norm + eps, 1)
+            length = jnp.where(moves, g_norm + weight_decay * w_norm, 1)
             adapted = trust_coefficient * w_norm / length
             if gamma is not None:
+                # LARC's rate min(γ, λ), as the multiple of γ that comes later.
                 shorter = gamma > adapted
                 adapted = jnp.where(shorter, adapted / jnp.where(shorter, gamma, 1), 1)
             return jnp.where(moves, adapted, 1).astype(_precise(w))
 
-        def decayed(path: Any, g: Array, w: Array) -> Array:
-            return g if skipped(path) else (g + weight_decay * w).astype(g.dtype)
+        def scaled(path: Any, g: Array, w: Array, ratio: Array) -> Array:
+            if skipped(path):
+                return g
+            decayed = (g + weight_decay * w).astype(g.dtype)
+            return (ratio * decayed).astype(g.dtype)
 
         ratios = tree_map_with_path(ratio, updates, params)
-        updates, inner_state = inner.update(
-            tree_map_with_path(decayed, updates, params),
-            state.inner_state,
-            params,
-            **extra_args,
-        )
-        updates = jax.tree.map(_scaled, updates, ratios)
-        count = optax.safe_increment(state.count)
-        return updates, LarsState(count, inner_state, ratios)
+        updates = tree_map_with_path(scaled, updates, params, ratios)
+        return updates, LarsState(optax.safe_increment(state.count), ratios)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -157,28 +133,16 @@ def _precise(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _norm(x: Array, first: int) -> Array:
-    """The norm over all axes from ``first`` on."""
-    x = x.astype(_precise(x))
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(first, x.ndim))))
+def _norm(x: Array) -> Array:
+    # Sums of squares of bfloat16 or float16 numbers overflow or stall early.
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_precise(x)))))
 
 
-def _scaled(u: Array, ratio: Array) -> Array:
-    ratio = ratio.reshape(ratio.shape + (1,) * (u.ndim - ratio.ndim))
-    return (ratio * u).astype(u.dtype)
-
-
-def check_settings(weight_decay: Any, trust_coefficient: Any, eps: Any) -> None:
-    """Refuses settings out of range; see ``scale_by_lars`` for what they are.
+def check_settings(weight_decay: Any, trust_coefficient: Any) -> None:
+    """Refuses settings of ``scale_by_lars`` that are out of range.
 
     Raises:
-      ValueError: naming the setting, its value and what it may be.
+      ValueError: naming the setting, its value and the way out.
     """
-    for name, value in (("weight_decay", weight_decay), ("eps", eps)):
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name}={value} must not be negative; 0 for none")
-    if isinstance(trust_coefficient, (int, float)) and not trust_coefficient > 0:
-        raise ValueError(
-            f"trust_coefficient={trust_coefficient} must be positive; 1e-3 is the "
-            "paper's"
-        )
+    checks.not_negative("weight_decay", weight_decay, "0 for none")
+    checks.positive("trust_coefficient", trust_coefficient, "1e-3 is the paper's")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import collectives
-from lbopt._typing import Array, Count, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt import checks, collectives
+from lbopt._typing import Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms import step_control as control
 from lbopt.transforms.conjugate_beta import EPS, RULES, Products, Rule
@@ -41,7 +41,6 @@ class NlcgState(NamedTuple):
       delta: gᵀPg of the last step.
       beta: β of the last step.
       control: the step control's state, with the multiplier b.
-      uphill: directions that the descent guard has replaced.
       rejected: steps not taken because Pg was not finite.
     """
 
@@ -53,7 +52,6 @@ class NlcgState(NamedTuple):
     delta: Any
     beta: Any
     control: Any
-    uphill: Any
     rejected: Any
 
 
@@ -64,18 +62,14 @@ def scale_by_nlcg(
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
     control_period: Count | int = 5,
-    beta_max: Scalar = 1.0,
-    restart_period: Count | int | None = None,
-    powell_threshold: Scalar | None = None,
-    descent_guard: bool = False,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps along conjugate directions of all parameters together.
 
     .. math::
       z_k = P_k g_k, \qquad \delta_k = g_k^\top z_k, \qquad
-      \beta_k = \mathrm{clip}\Big(\frac{\delta_k}{\delta_{k-1} + \epsilon}, 0,
-      \beta_{\max}\Big), \qquad d_k = -z_k + \beta_k d_{k-1}
+      \beta_k = \mathrm{clip}\Big(\frac{\delta_k}{\delta_{k-1} + \epsilon}, 0, 1\Big),
+      \qquad d_k = -z_k + \beta_k d_{k-1}
 
       u_k = (1 - \rho_k)\, \eta_k b_k d_k - \rho_k\, \eta_k b_{k-1} d_{k-1}
 
@@ -101,12 +95,6 @@ def scale_by_nlcg(
         arguments.
       step_control: ``"step"``, ``"online"`` (``transforms.step_control``) or None.
       control_period: steps between the decisions of ``"step"``.
-      beta_max: the largest β.
-      restart_period: β = 0 at each multiple of so many steps; None for never.
-      powell_threshold: ν of Powell's restart: β = 0 where
-        :math:`|g_{k-1}^\top P g_k| \ge \nu\, g_k^\top P g_k`; 0.2 is usual, and None
-        for never.  Gradients of mini-batches are seldom orthogonal.
-      descent_guard: β = 0 where d would not point downhill; counted in ``uphill``.
       axis_name: the mesh axis over whose devices gradients and loss are averaged
         first, needed where the preconditioner has one; None where they are averages
         already (``training.make_train_step`` averages for all other chains).
@@ -137,16 +125,13 @@ def scale_by_nlcg(
     variables while they are written; the order of operations is ours.  There the
     displacement that the preconditioner sees is η_k b_{k−1} d_{k−1}, with today's rate,
     and so it is here.  Not in the code, and off by default: rules other than those of
-    Fletcher-Reeves and Polak-Ribière, Powell's restart, the descent guard, other
-    preconditioners.  State: the gradient, the direction and the preconditioner's h,
-    3n numbers, and for Polak-Ribière 4n.
+    Fletcher-Reeves and Polak-Ribière, and other preconditioners.  State: the gradient,
+    the direction and the preconditioner's h, 3n numbers, and for Polak-Ribière 4n.
     """
     _check(learning_rate, beta, preconditioner, step_control, control_period)
-    _check_restarts(beta_max, restart_period, powell_threshold)
     rule = RULES[beta] if isinstance(beta, str) else Rule(lambda p: jnp.asarray(beta))
     precondition = _preconditioner(preconditioner)
-    powell = powell_threshold is not None
-    keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient or powell
+    keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient
 
     def init_fn(params: Params) -> NlcgState:
         zeros = precise(optax.tree.zeros_like(params))
@@ -159,24 +144,8 @@ def scale_by_nlcg(
             delta=jnp.zeros([]),
             beta=jnp.zeros([]),
             control=control.init() if step_control else (),
-            uphill=jnp.zeros([], jnp.int32) if descent_guard else (),
             rejected=jnp.zeros([], jnp.int32),
         )
-
-    def beta_of(state: NlcgState, p: Products) -> tuple[Array, Any]:
-        """β after all restarts, and the count of the descent guard's."""
-        value = jnp.clip(rule.beta(p), 0, beta_max)
-        if restart_period is not None:
-            value = jnp.where(state.count % restart_period == 0, 0, value)
-        if powell:
-            close = jnp.abs(p.before_gz) >= powell_threshold * p.gz
-            value = jnp.where(close, 0, value)
-        first = state.count == 0
-        value = jnp.where(first | ~jnp.isfinite(value), 0, value)
-        if not descent_guard:
-            return value, ()
-        uphill = ~first & (value * p.dg >= p.gz)
-        return jnp.where(uphill, 0, value), state.uphill + uphill
 
     def lengths_of(
         state: NlcgState, eta: Any, b: Any, loss: Any
@@ -218,8 +187,10 @@ def scale_by_nlcg(
         z, inner = precondition.update(
             g, state.preconditioner, params, value=loss, **extra_args
         )
-        p = _products(state, rule, g, y, z, powell, descent_guard)
-        beta_k, uphill = beta_of(state, p)
+        p = _products(state, rule, g, y, z)
+        # β < 0 restarts, as in Polak-Ribière+; β ≤ 1 keeps d from growing without end.
+        beta_k = jnp.clip(rule.beta(p), 0, 1)
+        beta_k = jnp.where((state.count == 0) | ~jnp.isfinite(beta_k), 0, beta_k)
         controlled, ahead, back = lengths_of(state, eta, b, loss)
         sound = jnp.isfinite(p.gz)
 
@@ -239,7 +210,6 @@ def scale_by_nlcg(
             delta=accepted(p.gz, state.delta),
             beta=accepted(beta_k, state.beta),
             control=controlled,
-            uphill=uphill,
             rejected=state.rejected + ~sound,
         )
 
@@ -252,10 +222,8 @@ def _products(
     g: Updates,
     y: Any,
     z: Updates,
-    powell: bool,
-    descent_guard: bool,
 ) -> Products:
-    """The inner products that the rule and the restarts need."""
+    """Returns the inner products that the rule needs."""
     dot, d = optax.tree.vdot, state.direction
     both = rule.keeps_gradient and rule.keeps_residual
     p = Products(gz=dot(g, z), gz_before=state.delta)
@@ -264,11 +232,8 @@ def _products(
     if rule.keeps_gradient:
         p = p._replace(yz=dot(y, z), dy=dot(d, y))
     if both:
-        p = p._replace(yy=dot(y, jax.tree.map(jnp.subtract, z, state.residual)))
-    if powell:
-        p = p._replace(before_gz=dot(state.gradient, z))
-    if both or descent_guard:
-        p = p._replace(dg=dot(d, g))
+        dz = jax.tree.map(jnp.subtract, z, state.residual)
+        p = p._replace(yy=dot(y, dz), dg=dot(d, g))
     return p
 
 
@@ -289,43 +254,24 @@ def _check(
     step_control: Any,
     control_period: Any,
 ) -> None:
-    if isinstance(learning_rate, (int, float)) and not learning_rate >= 0:
-        raise ValueError(
-            f"learning_rate={learning_rate} must not be negative; the direction points "
-            "downhill already"
-        )
-    if isinstance(beta, str) and beta not in RULES:
-        raise ValueError(f"beta={beta!r} must be one of {sorted(RULES)}, or a number")
-    if isinstance(beta, (int, float)) and not 0 <= beta <= 1:
-        raise ValueError(f"beta={beta} must lie in [0, 1]; it is a momentum")
+    checks.not_negative(
+        "learning_rate",
+        learning_rate,
+        "the direction points downhill already",
+        schedule=True,
+    )
+    if isinstance(beta, str):
+        checks.one_of("beta", beta, sorted(RULES))
+    elif not isinstance(beta, jax.Array):
+        at_most_one = "it is a momentum; or name a rule"
+        checks.not_negative("beta", beta, at_most_one)
+        if beta:
+            checks.share("beta", beta, at_most_one)
     known = preconditioner in ("bfgs", None) or hasattr(preconditioner, "update")
     if not known:
         raise ValueError(
             f"preconditioner={preconditioner!r} must be 'bfgs', None, or a "
-            "transformation such as lbopt.scale_by_kfac(layers)"
+            "transformation; lbopt.scale_by_kfac(layers) is one"
         )
-    if step_control not in ("step", "online", None):
-        raise ValueError(
-            f"step_control={step_control!r} must be 'step', 'online' or None"
-        )
-    _check_period("control_period", control_period)
-
-
-def _check_restarts(beta_max: Any, restart_period: Any, powell_threshold: Any) -> None:
-    if isinstance(beta_max, (int, float)) and not beta_max >= 0:
-        raise ValueError(f"beta_max={beta_max} must not be negative; 1 is usual")
-    if restart_period is not None:
-        _check_period("restart_period", restart_period)
-    if isinstance(powell_threshold, (int, float)) and not powell_threshold > 0:
-        raise ValueError(
-            f"powell_threshold={powell_threshold} must be positive; 0.2 is usual, and "
-            "None never restarts"
-        )
-
-
-def _check_period(name: str, period: Any) -> None:
-    # optax.inject_hyperparams hands numbers over as arrays.
-    if isinstance(period, jax.Array):
-        return
-    if not isinstance(period, int) or period < 1:
-        raise ValueError(f"{name}={period!r} must be a whole number of steps, ≥ 1")
+    checks.one_of("step_control", step_control, ["step", "online", None])
+    checks.whole("control_period", control_period, "5 is the authors'")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lbopt import checks
 from lbopt._typing import Params, ScalarOrSchedule, Updates
 
 
@@ -66,8 +67,7 @@ def clip_by_kl(
     Source: Ba, Grosse & Martens 2017, §5.  Where the inner product is not positive the
     paper says nothing; the scale is 1 there.
     """
-    if isinstance(c, (int, float)) and not c > 0:
-        raise ValueError(f"c={c} must be positive; pass kl_clip=None for no clipping")
+    checks.positive("c", c, "kl_clip=None for no bound", schedule=True)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> ClipByKlState:

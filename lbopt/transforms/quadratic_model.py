@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
-from lbopt import collectives
+from lbopt import checks, collectives
 from lbopt._typing import Array, Count, Params, Scalar, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms.diagonal_bfgs import precise
@@ -20,8 +20,11 @@ from lbopt.transforms.diagonal_bfgs import precise
 # Directions are taken for parallel where the square of the sine between them, which is
 # a difference of rounded numbers, is below so many ε.
 _PARALLEL = 100
-# Steps are zero in float32 long before; a λ that overflows would never come back.
-_LARGEST = 1e12
+# Martens & Grosse 2015, §6.5: λ changes by ω for each step of the period.
+_OMEGA = 19 / 20
+# The floor is kfac-jax's.  Steps are zero in float32 long before the ceiling; a λ that
+# overflows would never come back.
+_SMALLEST, _LARGEST = 1e-8, 1e12
 
 
 class QuadraticModelState(NamedTuple):
@@ -55,8 +58,6 @@ def scale_by_quadratic_model(
     weight_decay: Scalar = 0.0,
     momentum: bool = True,
     damping_period: Count | int = 5,
-    damping_decay: Scalar = 19 / 20,
-    damping_floor: Scalar = 1e-8,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps to the minimum of a quadratic model in two directions.
@@ -100,8 +101,6 @@ def scale_by_quadratic_model(
       weight_decay: η_w, which is added to the loss here and must not be in it.
       momentum: whether δ₀ is a direction; without it only α is sought.
       damping_period: T, steps between the decisions on λ.
-      damping_decay: ω, in (0, 1]; 1 keeps λ.
-      damping_floor: the smallest λ.
       axis_name: the mesh axis over whose devices the gradient, the losses and the
         products are averaged first, needed where the preconditioner has one; None where
         they are averages already.
@@ -143,7 +142,6 @@ def scale_by_quadratic_model(
     kfac-jax.
     """
     _check(preconditioner, damping, weight_decay, damping_period)
-    _check_adaptation(damping_decay, damping_floor)
     precondition = optax.with_extra_args_support(preconditioner)
     axis = Axis(axis_name, 1)
 
@@ -219,9 +217,7 @@ def scale_by_quadratic_model(
         sound = finite & solved & jnp.isfinite(change)
         judged = decides | ~sound
         ratio = _ratio(change, predicted, sound)
-        adapted = _levenberg_marquardt(
-            state.damping, ratio, damping_decay**damping_period, damping_floor
-        )
+        adapted = _levenberg_marquardt(state.damping, ratio, _OMEGA**damping_period)
 
         def chosen(flag: Array, new: Any, old: Any) -> Any:
             return jax.tree.map(
@@ -274,18 +270,16 @@ def _minimum(c: Float[Array, "k k"], slopes: Float[Array, " k"]) -> Float[Array,
 
 
 def _ratio(change: Array, predicted: Array, sound: Array) -> Array:
-    """ρ, and 0, which is a failure, where it is no number."""
+    """Returns the reduction ratio ρ; 0, a rejected step, if it is not finite."""
     ratio = change / jnp.where(predicted == 0, 1, predicted)
     return jnp.where(sound & (predicted != 0), ratio, 0)
 
 
-def _levenberg_marquardt(
-    damping: Array, ratio: Array, factor: Scalar, floor: Scalar
-) -> Array:
-    """λ after a decision."""
+def _levenberg_marquardt(damping: Array, ratio: Array, factor: Scalar) -> Array:
+    """Returns λ after a decision: shrunk, kept or grown."""
     good, bad = ratio > 3 / 4, ratio < 1 / 4
     multiple = jnp.where(good, factor, jnp.where(bad, 1 / factor, 1))
-    return jnp.clip(damping * multiple, floor, _LARGEST)
+    return jnp.clip(damping * multiple, _SMALLEST, _LARGEST)
 
 
 def _checked(products: Any, k: int) -> Array:
@@ -322,26 +316,6 @@ def _check(
             f"preconditioner={preconditioner!r} must be a transformation such as "
             "lbopt.scale_by_kfac(layers)"
         )
-    if isinstance(damping, (int, float)) and not damping > 0:
-        raise ValueError(f"damping={damping} must be positive; 150 is a usual start")
-    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
-        raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 is none")
-    # optax.inject_hyperparams hands numbers over as arrays.
-    if not isinstance(damping_period, jax.Array) and (
-        not isinstance(damping_period, int) or damping_period < 1
-    ):
-        raise ValueError(
-            f"damping_period={damping_period!r} must be a whole number of steps, ≥ 1"
-        )
-
-
-def _check_adaptation(damping_decay: Any, damping_floor: Any) -> None:
-    if isinstance(damping_decay, (int, float)) and not 0 < damping_decay <= 1:
-        raise ValueError(
-            f"damping_decay={damping_decay} must lie in (0, 1]; 19/20 is usual, and 1 "
-            "keeps λ"
-        )
-    if isinstance(damping_floor, (int, float)) and not damping_floor > 0:
-        raise ValueError(
-            f"damping_floor={damping_floor} must be positive; 1e-8 is usual"
-        )
+    checks.positive("damping", damping, "150 is a usual start")
+    checks.not_negative("weight_decay", weight_decay, "0 for none")
+    checks.whole("damping_period", damping_period, "5 is usual")

@@ -51,9 +51,11 @@ def invert(
     turn: Bool[Array, " units"],
     amounts: Float[Array, " units"],
     axis: Axis,
-    gather_dtype: Any,
+    delay: int | None = None,
 ) -> tuple[KfacState, inversion.Inverted]:
-    """Renews the inverses whose turn it is."""
+    """Renews the inverses that are due; with a delay, delivers those due before."""
+    if delay:
+        return _invert_later(own, owners, state, turn, amounts, axis, delay)
     due = can_be_inverted(own, owners, state)
     due &= turn | (state.refresh.inverse_step < 0)
     inverses, kept, inverted = inversion.invert(
@@ -64,24 +66,21 @@ def invert(
         due,
         amounts,
         axis,
-        gather_dtype,
     )
     state = with_inverses(own, state, inverses, kept)
     return noted(own, owners, state, due, inverted.accepted, state.count), inverted
 
 
-def invert_later(
+def _invert_later(
     own: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
     turn: Bool[Array, " units"],
     amounts: Float[Array, " units"],
     axis: Axis,
-    gather_dtype: Any,
-    *,
     delay: int,
 ) -> tuple[KfacState, inversion.Inverted]:
-    """Begins the inverses whose turn it is, and puts in those whose time has come."""
+    """Begins the inversions that are due, and delivers inverses that are old enough."""
     pending, count = state.pending, state.count
     at_once = (state.refresh.inverse_step < 0) | (pending.step == kfac_state.AGAIN)
     due = (turn | at_once) & can_be_inverted(own, owners, state)
@@ -98,7 +97,6 @@ def invert_later(
         first,
         amounts,
         axis,
-        gather_dtype,
     )
     state = with_inverses(own, state, inverses, kept)
     made = jnp.where(first, count, pending.step)

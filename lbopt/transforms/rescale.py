@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from lbopt._typing import Array, Params, Scalar, Updates
+from lbopt._typing import Array, Params, Updates
 from lbopt.curvature import capture
 from lbopt.curvature.registry import Layer, Layers
+from lbopt.transforms.validation import check_layers
 
 _KERNEL = "kernel"
+# ε of the authors' code; the paper has none.
+_EPS = 1e-9
 
 
 class _Kernel(NamedTuple):
@@ -29,7 +32,7 @@ class _Kernel(NamedTuple):
 
 
 def rescale_weights(
-    layers: Layers, *, shrink_only: bool = False, eps: Scalar = 1e-9
+    layers: Layers, *, shrink_only: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives every kernel the norm √(2 d_out) after the step.
 
@@ -45,17 +48,16 @@ def rescale_weights(
     It must be the last transformation of a chain: u is the whole step.
 
     Args:
-      layers: what ``trace_layers`` found.
+      layers: the result of ``trace_layers``.
       shrink_only: leave kernels alone whose norm is not larger than that, as the
         authors' released code does.
-      eps: ε.
 
     Returns:
       A transformation whose ``update`` takes ``params``.  What is added to the
       parameters is of the updates' type, whose rounding the norm has.
 
     Raises:
-      ValueError: if ε is not positive, or if no layer has such a kernel.
+      ValueError: if no layer has such a kernel.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt, optax
@@ -77,12 +79,7 @@ def rescale_weights(
     convolution and a kernel of zeros are: the groups are one array here, as their
     initialisation is; zeros stay zeros.
     """
-    if not isinstance(layers, Layers):
-        raise ValueError(
-            f"layers={type(layers).__name__} must be what lbopt.trace_layers returns"
-        )
-    if isinstance(eps, (int, float)) and not eps > 0:
-        raise ValueError(f"eps={eps} must be positive; 1e-9 is the paper's")
+    check_layers(layers)
     kernels = _kernels(layers)
     if not kernels:
         raise ValueError(
@@ -110,22 +107,20 @@ def rescale_weights(
         for path, w in _present(kernels, params).items():
             location = kernels[path].layer.tapped.location
             u = capture.lookup(updates, location)[_KERNEL]
-            u = _rescaled(kernels[path], w, u, shrink_only, eps)
+            u = _rescaled(kernels[path], w, u, shrink_only)
             replaced[location.keys] = {_KERNEL: u}
         return capture.insert(updates, replaced), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rescaled(
-    kernel: _Kernel, w: Array, u: Array, shrink_only: bool, eps: Scalar
-) -> Array:
-    """The update that ends at the norm."""
+def _rescaled(kernel: _Kernel, w: Array, u: Array, shrink_only: bool) -> Array:
+    """Returns the update after which the kernel has its norm."""
     dtype = jnp.promote_types(jnp.result_type(w, u), jnp.float32)
     w, end = w.astype(dtype), w.astype(dtype) + u.astype(dtype)
     square = jnp.sum(jnp.square(end), axis=kernel.axes, keepdims=True)
     norm = jnp.sqrt(square)
-    new = (end * (kernel.norm / (norm + eps)) - w).astype(u.dtype)
+    new = (end * (kernel.norm / (norm + _EPS)) - w).astype(u.dtype)
     return jnp.where(norm > kernel.norm, new, u) if shrink_only else new
 
 

@@ -23,24 +23,22 @@ def reshard(
     layers: Layers,
     *,
     block_size: int | None = None,
-    exact_damping: bool = False,
 ) -> Any:
     """A state as another number of devices, or another placement, would have it.
 
     Factors are put together and cut anew; inverses are taken from the desks of their
     owners and laid on others.  In between everything is keyed by its layer alone.
-    Inverses under way (``inverse_delay``) are made anew at the next step, and have
+    Inverses under way (``Periods.delay``) are made anew at the next step, and have
     effect at once.
 
     Args:
       state: an optimizer's state or a whole training state, its arrays of the global
         shapes (as a checkpoint restores them).
-      like: the state to be, of the same optimizer with other ``axis_size`` or
-        ``placement``: arrays or shapes, for example
+      like: the state to be, of the same optimizer with another ``placement``:
+        arrays or shapes, for example
         ``jax.eval_shape(optimizer.init, params)``.
       layers: what ``trace_layers`` found.
       block_size: what both optimizers were made with.
-      exact_damping: likewise.
 
     Returns:
       The numbers of ``state`` in the shapes of ``like``; ``sharding.place`` puts them
@@ -57,15 +55,13 @@ def reshard(
       ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
       >>> layers = lbopt.trace_layers(loss_fn, params, x)
       >>> one = lbopt.scale_by_kfac(layers)
-      >>> four = lbopt.scale_by_kfac(layers, axis_name="data", axis_size=4)
+      >>> four = lbopt.scale_by_kfac(layers, placement=lbopt.Placement("data", 4))
       >>> like = jax.eval_shape(four.init, params)
       >>> state = lbopt.reshard(one.init(params), like, layers)
       >>> state.factors.shards["layers_0"].a.shape  # 21 numbers in 4 shares
       (4, 6)
     """
-    known = sharding.configured(
-        layers.preconditioned, exact_damping=exact_damping, block_size=block_size
-    )
+    known = sharding.configured(layers.preconditioned, block_size=block_size)
 
     def one(new: Any, old: Any) -> Any:
         if not isinstance(new, KfacState):
@@ -198,5 +194,5 @@ def _require_same_shapes(found: Any, like: Any) -> None:
             raise ValueError(
                 f"like{jax.tree_util.keystr(at)} is {y.dtype}{list(y.shape)}, and the "
                 f"state has {x.dtype}{list(x.shape)} at {jax.tree_util.keystr(path)}; "
-                "only axis_size and placement may differ between the two optimizers"
+                "only placement= may differ between the two optimizers"
             )

@@ -7,11 +7,13 @@ import jax
 import jax.core
 import optax
 
+from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
 from lbopt.curvature import capture
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
+from lbopt.settings import Periods, Placement
 
 
 def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
@@ -138,93 +140,76 @@ def _check_moments(path: str, statistics: Any, s: Any) -> None:
 def check_settings(
     layers: Any,
     damping: Any,
+    norm_damping: Any,
     factor_decay: Any,
-    stats_period: Any,
-    inverse_period: Any,
-    stale_threshold: Any,
+    periods: Any,
+    block_size: Any,
 ) -> None:
-    """Refuses settings out of range; see ``scale_by_kfac`` for what they are.
+    """Refuses settings of ``scale_by_kfac`` that are out of range.
 
     Raises:
-      ValueError: naming the setting, its value and what it may be.
+      ValueError: naming the setting, its value and the way out.
     """
+    check_layers(layers)
+    if not layers.preconditioned:
+        raise ValueError(
+            f"layers={sorted(layers)} must hold a layer that the loss depends on; "
+            "call trace_layers with the loss that is trained"
+        )
+    checks.positive("damping", damping, "1e-3 is a usual start", schedule=True)
+    checks.positive("norm_damping", norm_damping, "1 damps them like other layers")
+    checks.below_one("factor_decay", factor_decay, "0 keeps the last statistic alone")
+    if not isinstance(periods, Periods):
+        raise ValueError(
+            f"periods={periods!r} must be lbopt.Periods(statistics=…, inverses=…)"
+        )
+    if isinstance(block_size, jax.Array):
+        raise ValueError(
+            f"block_size={block_size} must be a Python int, for it sets shapes; name "
+            "it in static_args= of optax.inject_hyperparams"
+        )
+    if block_size is not None:
+        checks.whole("block_size", block_size, "None keeps factors whole")
+
+
+def check_layers(layers: Any) -> None:
+    """Raises ValueError unless ``layers`` is the result of ``trace_layers``."""
     if not isinstance(layers, Layers):
         raise ValueError(
-            f"layers={type(layers).__name__} must be what lbopt.trace_layers returns"
+            f"layers={type(layers).__name__} must be the result of lbopt.trace_layers; "
+            "call it with the loss, the parameters and a batch"
         )
-    if not layers.preconditioned:
-        raise ValueError("layers holds no layer that the loss depends on")
-    if isinstance(damping, (int, float)) and not damping > 0:
-        raise ValueError(f"damping={damping} must be positive; 1e-3 is a usual start")
-    if isinstance(factor_decay, (int, float)) and not 0 <= factor_decay < 1:
-        raise ValueError(
-            f"factor_decay={factor_decay} must lie in [0, 1); 0 keeps the last "
-            "statistic alone"
-        )
-    for name, period in (
-        ("stats_period", stats_period),
-        ("inverse_period", inverse_period),
-    ):
-        # optax.inject_hyperparams hands numbers over as arrays.
-        outside = name == "inverse_period" and period is None
-        if not (outside or isinstance(period, jax.Array)) and (
-            not isinstance(period, int) or period < 1
-        ):
-            raise ValueError(f"{name}={period!r} must be a whole number of steps, ≥ 1")
+
+
+def check_stale_threshold(
+    stale_threshold: Any, factor_decay: Any, periods: Periods
+) -> None:
+    """Refuses an adaptive refresh beside averages or periods.
+
+    Raises:
+      ValueError: naming the setting, its value and the way out.
+    """
     if stale_threshold is None:
         return
-    if isinstance(stale_threshold, (int, float)) and not stale_threshold >= 0:
-        raise ValueError(
-            f"stale_threshold={stale_threshold} must not be negative; SP-NGD uses 0.1, "
-            "and None renews at fixed periods"
-        )
+    checks.not_negative(
+        "stale_threshold", stale_threshold, "SP-NGD uses 0.1; None renews at periods"
+    )
     for name, value, needed in (
         ("factor_decay", factor_decay, 0),
-        ("stats_period", stats_period, 1),
-        ("inverse_period", inverse_period, 1),
+        ("periods.statistics", periods.statistics, 1),
+        ("periods.inverses", periods.inverses, 1),
     ):
         # optax.inject_hyperparams hands numbers over as arrays, in a jit unknown ones.
         if not isinstance(value, jax.core.Tracer) and value != needed:
             raise ValueError(
-                f"stale_threshold={stale_threshold} compares single statistics and "
-                f"sets the times itself: it needs {name}={needed}, not {value}; pass "
-                "stale_threshold=None to use averages and periods"
+                f"{name}={value} must be {needed} with stale_threshold="
+                f"{stale_threshold}, which compares single statistics and sets the "
+                "times itself; pass stale_threshold=None for averages and periods"
             )
 
 
-def check_delay(
-    inverse_delay: Any, inverse_period: Any, stale_threshold: Any, stagger: Any
-) -> None:
-    """Refuses a delay of inverses by which they would never have effect.
-
-    Raises:
-      ValueError: naming it and what it may be.
-    """
-    if inverse_period is None and (inverse_delay or stagger):
-        raise ValueError(
-            f"inverse_period=None leaves inversion to lbopt.BackgroundInversion: "
-            f"inverse_delay={inverse_delay} and stagger={stagger} have no meaning; "
-            "leave them out, or give a period"
-        )
-    if inverse_delay is None:
-        return
-    if not isinstance(inverse_delay, int) or inverse_delay < 0:
-        raise ValueError(
-            f"inverse_delay={inverse_delay!r} must be a whole number of steps, ≥ 0; "
-            "name it in static_args= of optax.inject_hyperparams"
-        )
-    longest: Any = 1 if stale_threshold is not None else inverse_period
-    # optax.inject_hyperparams hands periods over as arrays, in a jit unknown ones.
-    if not isinstance(longest, jax.core.Tracer) and inverse_delay > longest:
-        raise ValueError(
-            f"inverse_delay={inverse_delay} is longer than the {longest} steps after "
-            "which an inverse may be begun anew; lengthen inverse_period, or shorten "
-            "the delay"
-        )
-
-
 def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
-    """Refuses a state that was made for another number of devices.
+    """Refuses a state made for another number of devices.
 
     Raises:
       ValueError: naming both numbers of a factor's share.
@@ -235,56 +220,34 @@ def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
             expected = whole.size // f.size * axis.share(f.size)
             if x.size != expected:
                 raise ValueError(
-                    f"the optimizer's state was made for another number of devices "
-                    f"than axis_size={axis.size}: a device has {x.size} numbers of a "
-                    f"factor of {path!r}, not {expected}; convert it with "
-                    "lbopt.reshard"
+                    f"axis_size={axis.size} must be that of the optimizer's state, "
+                    f"whose factor of {path!r} has {x.size} numbers on a device, not "
+                    f"{expected}; convert the state with lbopt.reshard"
                 )
 
 
-def check_placement(placement: Any) -> None:
-    """Refuses a placement that is none.
-
-    Raises:
-      ValueError: naming it and what it may be.
-    """
-    known = (
-        placement in ("comm", "memory")
-        if isinstance(placement, str)
-        else type(placement) in (int, float) and 0 <= placement <= 1
-    )
-    if not known:
-        raise ValueError(
-            f"placement={placement!r} must be 'comm', 'memory', or a share in [0, 1] "
-            "of the inverses' bytes that every device gets"
-        )
-
-
 def check_eigenvalues(
-    eigenvalues: Any, placement: Any, inverse_period: Any, stale_threshold: Any
+    eigenvalues: Any, placement: Placement, periods: Periods, stale_threshold: Any
 ) -> None:
-    """Refuses corrected eigenvalues where their bases would not be at hand.
+    """Refuses corrected eigenvalues where a device would lack their bases.
 
     Raises:
-      ValueError: naming the setting, its value and what it may be.
+      ValueError: naming the setting, its value and the way out.
     """
-    if eigenvalues not in ("kronecker", "corrected"):
-        raise ValueError(
-            f"eigenvalues={eigenvalues!r} must be 'kronecker' or 'corrected'"
-        )
+    checks.one_of("eigenvalues", eigenvalues, ["kronecker", "corrected"])
     if eigenvalues == "kronecker":
         return
     for name, value, sound, why in (
         (
-            "placement",
-            placement,
-            placement == "comm",
+            "placement.inverses",
+            placement.inverses,
+            placement.inverses == "comm",
             "every device evaluates second moments in all bases; use 'comm'",
         ),
         (
-            "inverse_period",
-            inverse_period,
-            inverse_period is not None,
+            "periods.inverses",
+            periods.inverses,
+            periods.inverses is not None,
             "BackgroundInversion would change bases and leave the second moments "
             "behind; give a period",
         ),
@@ -297,33 +260,5 @@ def check_eigenvalues(
     ):
         if not sound:
             raise ValueError(
-                f"eigenvalues='corrected' does not go with {name}={value!r}: {why}"
+                f"{name}={value!r} must not be set with eigenvalues='corrected': {why}"
             )
-
-
-def check_sizes(
-    block_size: Any, axis_name: Any, axis_size: Any, norm_damping: Any
-) -> None:
-    """Refuses sizes out of range; see ``scale_by_kfac`` for what they are.
-
-    Raises:
-      ValueError: naming the setting, its value and what it may be.
-    """
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
-        raise ValueError(
-            f"block_size={block_size!r} must be a number of rows, ≥ 1, or None for "
-            "whole factors"
-        )
-    # optax.inject_hyperparams makes an array of the number that is not needed.
-    unused = axis_name is None and isinstance(axis_size, jax.Array)
-    if not unused and (not isinstance(axis_size, int) or axis_size < 1):
-        raise ValueError(
-            f"axis_size={axis_size!r} must be a number of devices, ≥ 1; name it in "
-            "static_args= of optax.inject_hyperparams"
-        )
-    if not unused and axis_name is None and axis_size != 1:
-        raise ValueError(
-            f"axis_size={axis_size} needs axis_name, the mesh axis of the devices"
-        )
-    if isinstance(norm_damping, (int, float)) and not norm_damping > 0:
-        raise ValueError(f"norm_damping={norm_damping} must be positive")

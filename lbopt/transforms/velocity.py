@@ -7,6 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from lbopt import checks
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 
 
@@ -185,11 +186,8 @@ def _zero() -> Array:
 
 
 def _check(learning_rate: Any, momentum: Any, variant: Any) -> None:
-    if isinstance(learning_rate, (int, float)) and not learning_rate > 0:
-        raise ValueError(
-            f"learning_rate={learning_rate} must be positive; the step is subtracted"
-        )
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum} must lie in [0, 1); 0 for none")
-    if variant not in ("paper", "code"):
-        raise ValueError(f"variant={variant!r} must be 'paper' or 'code'")
+    checks.positive(
+        "learning_rate", learning_rate, "the step is subtracted", schedule=True
+    )
+    checks.below_one("momentum", momentum, "0 for none")
+    checks.one_of("variant", variant, ["paper", "code"])

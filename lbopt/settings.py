@@ -1,0 +1,113 @@
+"""Settings of an optimizer that belong together, checked where they are made."""
+
+from dataclasses import dataclass
+
+import jax.core
+
+from lbopt import checks
+from lbopt._typing import Count
+
+
+@dataclass(frozen=True)
+class Periods:
+    """When curvature is renewed: periods in steps, and how inversions are spread.
+
+    Attributes:
+      statistics: steps from one statistic to the next.
+      inverses: steps from one inversion to the next; None where only the first
+        inverses are made in the step, and ``BackgroundInversion`` makes the others.
+      stagger: whether each device spreads its inversions evenly over the steps of
+        their period, instead of inverting everything at once.  The first step inverts
+        everything.
+      delay: s, steps until an inverse takes effect: the inverse of the factors of step
+        t at step t + s, at most one period later.  No step then waits for an
+        inversion, and the compiler may overlap it with other work, at the price of a
+        second buffer of inverses, split over the devices.  The first inverses take
+        effect at once; with None or 0 all do.
+
+    Raises:
+      ValueError: if a period is not a positive whole number, or if the delay exceeds
+        the period of the inverses.
+
+    Examples:
+      >>> import lbopt
+      >>> lbopt.Periods(statistics=2, inverses=20, stagger=True)
+      Periods(statistics=2, inverses=20, stagger=True, delay=None)
+    """
+
+    statistics: Count | int = 1
+    inverses: Count | int | None = 1
+    stagger: bool = False
+    delay: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.whole("statistics", self.statistics, "1 renews them at every step")
+        if self.delay is not None:
+            checks.whole("delay", self.delay, "None takes effect at once", least=0)
+        if self.inverses is None:
+            if self.delay or self.stagger:
+                raise ValueError(
+                    f"inverses=None must have neither delay={self.delay} nor "
+                    f"stagger={self.stagger}: lbopt.BackgroundInversion decides when "
+                    "inverses are made; leave both out, or give a period"
+                )
+            return
+        checks.whole(
+            "inverses", self.inverses, "None leaves them to lbopt.BackgroundInversion"
+        )
+        # Under jit the period may be traced, and then nothing is known of it here.
+        if isinstance(self.inverses, jax.core.Tracer):
+            return
+        if self.delay is not None and self.delay > self.inverses:
+            raise ValueError(
+                f"delay={self.delay} must be at most inverses={self.inverses}, the "
+                "steps after which the next inversion begins; lengthen the period, or "
+                "shorten the delay"
+            )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Over which devices examples are spread, and where inverses live.
+
+    Attributes:
+      axis_name: the mesh axis over which examples are spread, under ``jax.shard_map``
+        or ``jax.pmap``; None for one device, or where ``jit`` alone places the work.
+      axis_size: the number of devices along it.
+      inverses: ``"comm"``: every device gets all inverses, and gradients are
+        all-reduced.  ``"memory"``: a layer's inverses stay on the device that computed
+        them; gradients are reduce-scattered to it, and natural gradients gathered from
+        it.  A number in [0, 1]: the share of the bytes of all inverses that every
+        device gets, smallest layers first.
+
+    Raises:
+      ValueError: for an ``axis_size`` that is not a positive whole number or that has
+        no ``axis_name``, and for an unknown place of inverses.
+
+    Examples:
+      >>> import lbopt
+      >>> lbopt.Placement("data", 8, inverses="memory")
+      Placement(axis_name='data', axis_size=8, inverses='memory')
+
+    Source: both extremes and the shares between them are those of Osawa et al. 2022
+    and of Pauloski et al. 2021 (KAISA).
+    """
+
+    axis_name: str | None = None
+    axis_size: int = 1
+    inverses: float | int | str = "comm"
+
+    def __post_init__(self) -> None:
+        checks.whole("axis_size", self.axis_size, "pass mesh.shape[axis_name]")
+        if self.axis_name is None and self.axis_size != 1:
+            raise ValueError(
+                f"axis_size={self.axis_size} must have axis_name, the mesh axis of "
+                "these devices; name it, or leave axis_size out"
+            )
+        way_out = "'comm', 'memory', or the share of inverses that every device gets"
+        if isinstance(self.inverses, str):
+            checks.one_of("inverses", self.inverses, ["comm", "memory"])
+        elif self.inverses == 0:
+            checks.not_negative("inverses", self.inverses, way_out)
+        else:
+            checks.share("inverses", self.inverses, way_out)
