@@ -266,7 +266,9 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         mesh,
         fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
         accumulate=accumulate,
+        parallel=config.parallel,
         per_example=per_example,
+        statistics_fraction=config.statistics_fraction,
     )
     return Program(
         init=init,

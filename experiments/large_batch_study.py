@@ -24,7 +24,6 @@ import datetime
 import functools
 import json
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,17 +31,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import tasks
+from experiments import study, tasks
 from experiments.large_batch import cells, curves, findings, noise_scale
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Task
 from experiments.large_batch.runs import Runner
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "large_batch_study.json"
+RESULTS = study.RESULTS / "large_batch_study.json"
 CELLS = RESULTS.with_suffix("")
-FIGURE = ROOT / "docs" / "figures" / "large_batch.png"
+FIGURE = study.FIGURES / "large_batch.png"
 CURVES_FIGURE = FIGURE.with_stem("large_batch_curves")
 COMMAND = "python -m experiments.large_batch_study"
 Known = dict[Cell, Outcome]
@@ -272,7 +270,7 @@ def write_record() -> dict[str, Any]:
         "rows": rows,
         "variants": variants,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
     if rows:
         findings.draw(rows, noise).savefig(FIGURE)
     if losses:

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import classifier
+from experiments import classifier, study
 from experiments.configs import resnet50
 from experiments.data import pipeline
 from experiments.models import resnet
@@ -62,8 +62,7 @@ CASES: dict[str, Config] = {
 """Settings by the name of the case; the last is compiled only."""
 
 RUNS = pathlib.Path("runs/resnet50_steps")
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "resnet50_steps.json"
+RESULTS = study.RESULTS / "resnet50_steps.json"
 
 
 class Case:
@@ -195,7 +194,7 @@ def in_own_process(name: str) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "experiments.resnet50_steps", name]
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
+        command, cwd=study.ROOT, stdout=subprocess.PIPE, check=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -205,8 +204,7 @@ def kept(name: str) -> dict[str, Any]:
     path = RUNS / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
         row = in_own_process(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        study.replace_text(path, json.dumps(row) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -237,7 +235,7 @@ def write_record(rows: Sequence[dict[str, Any]]) -> None:
         "jax": jax.__version__,
         "rows": list(rows),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ from typing import Any
 # another run.
 _MAY_CHANGE = {
     *("data_dir", "directory", "resume"),
-    *("devices", "placement", "distributed", "start_timeout", "heartbeat_timeout"),
+    *(
+        "devices",
+        "parallel",
+        "placement",
+        "distributed",
+        "start_timeout",
+        "heartbeat_timeout",
+    ),
     *("num_threads", "num_workers", "bad_images", "remat"),
     *("log_period", "eval_batch_size", "eval_epochs"),
     *("checkpoint_epochs", "keep_checkpoints", "keep_best"),

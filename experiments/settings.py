@@ -168,6 +168,11 @@ class Config:
     doubly_factored: int | None = None
     """Rows of the input factor beyond which a dense layer on a flattened map has three
     factors, as for `lbopt.trace_layers`; none: never."""
+    statistics_fraction: float = 1.0
+    """Share of the batch that the curvature's statistics are of, in the words of
+    `lbopt.training.make_train_step`."""
+    parallel: Literal["shard_map", "pmap"] = "shard_map"
+    """What runs a step on several devices, in the words of `make_train_step`."""
     placement: Literal["comm", "memory"] = "comm"
     """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0

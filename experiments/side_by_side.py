@@ -1,13 +1,10 @@
 """Several optimizers on the same batches, taking turns at every step.
 
-What else the machine is doing then falls on all of them, so that the ratio of their
-step times means something, and their accuracies differ by nothing but the optimizer.
+Other work of the machine then slows all of them down alike, so that the ratio of their
+step times is meaningful, and their accuracies differ by the optimizer alone.
 """
 
-import contextlib
 import dataclasses
-import io
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -18,16 +15,17 @@ import numpy as np
 import optax
 
 import lbopt
+from experiments import study
 from experiments.classifier import build_program, evaluate, open_data
 from experiments.settings import Config
 
-# What the contestants must have in common.
+# Settings that the contestants must have in common.
 _SHARED = ("dataset", "data_dir", "batch_size", "epochs", "seed", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one contestant did.
+    """The outcome of one contestant.
 
     Attributes:
         accuracy: Test accuracy at the end.
@@ -46,7 +44,7 @@ class Outcome:
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     def refreshed(self) -> float:
-        """The share of all statistics, over the run, that were renewed."""
+        """Returns the share of all statistics, over the run, that were renewed."""
         possible = len(self.renewals) * len(self.losses)
         return sum(map(len, self.renewals.values())) / max(possible, 1)
 
@@ -59,7 +57,7 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
             accumulation. Nothing is written.
 
     Returns:
-        What each did.
+        The outcome of each.
 
     Raises:
         ValueError: If they differ in the data or the length of the run.
@@ -105,34 +103,17 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
 def outcomes_in(
     path: pathlib.Path, contestants: Mapping[str, Config]
 ) -> dict[str, Outcome]:
-    """What the contestants did, from a file if they have run before.
-
-    Args:
-        path: The file; made, with its directory, when all have run.
-        contestants: As for `train_together`.
-
-    Returns:
-        What each did.
-    """
-    if not path.exists():
-        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            outcomes = train_together(contestants)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
-        aside.write_text(json.dumps(kept), encoding="utf-8")
-        aside.replace(path)
-    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+    """Returns the outcomes, from a file if the contestants have run before."""
+    return study.outcomes_in(path, contestants, train_together, Outcome)
 
 
 def steps_to(outcome: Outcome, accuracy: float) -> int | None:
-    """The first step after which the test accuracy was reached."""
+    """Returns the first step after which the test accuracy was reached."""
     return next((step for step, value in outcome.curve if value >= accuracy), None)
 
 
 def _due(config: Config, state: Any) -> list[str]:
-    """The statistics that the coming step renews."""
+    """Returns the names of the statistics that the coming step renews."""
     if not config.has_curvature:
         return []
     flags = jax.device_get(lbopt.refresh(state.opt_state))

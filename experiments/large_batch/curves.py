@@ -15,7 +15,7 @@ import matplotlib.figure
 import optax
 
 import lbopt
-from experiments import figures
+from experiments import figures, study
 from experiments.large_batch.contestants import CONTESTANTS, Contestant
 from experiments.large_batch.problems import Problem, Task
 from experiments.large_batch.runs import Runner
@@ -115,6 +115,5 @@ def draw(
     momenta.set_xlabel("steps")
     momenta.set_ylabel("momentum μ, quadratic model")
     momenta.legend(frameon=False)
-    handles, labels = errors.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    study.legend_below(figure, errors)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from experiments import figures, markdown
+from experiments import figures, markdown, study
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, VARIANTS, Contestant
 from experiments.large_batch.problems import PROBLEMS, Problem
@@ -333,8 +333,5 @@ def draw(
         steps.set_ylabel(f"steps to {problem.error} {problem.target:g}")
         errors.set_ylabel(f"{problem.error} after {problem.epochs} epochs")
         steps.set_title(problem.title, fontsize=9)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+    study.legend_below(figure, panels[0][0], fontsize=8)
     return figure
