@@ -73,4 +73,4 @@ def test_a_number_that_may_be_none(monkeypatch, capsys):
     assert read == [512, None]
     with pytest.raises(SystemExit):
         command_line.run(["--doubly-factored", "0"], "", {"": Config()})
-    assert "doubly_factored must be positive or none, got 0" in capsys.readouterr().err
+    assert "doubly_factored=0 must be positive" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def refused(capsys, *arguments):
             ["--reader", "tf_data", "--num-workers", "2"],
             "reader=tf_data has threads of",
         ),
-        (["--num-workers", "-1"], r"num_workers must be in [0, inf)"),
+        (["--num-workers", "-1"], "num_workers=-1 must be 0 or positive"),
         (["sp_ngd_4k"], "batch_size must be at most 256, the number of training im"),
     ],
     ids=["no data", "no such set", "no directory", "reader", "workers", "few images"],
