@@ -246,16 +246,7 @@ class Outcome:
 def train_together(
     problem: Problem, contestants: Mapping[str, Settings], seed: int
 ) -> dict[str, Outcome]:
-    """Trains every contestant on the same batches, a step of each in turn.
-
-    Args:
-        problem: The problem.
-        contestants: Settings by name.
-        seed: Seed of the initial parameters and of the batches.
-
-    Returns:
-        The outcome of each.
-    """
+    """Trains every contestant on the same batches, a step of each in turn."""
     images = problem.images()
     model = Autoencoder(problem.widths)
     loss_fn = make_loss(model)

@@ -52,12 +52,7 @@ class Outcome:
 def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
     """Trains every contestant on the same batches, a step of each in turn.
 
-    Args:
-        configs: The contestants by name; they may differ in optimizer, devices and
-            accumulation. Nothing is written.
-
-    Returns:
-        The outcome of each.
+    They may differ in optimizer, devices and accumulation. Nothing is written.
 
     Raises:
         ValueError: If they differ in the data or the length of the run.

@@ -43,16 +43,9 @@ def outcomes_in(
     train: Callable[[Mapping[str, Any]], dict[str, Outcome]],
     outcome: Callable[..., Outcome],
 ) -> dict[str, Outcome]:
-    """Returns the outcome of each contestant, from a file if they have run before.
+    """Returns the outcomes of the contestants, from a file if they have run before.
 
-    Args:
-        path: The file; written, with its directory, when all have run.
-        contestants: Settings by name.
-        train: Runs all contestants; what it prints is dropped.
-        outcome: The dataclass of an outcome.
-
-    Returns:
-        The outcomes by name.
+    The file is written when all have run; `outcome` is the dataclass of an outcome.
     """
     if not path.exists():
         print(f"{path.stem}: training {len(contestants)} contestants", flush=True)

@@ -69,16 +69,10 @@ def all_cells() -> list[Cell]:
 
 
 def parse(text: str) -> Cell:
-    """Returns a cell from its name.
-
-    Args:
-        text: Such as `strokes/kfac/640`.
-
-    Returns:
-        The cell.
+    """Returns a cell from its name, such as `strokes/kfac/640`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such cell.
     """
     named = {str(cell): cell for cell in all_cells()}
     if text not in named:
@@ -98,15 +92,7 @@ def order(run: Run, problem: Problem) -> tuple[float, float]:
 
 
 def measure(cell: Cell, task: Task) -> Outcome:
-    """Runs a cell.
-
-    Args:
-        cell: The cell.
-        task: Its problem's task, opened.
-
-    Returns:
-        The outcome.
-    """
+    """Runs a cell on its problem's opened task, and returns the outcome."""
     problem, contestant = PROBLEMS[cell.problem], EVERYONE[cell.contestant]
     runner = Runner(problem, contestant, cell.batch_size, task)
     tried = [

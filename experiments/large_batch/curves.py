@@ -73,13 +73,7 @@ def draw(
 ) -> matplotlib.figure.Figure:
     """Draws training loss by step, the error by training loss, and momenta.
 
-    Args:
-        losses: Readings of `read_losses` by contestant.
-        lengths: Readings of `read_lengths` by batch size.
-        problem: The problem of both.
-
-    Returns:
-        The picture; the grey line is the target.
+    `losses` are by contestant, `lengths` by batch size; the grey line is the target.
     """
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.2), layout="constrained", dpi=160)
     by_step, errors, momenta = figure.subplots(1, 3)

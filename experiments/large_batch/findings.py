@@ -220,13 +220,8 @@ def draw(
 ) -> matplotlib.figure.Figure:
     """Draws steps to the target, and errors at the fixed budget, by batch size.
 
-    Args:
-        rows: Rows of the record.
-        noise: `[step, noise scale]` by problem.
-
-    Returns:
-        The picture, a row for each problem; grey is the middle half of the readings of
-        the gradient's noise scale along a run.
+    There is a row for each problem. Grey is the middle half of the gradient's noise
+    scales along a run, which are `[step, noise scale]` by problem.
     """
     names = [p for p in PROBLEMS if any(row["problem"] == p for row in rows)]
     figure = matplotlib.figure.Figure(

@@ -48,17 +48,9 @@ def conv_and_norm(
     dtype: Any,
     axis_name: str | None = None,
 ) -> tuple[Layer, Layer]:
-    """Returns the layers that residual networks are made of.
+    """Returns a convolution without bias, and a batch normalisation.
 
-    Args:
-        kernel_init: Initialiser of convolutions.
-        train: Whether to normalise by the batch's statistics.
-        norm_momentum: Decay of the running statistics.
-        dtype: Type of activations.
-        axis_name: Mapped axis over which batch statistics are averaged.
-
-    Returns:
-        A convolution without bias, and batch normalisation.
+    Batch statistics are averaged over the mapped axis `axis_name`.
     """
     conv = functools.partial(
         nn.Conv,

@@ -10,7 +10,7 @@ import lbopt
 from experiments import classifier, imagenet_resnet50, loop, optimizers
 from experiments.configs import alexnet, resnet32
 from experiments.data.pipeline import Data
-from experiments.settings import Lars, Nlcg
+from experiments.settings import Config, Lars, Nlcg
 from lbopt import presets
 
 # Training images, classes, pixels: the sets themselves are not at hand.
@@ -217,6 +217,20 @@ def test_every_config_builds(name):
     sizes = [x.size for x in jax.tree.leaves(state.params)]
     assert sum(sizes) > 70_000
     assert state.opt_state
+
+
+def test_a_step_is_made_as_the_settings_say(monkeypatch):
+    made = []
+
+    def make_train_step(*args, **kwargs):
+        made.append(kwargs)
+        return lambda state, batch: (state, {})
+
+    monkeypatch.setattr(classifier.training, "make_train_step", make_train_step)
+    asked = {"parallel": "pmap", "statistics_fraction": 0.5, "fisher": "sampled"}
+    config = Config(model="convnet", devices=2, micro_batch_size=256, **asked)
+    classifier.build_program(config, data_of(config))
+    assert made[0].items() >= {**asked, "accumulate": 4}.items()
 
 
 @pytest.mark.parametrize(
