@@ -136,18 +136,6 @@ def test_an_optimizer_is_given_what_its_preset_gives_it(name, monkeypatch):
     assert ours == theirs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sp_ngd_4k", "sp_ngd_2019_131k", "lars_8k", "nlcg"])
-def test_an_optimizer_does_what_its_preset_does(name):
-    tx, layers = build(CONFIGS[name])
-    of = (STEPS_PER_EPOCH,) if layers is None else (layers, STEPS_PER_EPOCH)
-    inputs = evaluated(layers)
-    expected = three_updates(OF_PRESETS[name].optimizer(*of), inputs)
-    made = three_updates(tx, inputs)
-    problems.assert_close(made, expected, rtol=1e-5, atol=1e-9)
-    assert problems.all_finite(made)
-
-
 def test_sgd_is_nesterovs_with_the_rate_outside():
     config = CONFIGS["sgd"]
     inputs = evaluated()

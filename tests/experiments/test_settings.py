@@ -9,6 +9,9 @@ from experiments import imagenet_resnet50
 from experiments.settings import Config, Kfac, Lars, Nlcg, SpNgd
 
 SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
+POSITIVE = ["batch_size", "micro_batch_size", "eval_batch_size", "epochs", "log_period"]
+POSITIVE += ["eval_epochs", "checkpoint_epochs", "keep_checkpoints", "num_threads"]
+POSITIVE += ["start_timeout", "heartbeat_timeout", "doubly_factored"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,10 @@ def test_contradictions_are_refused(settings, message):
         ("weight_average", (0.0,), "(0, 1]"),
         ("mixup_alpha", (-1.0, float("inf")), "0 or positive"),
         ("seed", (-1, 2**32), "[0, 4294967296)"),
-        ("log_period", (0,), "positive"),
+        ("warmup_epochs", (-0.5, 8.0), "[0, 8.0)"),
+        ("label_smoothing", (-0.1, 1.0), "[0, 1)"),
+        *((name, (0, -1), "positive") for name in POSITIVE),
+        *((name, (-1,), "0 or positive") for name in ("devices", "num_workers", "l2")),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, values, words):
@@ -108,6 +114,20 @@ def test_numbers_out_of_range_are_refused(name, values, words):
         message = rf"{name}={value} must \w+ (in )?{re.escape(words)}; .* {default}$"
         with pytest.raises(ValueError, match=message):
             Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, r"kfac.momentum=1.0 must lie in \[0, 1\); .* 0.9$"),
+        ({"learning_rate": 0.0}, r"kfac.learning_rate=0.0 must be positive; .* 0.03$"),
+        ({"kl_clip_decay": 1.1}, r"kfac.kl_clip_decay=1.1 must lie in \(0, 1\]; "),
+    ],
+)
+def test_numbers_of_the_optimizer_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(kfac=Kfac(**settings))
+    assert Config(optimizer="sgd", kfac=Kfac(**settings)), "SGD reads none of it"
 
 
 @pytest.mark.parametrize(
