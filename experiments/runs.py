@@ -23,7 +23,14 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "lbopt", "numpy")
 # Paths, devices, and the periods of reports and checkpoints do not change the result.
 _MAY_CHANGE = {
     *("data_dir", "directory", "resume"),
-    *("devices", "placement", "distributed", "start_timeout", "heartbeat_timeout"),
+    *(
+        "devices",
+        "parallel",
+        "placement",
+        "distributed",
+        "start_timeout",
+        "heartbeat_timeout",
+    ),
     *("num_threads", "num_workers", "bad_images", "remat"),
     *("log_period", "eval_batch_size", "eval_epochs"),
     *("checkpoint_epochs", "keep_checkpoints", "keep_best"),

@@ -1,13 +1,10 @@
 """Several optimizers trained on the same batches, alternating at every step.
 
-Other load on the machine then affects all of them alike, so the ratios of their step
-times are meaningful, and their accuracies differ only by the optimizer.
+Other work of the machine then slows all of them down alike, so that the ratio of their
+step times is meaningful, and their accuracies differ by the optimizer alone.
 """
 
-import contextlib
 import dataclasses
-import io
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -18,16 +15,17 @@ import numpy as np
 import optax
 
 import lbopt
-from experiments import runs
+from experiments import study
 from experiments.classifier import build_program, evaluate, open_data
 from experiments.settings import Config
 
+# Settings that the contestants must have in common.
 _SHARED = ("dataset", "data_dir", "batch_size", "epochs", "seed", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The results of one contestant.
+    """The outcome of one contestant.
 
     Attributes:
       accuracy: test accuracy at the end.
@@ -46,7 +44,7 @@ class Outcome:
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     def refreshed(self) -> float:
-        """Returns the share of statistics that were renewed, over the run."""
+        """Returns the share of all statistics, over the run, that were renewed."""
         possible = len(self.renewals) * len(self.losses)
         return sum(map(len, self.renewals.values())) / max(possible, 1)
 
@@ -54,12 +52,7 @@ class Outcome:
 def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
     """Trains every contestant on the same batches, one step of each in turn.
 
-    Args:
-      configs: the contestants by name; they may differ in optimizer, devices and
-        accumulation. Nothing is written.
-
-    Returns:
-      The outcome of each.
+    They may differ in optimizer, devices and accumulation. Nothing is written.
 
     Raises:
       ValueError: if they differ in the data or the length of the run.
@@ -106,32 +99,17 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
 def outcomes_in(
     path: pathlib.Path, contestants: Mapping[str, Config]
 ) -> dict[str, Outcome]:
-    """Returns the outcomes of contestants, from a file if they were trained before.
-
-    Args:
-      path: the file; written, with its directory, when all are trained.
-      contestants: the contestants by name, as for ``train_together``.
-
-    Returns:
-      The outcome of each.
-    """
-    if not path.exists():
-        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            outcomes = train_together(contestants)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
-        runs.write_text(path, json.dumps(kept))
-    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+    """Returns the outcomes, from a file if the contestants have run before."""
+    return study.outcomes_in(path, contestants, train_together, Outcome)
 
 
 def steps_to(outcome: Outcome, accuracy: float) -> int | None:
-    """Returns the first step at which the test accuracy was reached, or None."""
+    """Returns the first step after which the test accuracy was reached."""
     return next((step for step, value in outcome.curve if value >= accuracy), None)
 
 
 def _due(config: Config, state: Any) -> list[str]:
-    """Returns the names of the statistics that the next step renews."""
+    """Returns the names of the statistics that the coming step renews."""
     if not config.has_curvature:
         return []
     flags = jax.device_get(lbopt.refresh(state.opt_state))

@@ -184,6 +184,17 @@ def same_padding(size, kernel, stride, dilation):
     return total // 2, total - total // 2
 
 
+def convolved(x, kernel, stride=1, pad=0):
+    """A convolution of NHWC images by ``jax.lax``, with ``pad`` zeros on each side."""
+    padding = ((pad, pad), (pad, pad))
+    layout = ("NHWC", "HWIO", "NHWC")
+    return np.asarray(
+        jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=layout
+        )
+    )
+
+
 def conv_patches(x, size, strides, padding, input_dilation, kernel_dilation):
     """The input under every kernel position, by loops over every index.
 

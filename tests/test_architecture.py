@@ -126,6 +126,8 @@ def test_no_global_statements():
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - PACKAGES - {"", "_typing"}))
 def test_every_module_has_a_test_file(name):
+    if name.startswith("presets."):
+        name = "presets"  # one file compares all tables with their sources
     *folders, module = name.split(".")
     assert (ROOT.joinpath("tests", *folders) / f"test_{module}.py").exists()
 

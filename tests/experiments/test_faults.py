@@ -159,7 +159,7 @@ def test_metrics_on_a_full_disk_are_kept_and_written_later(
             ["--directory", "/dev/null/run"],
             "directory=/dev/null/run must be writable (Not a directory); choose",
         ),
-        (["--num-workers", "-1"], r"num_workers must be in [0, inf)"),
+        (["--num-workers", "-1"], "num_workers=-1 must be 0 or positive"),
     ],
     ids=["no data", "no directory", "workers"],
 )

@@ -24,6 +24,7 @@ from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS
 from experiments.large_batch.runs import Run, Runner
+from experiments.study import ROOT
 
 # ------------------------------------------------------------------ problems
 
@@ -469,7 +470,7 @@ def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
     assert record["savings"] == findings.savings(record["rows"])
     everything = {str(cell) for cell in cells.all_cells()}
     assert set(record["missing"]) == everything - {str(cell) for cell in KNOWN}
-    page = (study.ROOT / "experiments" / "README.md").read_text("utf-8")
+    page = (ROOT / "experiments" / "README.md").read_text("utf-8")
     for problem in PROBLEMS.values():
         assert findings.table(record["rows"], problem) in page
         assert record["noise_scale"][problem.name]
@@ -481,7 +482,7 @@ def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
         best = KNOWN[cell].best[0].errors
         assert errors[: len(best)] == best
     assert tuple(record["lengths"]) == tuple(map(str, study.LENGTHS_AT))
-    front = (study.ROOT / "README.md").read_text("utf-8")
+    front = (ROOT / "README.md").read_text("utf-8")
     assert findings.table_of_largest(record["rows"]) in front
     assert record["command"] in page
     assert record["date"] in page
