@@ -36,23 +36,15 @@ class Compiled(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """An optimizer ready to train a workload.
+    """An optimizer with its compiled step, ``(state, batch, index) -> (state, loss)``.
 
-    Attributes:
-      name: its name in the tables.
-      step: ``(state, batch, index) -> (state, loss)``; steps count from 0.
-      state: the initial state.
-      has_curvature: whether it has statistics and inverses to renew.
-      setup_seconds: time spent once before compiling, on finding the layers.
-      compile_seconds: time to compile all of its programs.
-      state_bytes: size of the optimizer's state.
-      temporary_bytes: XLA's temporary memory, the largest of its programs.
+    If it has several programs, ``compile_seconds`` is their sum and ``temporary_bytes``
+    the largest of them; ``setup_seconds`` is the time to find the layers.
     """
 
     name: str
     step: Callable[[Any, Any, int], tuple[Any, jax.Array]]
     state: Any
-    has_curvature: bool
     setup_seconds: float
     compile_seconds: float
     state_bytes: int
@@ -125,7 +117,6 @@ def trained(
         name=name,
         step=functools.partial(_step, program.call),
         state=state,
-        has_curvature=setup is not None,
         setup_seconds=0.0 if setup is None else setup.seconds,
         compile_seconds=program.seconds,
         state_bytes=training.opt_state_bytes(state.opt_state),

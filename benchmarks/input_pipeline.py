@@ -32,23 +32,14 @@ WORKERS = "pipeline, workers"
 
 
 class Sizes(NamedTuple):
-    """The sizes of a run.
+    """The sizes of a run; images in a turn are a multiple of the group, 16."""
 
-    Attributes:
-      batches: batches in a turn.
-      batch: images in a batch; ``batch * batches`` is a multiple of the group, 16.
-      jpegs: different photographs.
-      records: records, in which they recur.
-      threads: reading threads.
-      workers: worker processes.
-    """
-
-    batches: int = 4
+    batches: int = 4  # in a turn
     batch: int = 128
-    jpegs: int = 96
-    records: int = 1024
+    jpegs: int = 96  # different photographs
+    records: int = 1024  # in which they recur
     threads: int = 4
-    workers: int = 2
+    workers: int = 2  # processes
 
 
 class NoisePhotographs(tfds.core.GeneratorBasedBuilder):
@@ -96,19 +87,12 @@ def photograph(random: np.random.Generator) -> bytes:
 
 
 class Turn(NamedTuple):
-    """The throughput of a stage in its turn.
-
-    Attributes:
-      stage: its name.
-      cores: the number of cores it had.
-      rate: images a second of wall time.
-      cpu_rate: images a CPU second; None if other processes take part.
-    """
+    """The throughput of a stage in its turn."""
 
     stage: str
     cores: int
-    rate: float
-    cpu_rate: float | None
+    rate: float  # images a second
+    cpu_rate: float | None  # images a CPU second; None if other processes take part
 
 
 def measure(rounds: int, sizes: Sizes | None = None) -> harness.Record:

@@ -147,7 +147,6 @@ def kfac_jax_contestant(workload: Workload) -> contestants.Contestant:
         name="kfac-jax",
         step=run,
         state=carry,
-        has_curvature=True,
         setup_seconds=setup_seconds,
         compile_seconds=sum(p.seconds for p in programs.values()),
         state_bytes=training.opt_state_bytes(state),

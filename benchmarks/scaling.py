@@ -54,12 +54,7 @@ _CASES = (("comm", 1.0), ("comm", 0.078), ("memory", 1.0), ("memory", 0.078))
 
 
 class Variant(NamedTuple):
-    """Settings of ``lbopt.sp_ngd``.
-
-    Attributes:
-      placement: where the inverses live.
-      stale_threshold: α of the adaptive refresh; None to renew everything always.
-    """
+    """Settings of ``lbopt.sp_ngd``; without a threshold it renews everything always."""
 
     placement: str | float
     stale_threshold: float | None = 0.1

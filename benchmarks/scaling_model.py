@@ -21,13 +21,7 @@ _STEP_FLOP, _STATISTICS_FLOP = 24.6e9, 50.2e9
 
 
 class Collective(NamedTuple):
-    """One collective of a program.
-
-    Attributes:
-      kind: one of ``KINDS``.
-      bytes: the bytes that each device puts in each time.
-      loops: the number of loops around it.
-    """
+    """A collective, the bytes that each device puts in, and the loops around it."""
 
     kind: str
     bytes: int
@@ -39,21 +33,13 @@ Runs = Mapping[tuple[int, int], Sequence[int]]
 
 
 class Problem(NamedTuple):
-    """A model and its loss, as shapes.
-
-    Attributes:
-      params: shapes of the parameters.
-      model_state: shapes of the other collections.
-      layers: the result of ``trace_layers``.
-      loss_fn: the loss as ``lbopt.training`` takes it.
-      batch: ``examples -> `` shapes of a batch.
-    """
+    """A model, its loss as ``lbopt.training`` takes it, and batches, all as shapes."""
 
     params: Any
     model_state: Any
     layers: Layers
     loss_fn: training.LossFn
-    batch: Callable[[int], Any]
+    batch: Callable[[int], Any]  # examples -> shapes
 
 
 class Machine(NamedTuple):
@@ -122,8 +108,7 @@ def step_bytes(counts: Counts, runs: Runs, due: bool) -> dict[str, tuple[int, in
 
     Args:
       counts: a program's collectives.
-      runs: for ``(loops, bytes)``, how often the collectives of each class of units
-        run.
+      runs: the result of ``runs_of``.
       due: whether everything is due, or nothing.
 
     Returns:

@@ -30,10 +30,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "1/10": {"stats": 0.9, "full": 0.1},
     "10/10": {"none": 0.9, "full": 0.1},
 }
-"""Settings and their shares of each kind of step.
-
-``a/b`` renews the statistics every a steps and the inverses every b.
-"""
+"""Shares of each kind of step; "a/b" is statistics every a steps, inverses every b."""
 
 _ALL = ("resnet20", "autoencoder", "resnet50")
 _WITHOUT_EKFAC = ("resnet50",)  # an eigendecomposition of 4,608 rows takes minutes

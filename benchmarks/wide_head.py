@@ -36,12 +36,7 @@ _SETTINGS = {
 
 
 class Head(nn.Module):
-    """AlexNet from its last convolution on, with few classes.
-
-    Attributes:
-      channels: output channels of the convolution.
-      outputs: units of the wide layer.
-    """
+    """AlexNet from its last convolution on, with few classes."""
 
     channels: int
     outputs: int

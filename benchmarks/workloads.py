@@ -22,18 +22,10 @@ Register = Callable[[jax.Array, jax.Array], Any]
 
 
 class Workload(NamedTuple):
-    """A model, its variables, and batches.
+    """A model, its variables, and batches of ``inputs`` and ``targets``.
 
-    Attributes:
-      name: its name on the command line.
-      description: model, size of the inputs, batch size.
-      params: the parameters.
-      model_state: the other collections; ``{}`` if there are none.
-      batch: the fixed batch, ``{"inputs": ..., "targets": ...}``.
-      sample: ``key -> batch``, draws other batches.
-      predict: ``(params, model_state, inputs) -> (outputs, model_state)``.
-      distribution: ``categorical``, logits of a softmax with classes as targets, or
-        ``bernoulli``, logits of independent sigmoids.
+    Outputs are the logits of a softmax (``"categorical"``, with classes as targets) or
+    of independent sigmoids (``"bernoulli"``).
     """
 
     name: str
