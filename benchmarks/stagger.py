@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import contestants, harness, timing
 from benchmarks.workloads import Workload, resnet50
+import lbopt
 from lbopt import sharding
 from lbopt.curvature.registry import Layers
 
