@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+import lbopt
 from benchmarks import contestants, harness, timing
 from benchmarks.workloads import Workload, resnet50
-import lbopt
 from lbopt import sharding
 from lbopt.curvature.registry import Layers
 

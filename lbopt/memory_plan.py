@@ -19,6 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lbopt import sharding, sizes, training
 from lbopt.transforms.kfac_state import curvature_states
 
+__all__ = [
+    "MemoryPlan",
+    "on_mesh",
+    "plan",
+    "with_xla",
+]
+
 
 class MemoryPlan(NamedTuple):
     """Bytes on each device; ``str`` returns one line for the start of a run.

@@ -21,6 +21,8 @@ from lbopt.curvature import discovery, eigen_moments
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
+__all__ = ["Owners", "Sharded", "make_mesh", "owner_table", "place"]
+
 
 class Sharded(NamedTuple):
     """Marks arrays of a state whose first axis is one row for each device."""

@@ -24,10 +24,8 @@ devices, which cost nothing unless they are called: ``value_fn``, the loss at ot
 parameters, and ``fisher_products``, products of vectors with the exact Fisher matrix at
 the current parameters.
 
-Sources: statistics of a part of the batch, Martens & Grosse 2015; workers that evaluate
-statistics on independent examples, Ba, Grosse & Martens 2017, §3.  There they send
-statistics whenever these are ready; here all devices keep in step, and those with
-gradients wait if the statistics take longer.
+Sources: statistics of a part of the batch, Martens & Grosse 2015; separate devices for
+statistics, Ba, Grosse & Martens 2017, §3, whose workers are asynchronous.
 """
 
 import functools
@@ -46,6 +44,9 @@ from lbopt.curvature.fisher import Fisher
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
+
+__all__ = ["TrainState", "init_state", "make_eval_step", "make_train_step"]
+__all__ += ["opt_state_bytes"]
 
 Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis is over examples."""

@@ -182,18 +182,14 @@ def test_functions_are_short(path):
 
 
 def public_callables():
-    """Every public function and class by its dotted name."""
+    """Every public function and class by its dotted name; presets are tables."""
     found = {}
-    for name in lbopt.__all__:
+    for name in set(lbopt.__all__) - {"presets"}:
         value = getattr(lbopt, name)
-        if not inspect.ismodule(value):
-            found[f"lbopt.{name}"] = value
-            continue
-        for inner, one in vars(value).items():
-            at_home = getattr(one, "__module__", "").startswith(value.__name__)
-            if callable(one) and at_home and not inner.startswith("_"):
-                found[f"lbopt.{name}.{inner}"] = one
-    return found
+        for inner in value.__all__ if inspect.ismodule(value) else [None]:
+            dotted = f"lbopt.{name}" + (f".{inner}" if inner else "")
+            found[dotted] = getattr(value, inner) if inner else value
+    return dict(sorted(found.items()))
 
 
 @pytest.mark.parametrize("name", public_callables())
