@@ -254,7 +254,8 @@ class Config:
                 if (value := values.get(name)) is not None:
                     test(name, value, f"the default is {defaults[name]}")
 
-        check(checks.positive, *_POSITIVE, f"{own}.learning_rate")
+        of_optimizer = ("learning_rate", "stats_period", "inverse_period")
+        check(checks.positive, *_POSITIVE, *(f"{own}.{name}" for name in of_optimizer))
         check(checks.not_negative, *_NOT_NEGATIVE)
         check(checks.below_one, "label_smoothing", "weight_average", f"{own}.momentum")
         check(checks.share, "decay_rate", f"{own}.kl_clip_decay", "weight_average")

@@ -40,7 +40,7 @@ def write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 def outcomes_in(
     path: pathlib.Path,
     contestants: Mapping[str, Any],
-    train: Callable[[Mapping[str, Any]], dict[str, Outcome]],
+    train: Callable[..., Mapping[str, Any]],
     outcome: Callable[..., Outcome],
 ) -> dict[str, Outcome]:
     """Returns the outcomes of the contestants, from a file if they have run before.
@@ -50,7 +50,7 @@ def outcomes_in(
     if not path.exists():
         print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
-            outcomes: Mapping[str, Any] = train(contestants)
+            outcomes = train(contestants)
         kept = {name: dataclasses.asdict(x) for name, x in outcomes.items()}
         replace_text(path, json.dumps(kept))
     kept = json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,13 @@ def listing(runs: Mapping[str, Published]) -> str:
 
 
 def lars_settings(preset: LarsPreset) -> dict[str, Any]:
-    """Returns the settings of `Config` that a preset of LARS determines."""
+    """Returns the settings of `Config` that a preset of LARS determines.
+
+    Raises:
+        ValueError: For a preset without LARS.
+    """
+    if preset.variant == "momentum":
+        raise ValueError("preset.variant='momentum' must be one of LARS; use Sgd")
     return {
         "optimizer": "lars",
         "lars": Lars(

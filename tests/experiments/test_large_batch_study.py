@@ -304,8 +304,8 @@ def test_variants_are_kfac_with_what_they_say_changed(monkeypatch):
     as_it_is, *changed = made
     changes = [kwargs.items() - as_it_is.items() for kwargs in changed]
     assert dict(zip(VARIANTS, changes, strict=True)) == {
-        "kfac_stale_inverses": {("inverse_period", 5)},
-        "kfac_stale_statistics": {("inverse_period", 5), ("stats_period", 5)},
+        "kfac_stale_inverses": {("periods", lbopt.Periods(inverses=5))},
+        "kfac_stale_statistics": {("periods", lbopt.Periods(5, 5))},
         "kfac_one_batch": {("factor_decay", 0.0)},
         "kfac_data_labels": set(),
         "kfac_no_momentum": {("momentum", None)},

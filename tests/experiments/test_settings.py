@@ -116,6 +116,8 @@ def test_numbers_out_of_range_are_refused(name, values, words):
     [
         ({"momentum": 1.0}, r"kfac.momentum=1.0 must lie in \[0, 1\); .* 0.9$"),
         ({"learning_rate": 0.0}, r"kfac.learning_rate=0.0 must be positive; .* 0.03$"),
+        ({"inverse_period": 0}, r"kfac.inverse_period=0 must be positive; .* 5$"),
+        ({"stats_period": 0}, r"kfac.stats_period=0 must be positive; .* 1$"),
         ({"kl_clip_decay": 1.1}, r"kfac.kl_clip_decay=1.1 must lie in \(0, 1\]; "),
     ],
 )
