@@ -57,7 +57,7 @@ class Machine(NamedTuple):
     images: int = 32
 
 
-def queues_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
+def turns_of(owners: sharding.Owners) -> dict[tuple[int, int], list[int]]:
     """How often the collectives of each class of units run when everything is due.
 
     Args:
@@ -169,7 +169,7 @@ def model_seconds(
     Returns:
       Seconds of each part.
     """
-    counts, turns = planned(problem, owners), queues_of(owners)
+    counts, turns = planned(problem, owners), turns_of(owners)
     seconds = []
     for due in (False, True):
         total = 0.0

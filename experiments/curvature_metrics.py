@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lbopt
-from lbopt.transforms.kfac_state import KfacState, curvature_states
+from lbopt.transforms.kfac_state import KfacState
 
 
 def of(opt_state: Any) -> dict[str, jax.Array]:
@@ -35,7 +35,11 @@ def of(opt_state: Any) -> dict[str, jax.Array]:
         - `boosted`: Layers whose damping is raised, because an inverse failed.
         - `rejected`: How often so far a statistic or an inverse was not finite.
     """
-    states = curvature_states(opt_state)
+    states = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=_is_curvature)
+        if _is_curvature(node)
+    ]
     if not states:
         return {}
     renewed = jnp.concatenate([_renewed(state) for state in states])
@@ -53,6 +57,10 @@ def of(opt_state: Any) -> dict[str, jax.Array]:
         "boosted": _total([jnp.sum(state.boost > 1) for state in states]),
         "rejected": _total([jnp.sum(state.rejected) for state in states]),
     }
+
+
+def _is_curvature(node: Any) -> bool:
+    return isinstance(node, KfacState)
 
 
 def _renewed(state: KfacState) -> jax.Array:

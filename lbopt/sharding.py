@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lbopt import collectives
-from lbopt._typing import Number, OptState, Updates
+from lbopt._typing import OptState, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import discovery
 from lbopt.curvature.factor import Factor
@@ -342,7 +342,9 @@ def owners_of(
     )
 
 
-def gathered_layers(layers: Mapping[str, Layer], placement: Number | str) -> list[str]:
+def gathered_layers(
+    layers: Mapping[str, Layer], placement: float | int | str
+) -> list[str]:
     """The layers whose inverses every device gets.
 
     Args:
