@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lbopt
-from lbopt.transforms.kfac_state import KfacState, curvature_states
+from lbopt.transforms.kfac_state import KfacState
 
 
 def of(opt_state: Any) -> dict[str, jax.Array]:
@@ -34,7 +34,11 @@ def of(opt_state: Any) -> dict[str, jax.Array]:
       - ``boosted``: layers with raised damping, because an inversion failed.
       - ``rejected``: how many statistics and inverses so far were not finite.
     """
-    states = curvature_states(opt_state)
+    states = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=_is_curvature)
+        if _is_curvature(node)
+    ]
     if not states:
         return {}
     renewed = jnp.concatenate([_renewed(state) for state in states])
@@ -52,6 +56,10 @@ def of(opt_state: Any) -> dict[str, jax.Array]:
         "boosted": _total([jnp.sum(state.boost > 1) for state in states]),
         "rejected": _total([jnp.sum(state.rejected) for state in states]),
     }
+
+
+def _is_curvature(node: Any) -> bool:
+    return isinstance(node, KfacState)
 
 
 def _renewed(state: KfacState) -> jax.Array:

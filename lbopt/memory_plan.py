@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lbopt import sharding, sizes, training
-from lbopt.transforms.kfac_state import curvature_states
+from lbopt.transforms.kfac_state import KfacState
 
 __all__ = [
     "MemoryPlan",
@@ -100,10 +100,11 @@ def plan(
     """
     _check_devices(state, devices)
     found = {"factors": 0, "inverses": 0}
-    for node in curvature_states(state.opt_state):
-        found["factors"] += _own((node.factors, node.before, node.traces), devices)
-        inverses = node.inverses, node.kept, node.pending, node.moments
-        found["inverses"] += _own(inverses, devices)
+    for node in jax.tree.leaves(state.opt_state, is_leaf=_is_curvature):
+        if _is_curvature(node):
+            found["factors"] += _own((node.factors, node.before, node.traces), devices)
+            inverses = node.inverses, node.kept, node.pending, node.moments
+            found["inverses"] += _own(inverses, devices)
     collections = dict(state.model_state)
     along = [collections.pop(name) for name in per_example]
     # Batches and what lies along them are cut like ``Sharded`` arrays, but not marked.
@@ -182,6 +183,10 @@ def _own(tree: Any, devices: int, *, split: bool = False) -> int:
         )
 
     return sum(map(size, jax.tree.leaves(tree, is_leaf=_is_sharded)))
+
+
+def _is_curvature(node: Any) -> bool:
+    return isinstance(node, KfacState)
 
 
 def _is_sharded(node: Any) -> bool:

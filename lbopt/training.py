@@ -45,8 +45,10 @@ from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 
-__all__ = ["TrainState", "init_state", "make_eval_step", "make_train_step"]
-__all__ += ["opt_state_bytes"]
+__all__ = [
+    *("TrainState", "init_state", "make_eval_step", "make_train_step"),
+    "opt_state_bytes",
+]
 
 Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis is over examples."""

@@ -15,9 +15,9 @@ import pytest
 import lbopt
 from lbopt import background, sharding, training
 from lbopt.transforms.kfac_state import KfacState
-from tests.problems import assert_close, assert_equal
+from tests.problems import assert_equal
 from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
-from tests.transforms.test_kfac import numpy_natural
+from tests.transforms.test_kfac import assert_natural
 from tests.transforms.test_renewal import DAMPING, DECAY, STEPS, Course
 
 OUTSIDE = lbopt.Periods(inverses=None)
@@ -73,12 +73,8 @@ def test_a_delay_says_which_factors_a_step_uses(delay):
     period = max(delay - 1, 1)
     for t, updates in enumerate(results):
         made = max(k for k in range(0, t + 1, period) if k == 0 or k + delay <= t)
-        for path in course().layers:
-            expected = numpy_natural(
-                course().given[t][0][path], *course().averages[made][path], DAMPING
-            )
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        given, averages = course().given[t][0], course().averages[made]
+        assert_natural(updates, given, averages, DAMPING, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -136,12 +132,8 @@ def test_a_worker_that_raises_is_given_up_after_three_times(monkeypatch):
         updates = run.step(exchange)  # no warning any more
     # On with the inverses of the first step.
     assert run.ages() == [3]
-    path = next(iter(course().layers))
-    expected = numpy_natural(
-        course().given[3][0][path], *course().averages[0][path], DAMPING
-    )
-    actual = {name: updates[path][name] for name in expected}
-    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    given, averages = course().given[3][0], course().averages[0]
+    assert_natural(updates, given, averages, DAMPING, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("_float64")

@@ -389,7 +389,7 @@ def test_each_inverse_is_computed_once(placement, monkeypatch):
             4,
             r"axis_size=2 must be that of the optimizer's state.*lbopt\.reshard",
         ),
-        (("model", 2), 2, "axis_name='model' is no mapped axis here"),
+        (("model", 2), 2, "axis_name='model' is (no|not a) mapped axis here"),
     ],
 )
 def test_devices_that_do_not_fit(axis, made_for, message):

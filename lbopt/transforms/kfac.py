@@ -187,7 +187,9 @@ def _owners(
     """Assigns units to devices, and to the steps of a staggered period."""
     gathered = None  # all inverses are replicated
     if axis.name is not None:
-        gathered = sharding.gathered_layers(layers, placement.inverses)
+        inverses = placement.inverses
+        inverses = inverses if isinstance(inverses, str) else float(inverses)
+        gathered = sharding.gathered_layers(layers, inverses)
     period: Any = periods.inverses if periods.stagger else 1
     units = sharding.units_of(layers)
     return sharding.owners_of(units, axis.size, period=period, gathered=gathered)

@@ -49,44 +49,49 @@ def numpy_natural(grads, a, g, damping):
     return {"kernel": u[:-1], "bias": u[-1]} if "bias" in grads else {"kernel": u}
 
 
-def test_updates_follow_the_definition():
+def assert_natural(updates, grads, factors, damping, **tolerance):
+    """Each layer's update is the natural gradient by its factors A and G."""
+    for path, (a, g) in factors.items():
+        expected = numpy_natural(grads[path], a, g, damping)
+        actual = {name: updates[path][name] for name in expected}
+        assert_close(actual, expected, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def mlp():
     problem = classify(Mlp())
-    layers = problem.trace()
+    return problem, problem.trace()
+
+
+def test_updates_follow_the_definition(mlp):
+    problem, layers = mlp
     tx = lbopt.scale_by_kfac(layers, damping=DAMPING, factor_decay=DECAY)
     _, given = steps_of(problem, layers, tx, [inputs(i) for i in range(3)])
     averages = {}
     for k, (grads, curvature, updates) in enumerate(given, start=1):
         weight = (1 - DECAY) / (1 - DECAY**k)
         for path in layers:
-            for field in ("a", "g"):
-                new = np.asarray(getattr(curvature[path], field), np.float64)
-                old = averages.get((path, field), np.zeros_like(new))
-                averages[path, field] = old + weight * (new - old)
-            expected = numpy_natural(
-                grads[path], averages[path, "a"], averages[path, "g"], DAMPING
-            )
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            new = [np.asarray(x, np.float64) for x in curvature[path]]
+            old = averages.get(path, [0.0, 0.0])
+            averages[path] = [
+                o + weight * (n - o) for o, n in zip(old, new, strict=True)
+            ]
+        assert_natural(updates, grads, averages, DAMPING, rtol=1e-4, atol=1e-5)
 
 
-def test_a_damping_schedule_is_asked_for_the_step():
-    problem = classify(Mlp())
-    layers = problem.trace()
+def test_a_damping_schedule_is_asked_for_the_step(mlp):
+    problem, layers = mlp
     schedule = optax.piecewise_constant_schedule(DAMPING, {1: 10.0})
     tx = lbopt.scale_by_kfac(layers, damping=schedule, factor_decay=0.0)
     _, given = steps_of(problem, layers, tx, [inputs(0), inputs(1)])
     for damping, (grads, curvature, updates) in zip(
         (DAMPING, 10 * DAMPING), given, strict=True
     ):
-        for path, (a, g) in curvature.items():
-            expected = numpy_natural(grads[path], a, g, damping)
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert_natural(updates, grads, curvature, damping, rtol=1e-4, atol=1e-5)
 
 
-def test_periods():
-    problem = classify(Mlp())
-    layers = problem.trace()
+def test_periods(mlp):
+    problem, layers = mlp
     tx = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(2, 3))
     states, _ = steps_of(problem, layers, tx, [inputs(i) for i in range(7)])
     # Statistics at 0, 2, 4, 6; inverses at 0, 3, 6; due is that of the coming step.
@@ -159,11 +164,10 @@ def test_singular_factors_keep_everything_finite(case):
         assert not np.any(given[-1][2]["first"]["kernel"])
 
 
-def test_a_failed_inverse_keeps_the_last_good_one_and_damps_more():
+def test_a_failed_inverse_keeps_the_last_good_one_and_damps_more(mlp):
     # Factors far from positive definite, as no finite statistic should be: only more
     # damping inverts them.
-    problem = classify(Mlp())
-    layers = problem.trace()
+    problem, layers = mlp
     tx = lbopt.scale_by_kfac(layers, damping=1e-2, factor_decay=0.0)
     _, grads, good = problem.evaluate(layers)
     update = jax.jit(lambda s, c: tx.update(grads, s, curvature=c)[1])
@@ -193,9 +197,8 @@ def test_a_failed_inverse_keeps_the_last_good_one_and_damps_more():
 
 
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf])
-def test_a_statistic_that_is_not_finite_is_refused_by_layer(number):
-    problem = classify(Mlp())
-    layers = problem.trace()
+def test_a_statistic_that_is_not_finite_is_refused_by_layer(mlp, number):
+    problem, layers = mlp
     tx = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(3))
     _, grads, good = problem.evaluate(layers)
     update = jax.jit(lambda s, c: tx.update(grads, s, curvature=c))
@@ -218,9 +221,8 @@ def test_a_statistic_that_is_not_finite_is_refused_by_layer(number):
     assert all_finite((updates, state))
 
 
-def test_a_step_without_statistics_does_not_read_them():
-    problem = classify(Mlp())
-    layers = problem.trace()
+def test_a_step_without_statistics_does_not_read_them(mlp):
+    problem, layers = mlp
     tx = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(5))
     _, grads, good = problem.evaluate(layers)
     _, state = tx.update(grads, tx.init(problem.params), curvature=good)

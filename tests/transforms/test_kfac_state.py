@@ -3,15 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import lbopt
 from lbopt import sharding
 from lbopt.collectives import Axis
 from lbopt.sharding import Sharded
 from lbopt.transforms import kfac_state
 from lbopt.transforms.inversion import Inverted
 from tests.devices import AXIS
-from tests.problems import Mlp, classify
+from tests.problems import Mlp, assert_equal, classify
 
 FLOAT = 4  # bytes
 # ``Mlp``: A [5, 5] (4 features and the bias) and G [5, 5] of first; A [5, 5] and
@@ -116,3 +118,17 @@ def test_the_state_before_the_first_step(axis, shapes, adaptive):
     assert state.boost.tolist() == [1.0, 1.0]
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
     assert len(set(pointers)) == len(pointers)  # steps may donate it
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_one_state_in_a_chain(number):
+    problem = classify(Mlp())
+    core = lbopt.scale_by_kfac(problem.trace())
+    chain = optax.chain(optax.masked(optax.chain(*[core] * number), True), optax.sgd(1))
+    state = {"optimizer": chain.init(problem.params), "step": 0}
+    if number == 1:
+        assert_equal(lbopt.curvature_state(state), core.init(problem.params))
+        return
+    message = rf"opt_state=dict must hold one curvature transform, not {number}; pass"
+    with pytest.raises(ValueError, match=message):
+        lbopt.curvature_state(state)

@@ -10,11 +10,11 @@ import pytest
 
 import lbopt
 from tests.problems import Mlp, assert_close, assert_equal, classify, inputs
-from tests.transforms.test_kfac import numpy_natural
+from tests.transforms.test_kfac import assert_natural
 
 DAMPING, DECAY, STEPS = 1e-2, 0.8, 9
 # Float64; the inverses' conditions of 1e3 leave about this.
-ROUNDING = 1e-9
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +84,8 @@ def test_a_step_uses_the_factors_of_so_many_steps_ago(period, delay):
     for t, (updates, state) in enumerate(results):
         # Inversions begin at 0, period, ...; the first has effect at once.
         made = max(k for k in range(0, t + 1, period) if k == 0 or k + delay <= t)
-        for path in course.layers:
-            expected = numpy_natural(
-                course.given[t][0][path], *course.averages[made][path], DAMPING
-            )
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+        given, averages = course.given[t][0], course.averages[made]
+        assert_natural(updates, given, averages, DAMPING, **EXACT)
         ages = jax.tree.leaves(lbopt.inverse_age(state))
         assert [int(age) for age in ages] == [t - made] * len(ages)
 
@@ -128,11 +124,8 @@ def test_an_inverse_that_is_not_finite_is_refused_when_it_comes(delay):
     assert states[comes].boost.tolist() == [10.0, 10.0]
     assert_equal(states[comes].inverses, states[2].inverses)
     # The next is made with ten times the damping, and is sound.
-    path = next(iter(course.layers))
-    grads = course.given[-1][0][path]
-    expected = numpy_natural(grads, *course.averages[6][path], 10 * DAMPING)
-    actual = {name: results[-1][0][path][name] for name in expected}
-    assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+    given, found = course.given[-1][0], results[-1][0]
+    assert_natural(found, given, course.averages[6], 10 * DAMPING, **EXACT)
     assert states[-1].boost.tolist() == [1.0, 1.0]
 
 
