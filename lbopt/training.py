@@ -15,17 +15,14 @@ all devices evaluate at the same time; their running averages are averaged over 
 other devices (``statistics_devices``).  They then have a separate pass with its own
 keys, which changes no model state and is skipped at steps at which no statistic is due.
 
-With ``statistics_devices=m`` of N devices with b examples each, m · b of the N · b
-examples are for statistics alone.  Transformations before an optimizer with
-``axis_name`` then see gradients times N / (N − m), and zeros on the m devices.
+With ``statistics_devices=m`` of N devices, m / N of the examples are for statistics
+alone.  Transformations before an optimizer with ``axis_name`` then see gradients times
+N / (N − m), and zeros on the m devices.
 
-**Optimizers** are passed ``value``, the loss, and two functions of this batch on all
-devices, which cost nothing unless they are called: ``value_fn``, the loss at other
-parameters, and ``fisher_products``, products of vectors with the exact Fisher matrix at
-the current parameters.
-
-Sources: statistics of a part of the batch, Martens & Grosse 2015; separate devices for
-statistics, Ba, Grosse & Martens 2017, §3, whose workers are asynchronous.
+**Optimizers** are passed ``value``, the loss, and two functions that cost nothing unless
+called: ``value_fn``, the loss of this batch at other parameters, and
+``fisher_products``, products with its exact Fisher matrix.
+Sources: Martens & Grosse 2015 (a part of the batch); Ba, Grosse & Martens 2017, §3.
 """
 
 import functools
@@ -46,7 +43,10 @@ from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 
 __all__ = [
-    *("TrainState", "init_state", "make_eval_step", "make_train_step"),
+    "TrainState",
+    "init_state",
+    "make_eval_step",
+    "make_train_step",
     "opt_state_bytes",
 ]
 
