@@ -4,7 +4,7 @@
 changes nothing but the counters ``step`` and ``skipped``.
 
 **Devices.** On a mesh each device evaluates the loss on its share of the batch, and
-each micro-batch with a key of its own.  An optimizer made with ``axis_name`` combines
+each micro-batch with a key of its own.  An optimizer made with ``placement`` combines
 the gradients and statistics of its layers itself; transformations before it in a chain
 see each device's own.  All others are averaged before the update.  Normalisation layers
 see one micro-batch, or, if they were made with ``axis_name``, the micro-batches that
@@ -16,13 +16,13 @@ other devices (``statistics_devices``).  They then have a separate pass with its
 keys, which changes no model state and is skipped at steps at which no statistic is due.
 
 With ``statistics_devices=m`` of N devices, m / N of the examples are for statistics
-alone.  Transformations before an optimizer with ``axis_name`` then see gradients times
+alone.  Transformations before an optimizer with ``placement`` then see gradients times
 N / (N − m), and zeros on the m devices.
 
 **Optimizers** are passed ``value``, the loss, and two functions that cost nothing unless
 called: ``value_fn``, the loss of this batch at other parameters, and
-``fisher_products``, products with its exact Fisher matrix.
-Sources: Martens & Grosse 2015 (a part of the batch); Ba, Grosse & Martens 2017, §3.
+``fisher_products``, products with its exact Fisher matrix.  Sources: Martens & Grosse
+2015 (a part of the batch); Ba, Grosse & Martens 2017, §3 (separate devices).
 """
 
 import functools
