@@ -156,16 +156,15 @@ def autoencoder(
     )
 
 
+TINY = resnet.ResNet(
+    num_classes=3, stage_sizes=(1,), block=resnet.BasicBlock, width=4, stem_reduction=1
+)
+"""A network of one block."""
+
+
 def tiny(batch_size: int = 8) -> Workload:
-    """Returns a network of one block on 8×8 pictures, to try a benchmark out."""
-    model = resnet.ResNet(
-        num_classes=3,
-        stage_sizes=(1,),
-        block=resnet.BasicBlock,
-        width=4,
-        stem_reduction=1,
-    )
-    return image_classifier("tiny", model, 8, batch_size)
+    """Returns ``TINY`` on 8×8 pictures, to try a benchmark out."""
+    return image_classifier("tiny", TINY, 8, batch_size)
 
 
 def resnet20(batch_size: int = 128) -> Workload:

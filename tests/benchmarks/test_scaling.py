@@ -7,9 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import scaling, scaling_model
-from benchmarks.scaling_model import Collective
-from experiments.models import resnet
+from benchmarks import scaling
+from benchmarks.scaling_model import (
+    KINDS,
+    Collective,
+    Machine,
+    collectives_of,
+    model_seconds,
+    operand_bytes,
+    planned,
+    precondition_flop,
+    ring_bytes,
+    runs_of,
+    step_bytes,
+)
+from benchmarks.workloads import TINY
 from lbopt import sharding, training
 
 DEVICES = 4
@@ -30,25 +42,15 @@ metadata={op_name="jit(f)/while/body/ar"}
 
 @pytest.fixture(scope="module")
 def problem():
-    model = resnet.ResNet(
-        num_classes=3,
-        stage_sizes=(1,),
-        block=resnet.BasicBlock,
-        width=4,
-        stem_reduction=1,
-    )
-    return scaling.make_problem(model, 8)
+    return scaling.make_problem(TINY, 8)
 
 
 def owners(problem, placement, devices=DEVICES):
     return sharding.owner_table(problem.layers, devices, placement=placement)
 
 
-# ------------------------------------------------------------------------ the parser
-
-
 def test_collectives_are_read_from_text():
-    assert scaling_model.collectives_of(PROGRAM, 4) == {
+    assert collectives_of(PROGRAM, 4) == {
         Collective("reduce-scatter", 4 * 5 * 4, 2): 1,
         Collective("all-to-all", 4 * 5 * 4, 3): 1,
         Collective("all-gather", 4 * 20 * 2 // 4, 0): 1,
@@ -65,7 +67,7 @@ def test_collectives_are_read_from_text():
 )
 def test_what_cannot_be_counted_is_refused(line):
     with pytest.raises(ValueError, match="cannot read the collective %a = "):
-        scaling_model.collectives_of(line, 4)
+        collectives_of(line, 4)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_what_cannot_be_counted_is_refused(line):
     [("f32[]", 4), ("f64[2,3]{1,0}", 48), ("(f8e4m3fn[8], u32[2])", 16), ("s4[0]", 0)],
 )
 def test_bytes_of_types(shapes, size):
-    assert scaling_model.operand_bytes(shapes, "all-reduce", 4) == size
+    assert operand_bytes(shapes, "all-reduce", 4) == size
 
 
 def test_loops_run_as_often_as_what_is_due():
@@ -83,42 +85,28 @@ def test_loops_run_as_often_as_what_is_due():
         Collective("all-to-all", 20, 3): 4,  # two in each of two classes
         Collective("all-gather", 5, 4): 2,
     }
-    everything = scaling_model.step_bytes(
-        counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=True
-    )
+    runs = {(3, 20): [1, 5], (4, 5): [4, 6]}
+    everything = step_bytes(counts, runs, due=True)
     assert everything["reduce-scatter"] == (3, 30)
     assert everything["all-to-all"] == (2 * 6, 2 * 6 * 20)
     assert everything["all-gather"] == (10, 50)
-    nothing = scaling_model.step_bytes(
-        counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=False
-    )
-    assert nothing == dict.fromkeys(scaling_model.KINDS, (0, 0)) | {
-        "all-reduce": (2, 14)
-    }
+    nothing = step_bytes(counts, runs, due=False)
+    assert nothing == dict.fromkeys(KINDS, (0, 0)) | {"all-reduce": (2, 14)}
     with pytest.raises(ValueError, match="for runs"):
-        scaling_model.step_bytes(counts, {(3, 30): [1]}, due=True)
+        step_bytes(counts, {(3, 30): [1]}, due=True)
 
 
 def test_a_ring_sends_a_reduction_once_around_and_back():
-    for kind, bytes_sent in (
-        ("reduce-scatter", 75),
-        ("all-to-all", 75),
-        ("all-gather", 300),
-        ("all-reduce", 150),
-    ):
-        assert scaling_model.ring_bytes(kind, 100, 4) == bytes_sent
-
-
-# ---------------------------------------------------------- the plan and the program
+    assert [ring_bytes(kind, 100, 4) for kind in KINDS] == [75, 75, 300, 150]
 
 
 @pytest.mark.parametrize("variant", scaling.VARIANTS)
 def test_a_step_sends_what_was_planned_and_what_it_reports(problem, variant):
     compiled, seconds = scaling.compile_step(problem, DEVICES, variant)
-    counts = scaling_model.collectives_of(compiled.as_text(), DEVICES)
+    counts = collectives_of(compiled.as_text(), DEVICES)
     table = owners(problem, variant.placement)
     adaptive = variant.stale_threshold is not None
-    plan = scaling_model.planned(problem, table, adaptive=adaptive)
+    plan = planned(problem, table, adaptive=adaptive)
     assert scaling.without_reduce(counts) == scaling.without_reduce(plan)
     reduced = [c.bytes for c in counts if c.kind == "all-reduce" and c.loops == 1]
     gradients = [c.bytes for c in plan if c.kind == "all-reduce"]
@@ -138,19 +126,10 @@ def test_a_step_sends_what_was_planned_and_what_it_reports(problem, variant):
     batch = jax.device_put(batch, sharding.NamedSharding(mesh, along))
     state, _ = compiled(state, batch)
     report = state.opt_state[0].report  # everything is due at the first step
-    statistics = sum(
-        n * c.bytes
-        for c, n in counts.items()
-        if c.kind == "reduce-scatter" and c.loops == 2
-    )
-    assert statistics == np.sum(report.statistic_bytes)
-    whole, nothing = (
-        scaling_model.step_bytes(counts, scaling_model.runs_of(table), due=due)
-        for due in (True, False)
-    )
-    inverses = sum(
-        whole[kind][1] - nothing[kind][1] for kind in ("all-to-all", "all-gather")
-    )
+    reduced = [n * c.bytes for c, n in counts.items() if c[::2] == (KINDS[0], 2)]
+    assert sum(reduced) == np.sum(report.statistic_bytes)
+    whole, nothing = (step_bytes(counts, runs_of(table), due) for due in (True, False))
+    inverses = sum(whole[kind][1] - nothing[kind][1] for kind in KINDS[1:3])
     assert inverses == report.inverse_bytes
     placed = sum(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state)
@@ -162,9 +141,6 @@ def _ones(tree):
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tree)
 
 
-# -------------------------------------------------------------- work, model and tables
-
-
 def test_longest_first_is_at_least_as_even_as_a_split(problem):
     layers = sharding.configured(problem.layers.preconditioned)
     split = scaling.contiguous(layers, 2)
@@ -174,22 +150,20 @@ def test_longest_first_is_at_least_as_even_as_a_split(problem):
 
 
 def test_owners_apply_less_than_everybody(problem):
-    everybody = scaling_model.precondition_flop(owners(problem, "comm"))
-    own = scaling_model.precondition_flop(owners(problem, "memory"))
+    everybody = precondition_flop(owners(problem, "comm"))
+    own = precondition_flop(owners(problem, "memory"))
     assert everybody / DEVICES <= own < everybody
-    one = scaling_model.precondition_flop(owners(problem, "memory", 1))
+    one = precondition_flop(owners(problem, "memory", 1))
     assert one == everybody
 
 
 def test_the_model_on_one_device_sends_nothing(problem):
-    machine = scaling_model.Machine()
-    parts = scaling_model.model_seconds(
-        problem, owners(problem, "comm", 1), machine, 1.0
+    one, some, full = (
+        model_seconds(problem, owners(problem, "comm", devices), Machine(), share)
+        for devices, share in ((1, 1.0), (DEVICES, 0.5), (DEVICES, 1.0))
     )
-    assert parts["communication"] == 0
-    assert min(parts.values()) >= 0
-    some = scaling_model.model_seconds(problem, owners(problem, "comm"), machine, 0.5)
-    full = scaling_model.model_seconds(problem, owners(problem, "comm"), machine, 1.0)
+    assert one["communication"] == 0
+    assert min(one.values()) >= 0
     assert some["inversion"] == full["inversion"] / 2
     assert 0 < some["communication"] < full["communication"]
 
@@ -197,7 +171,7 @@ def test_the_model_on_one_device_sends_nothing(problem):
 def test_the_command_prints_tables(tmp_path, monkeypatch, capsys, problem):
     monkeypatch.setattr(scaling, "DEVICES", (1, 4))
     monkeypatch.setattr(scaling, "TABLED", (4,))
-    kinds = dict.fromkeys(scaling_model.KINDS, (1, 10**6))
+    kinds = dict.fromkeys(KINDS, (1, 10**6))
     record = {
         "devices": 4,
         "stale_threshold": 0.1,
@@ -206,7 +180,7 @@ def test_the_command_prints_tables(tmp_path, monkeypatch, capsys, problem):
         "temporary_bytes": 10**6,
         "as_planned": False,
         "all": kinds,
-        "nothing": dict.fromkeys(scaling_model.KINDS, (0, 0)),
+        "nothing": dict.fromkeys(KINDS, (0, 0)),
     }
     (tmp_path / "scaling_4_x.json").write_text(json.dumps(record))
     periodic = record | {"stale_threshold": None, "seconds": 77.0}
@@ -225,9 +199,7 @@ def test_the_command_prints_tables(tmp_path, monkeypatch, capsys, problem):
     assert "77" not in printed
 
 
-def test_compiling_writes_a_record_of_each_variant(
-    tmp_path, monkeypatch, capsys, problem
-):
+def test_compiling_writes_records(tmp_path, monkeypatch, capsys, problem):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # devices are chosen
     monkeypatch.setattr(scaling, "VARIANTS", (scaling.Variant(0.5),))
     scaling.main(["--compile", str(DEVICES)], lambda: problem, tmp_path)
