@@ -274,17 +274,6 @@ def test_frozen_params_stay_frozen():
     assert isinstance(frozen.evaluate()[1], flax.core.FrozenDict)
 
 
-def test_collections_passed_whole():
-    plain = classify(Mlp())
-
-    def loss_fn(variables, x, y):
-        return cross_entropy(Mlp().apply(variables, x), y)
-
-    problem = Problem(loss_fn, {"params": plain.params}, plain.args)
-    own = plain.evaluate()[2]
-    assert_equal(problem.captured(), {f"params/{p}": s for p, s in own.items()})
-
-
 # ------------------------------------------------------------- transforms in the loss
 
 

@@ -154,12 +154,6 @@ def test_wide_layers_without_a_convolution_are_ordinary():
         assert "no convolution before it explains" in layer.why
 
 
-def test_a_map_may_be_named():
-    layers = classify(Mlp()).trace(doubly_factored={"first": (2, FEATURES // 2)})
-    kinds = {path: layer.block.kind for path, layer in layers.items()}
-    assert kinds == {"first": "doubly_factored", "last": "kronecker"}
-
-
 @pytest.mark.parametrize(
     ("between", "choice", "message"),
     [

@@ -113,15 +113,6 @@ def test_bfloat16_inputs_are_taken_apart_in_float32():
     assert_equal(found, statistics(x.astype(jnp.float32), g.astype(jnp.float32)))
 
 
-def test_statistics_are_unchanged_by_splitting_the_batch():
-    x, g = drawn()
-    halves = [
-        statistics(*half) for half in zip(jnp.split(x, 2), jnp.split(g, 2), strict=True)
-    ]
-    for whole, *parts in zip(statistics(x, g), *halves, strict=True):
-        assert error(sum(parts) / 2, whole) < SINGLE
-
-
 def test_what_is_not_due_is_zero():
     x, g = drawn()
     estimate = block_of().estimate

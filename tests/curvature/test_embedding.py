@@ -97,13 +97,3 @@ def test_factors_of_each_role(lookup, attend):
     assert error(statistics.g, g) < ROUNDING
     expected = oracles.natural_gradient(np.diag(a), g, damping, grads["embedding"])
     assert error(natural["embedding"], expected) < ROUNDING
-
-
-def test_a_word_that_never_occurs_has_no_curvature():
-    loss_fn, params, (words, targets) = problem(Model(attend=False))
-    layers = lbopt.trace_layers(loss_fn, params, words, targets)
-    evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
-    statistics = quick_jit(evaluate)(params, words, targets)[2]["embed"]
-    counts = np.bincount(np.ravel(words), minlength=WORDS)
-    assert counts[-1] == 0
-    np.testing.assert_allclose(statistics.a, counts / words.size, rtol=ROUNDING)

@@ -9,6 +9,7 @@ import pytest
 
 from lbopt import linalg
 from lbopt.curvature import factor
+from tests import oracles
 from tests.oracles import quick_jit
 
 DAMPING = 0.3
@@ -163,6 +164,19 @@ def test_negative_eigenvalues_are_clipped():
     m = np.diag([-1e-3, 1.0, 2.0, 3.0, 4.0])
     found = case.kind.expand(case.kind.invert(case.pack(m), jnp.float32(DAMPING)))
     np.testing.assert_allclose(found.values, [0, 1, 2, 3, 4], atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_products_with_a_cut_matrix_from_either_side(block_size):
+    kind = factor.cut_symmetric(5, block_size)
+    assert kind.parts == (1 if block_size is None else 2)
+    m, v = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
+    whole = jnp.asarray(m)
+    whole = whole if block_size is None else linalg.diagonal_blocks(whole, 2)
+    dense = oracles.cut(m, block_size)
+    assert oracles.error(factor.times(kind, whole, jnp.asarray(v)), dense @ v) < 1e-6
+    right = factor.times_right(kind, jnp.asarray(v), whole)
+    assert oracles.error(right, v @ dense) < 1e-6
 
 
 def test_factors_of_one_kind_share_a_program():
