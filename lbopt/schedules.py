@@ -136,13 +136,12 @@ def warmup(
 def staircase(
     init_value: Scalar,
     epochs: Sequence[float | int],
-    factor: float | int = 0.1,
     *,
     steps_per_epoch: float | int,
 ) -> optax.Schedule:
-    r"""A constant that is multiplied by a factor after certain epochs.
+    r"""A constant that is divided by 10 after certain epochs.
 
-    .. math:: \eta(k) = \eta_0\, f^{\,\lvert \{ e \,:\, k > \lfloor e\, s \rfloor \}
+    .. math:: \eta(k) = \eta_0\, 10^{-\lvert \{ e \,:\, k > \lfloor e\, s \rfloor \}
               \rvert}
 
     with s steps in an epoch.  The boundary step itself still has the old value.
@@ -150,7 +149,6 @@ def staircase(
     Args:
       init_value: η₀.
       epochs: e, in ascending order; ``()`` for a constant.
-      factor: f.
       steps_per_epoch: s, examples / batch size; need not be a whole number.
 
     Returns:
@@ -161,15 +159,14 @@ def staircase(
 
     Examples:
       >>> from lbopt import schedules
-      >>> rate = schedules.staircase(0.8, (2, 3), 0.5, steps_per_epoch=10)
-      >>> [round(float(rate(step)), 3) for step in (0, 20, 21, 30, 31)]
-      [0.8, 0.8, 0.4, 0.4, 0.2]
+      >>> rate = schedules.staircase(0.8, (2, 3), steps_per_epoch=10)
+      >>> [round(float(rate(step)), 4) for step in (0, 20, 21, 30, 31)]
+      [0.8, 0.8, 0.08, 0.08, 0.008]
 
     Source: the released code of Adya et al. 2018.
     """
     _check_rate("init_value", init_value)
     _check_steps_per_epoch(steps_per_epoch)
-    checks.positive("factor", factor, "0.1 is usual")
     if not all(before < epoch for before, epoch in pairwise((0, *epochs))):
         raise ValueError(f"epochs={tuple(epochs)} must be positive and ascending")
     drops: dict[int, float] = {}
@@ -177,7 +174,7 @@ def staircase(
         # TensorFlow's piecewise constant, used there, drops after its boundary; optax's
         # drops at it.
         step = int(steps_per_epoch * epoch) + 1
-        drops[step] = drops.get(step, 1.0) * factor  # short runs: two in one step
+        drops[step] = drops.get(step, 1.0) * 0.1  # short runs: two in one step
     return optax.piecewise_constant_schedule(init_value, drops)
 
 
