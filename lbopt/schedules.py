@@ -145,9 +145,9 @@ def staircase(
     *,
     steps_per_epoch: float | int,
 ) -> optax.Schedule:
-    r"""A constant that drops tenfold after certain epochs.
+    r"""A constant that is divided by 10 after certain epochs.
 
-    .. math:: \eta(k) = \eta_0\, 0.1^{\,\lvert \{ e \,:\, k > \lfloor e\, s \rfloor \}
+    .. math:: \eta(k) = \eta_0\, 10^{-\lvert \{ e \,:\, k > \lfloor e\, s \rfloor \}
               \rvert}
 
     with s steps in an epoch.  The boundary step itself still has the old value.
@@ -166,7 +166,7 @@ def staircase(
     Examples:
       >>> from lbopt import schedules
       >>> rate = schedules.staircase(0.8, (2, 3), steps_per_epoch=10)
-      >>> [round(float(rate(step)), 3) for step in (0, 20, 21, 30, 31)]
+      >>> [round(float(rate(step)), 4) for step in (0, 20, 21, 30, 31)]
       [0.8, 0.8, 0.08, 0.08, 0.008]
 
     Source: the released code of Adya et al. 2018.

@@ -12,10 +12,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import lbopt
 from experiments.models import resnet
 from lbopt import sharding
+from lbopt.collectives import Axis
 from lbopt.curvature import factor
 from lbopt.sharding import Sharded, Unit
+from tests.devices import AXIS, on_devices
 from tests.oracles import lookup
-from tests.problems import Mlp, assert_equal, classify
+from tests.problems import Mlp, assert_close, assert_equal, classify
 
 FLOAT = 4  # bytes
 
@@ -280,6 +282,16 @@ def test_devices_out_of_range():
 
 
 # ------------------------------------------------------------------ the split state
+
+
+def test_gradients_are_averaged_except_those_of_some_layers():
+    problem, axis = classify(Mlp()), Axis(AXIS, 2)
+    own = [problem.trace()["first"]]
+    grads = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), problem.params)
+    found = on_devices(2, lambda g: sharding.mean_of_others(g, own, axis), grads)
+    assert_equal(found["first"], grads["first"])
+    mean = jax.tree.map(lambda x: jnp.stack([2 * x, 2 * x]), problem.params)
+    assert_close(found["last"], mean["last"])
 
 
 @pytest.mark.parametrize("devices", [1, 3])

@@ -225,6 +225,19 @@ def test_a_bad_batch_changes_nothing_and_training_goes_on(name, number, at):
     assert losses[-1] < losses[0]
 
 
+def test_a_gradient_whose_square_overflows_changes_nothing():
+    def steep(params, model_state, batch, rng):
+        del batch, rng
+        return 1e30 * params["w"], (model_state, {})
+
+    tx, params = optax.sgd(0.1), {"w": jnp.ones([])}
+    state = training.init_state(tx, params, {}, RNG)
+    state, metrics = training.make_train_step(steep, tx)(state, {})
+    assert np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 1
+    assert_equal(state.params, params)
+
+
 def test_statistics_that_overflow_are_rejected_and_counted():
     # Examples in pairs that pull in opposite directions: the gradient is small, the
     # square of each signal is not finite.
@@ -236,7 +249,7 @@ def test_statistics_that_overflow_are_rejected_and_counted():
         loss = jnp.mean(signs * jnp.sum(logits[:, :2], -1))
         return loss * batch["scale"][0], (updated, {})
 
-    tx = lbopt.kfac(1e-30, layers, damping=1e-2, momentum=None)
+    tx = lbopt.kfac(1e-30, LAYERS, damping=1e-2, momentum=None)
     train_step = training.make_train_step(steep, tx, LAYERS)
     state = training.init_state(tx, *START, RNG)
     batch = {"x": jnp.repeat(inputs(batch=BATCH // 2), 2, axis=0)}
