@@ -19,7 +19,7 @@ With ``statistics_devices=m`` of N devices, m / N of the examples are for statis
 alone.  Transformations before an optimizer with ``placement`` then see gradients times
 N / (N − m), and zeros on the m devices.
 
-**Optimizers** are passed ``value``, the loss, and two functions that cost nothing if not
+**Optimizers** get ``value``, the loss, and two functions that cost nothing unless
 called: ``value_fn``, the loss of this batch at other parameters, and
 ``fisher_products``, products with its exact Fisher matrix.  Sources: Martens & Grosse
 2015 (a part of the batch); Ba, Grosse & Martens 2017, §3 (separate devices).
