@@ -217,7 +217,7 @@ def test_label_smoothing_is_in_the_training_loss(config):
         ),
         (["--sync-norm"], "sync_norm needs several devices"),
         (["--remat", "--model", "convnet"], "remat: convnet has no residual blocks"),
-        (["--distributed", "on"], "distributed=on, but no cluster"),
+        (["--distributed", "on"], "distributed='on' finds no other processes"),
         (["--devices", "16"], r"devices=16, but there are 8"),
         (["--optimizer", "sp_ngd", "--sp-ngd.damping", "0"], "damping=0.0 must be"),
         (["--epochs", "-1"], "epochs must be positive, got -1"),
