@@ -1,9 +1,14 @@
-"""The imports point downwards, and every module has its tests."""
+"""Imports point downwards, every module has its tests, and sizes stay within bounds."""
 
 import ast
+import inspect
+import io
 import pathlib
+import tokenize
 
 import pytest
+
+import lbopt
 
 ROOT = pathlib.Path(__file__).parent.parent
 # From the bottom up: a module may import what stands in an earlier row, and, where a
@@ -130,9 +135,71 @@ def test_modules_are_short(path):
     assert len(path.read_text().splitlines()) <= 450
 
 
-def test_public_names_are_sorted_and_exist():
-    import lbopt
+def code_lines(path):
+    """The numbers of lines with code, without docstrings; and those with comments."""
+    code, comments = set(), set()
+    skipped = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    line_start = True
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.COMMENT:
+            comments.add(token.start[0])
+        elif token.type not in skipped | {tokenize.ENDMARKER}:
+            # A string that begins a statement is a docstring.
+            if not (token.type == tokenize.STRING and line_start):
+                code |= set(range(token.start[0], token.end[0] + 1))
+            line_start = False
+        if token.type in {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}:
+            line_start = True
+    return code, comments
 
+
+def test_comments_are_at_least_six_percent_of_the_library():
+    counts = [[len(x) for x in code_lines(path)] for path in MODULES.values()]
+    code, comments = map(sum, zip(*counts, strict=True))
+    assert comments >= 0.06 * code, f"{comments} comments on {code} lines of code"
+
+
+EVERYTHING = [
+    path
+    for folder in ("lbopt", "experiments", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "archive" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            start = node.body[0]
+            if ast.get_docstring(node) is not None:
+                lines = node.end_lineno - start.end_lineno + start.lineno - node.lineno
+            else:
+                lines = node.end_lineno - node.lineno + 1
+            assert lines <= 90, f"{node.name}: {lines} lines without its docstring"
+
+
+def public_callables():
+    """Every public function and class by its dotted name."""
+    found = {}
+    for name in lbopt.__all__:
+        value = getattr(lbopt, name)
+        if not inspect.ismodule(value):
+            found[f"lbopt.{name}"] = value
+            continue
+        for inner, one in vars(value).items():
+            at_home = getattr(one, "__module__", "").startswith(value.__name__)
+            if callable(one) and at_home and not inner.startswith("_"):
+                found[f"lbopt.{name}.{inner}"] = one
+    return found
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_signatures_are_short(name):
+    assert len(inspect.signature(public_callables()[name]).parameters) <= 12
+
+
+def test_public_names_are_sorted_and_exist():
     assert lbopt.__all__ == sorted(lbopt.__all__)
     for name in lbopt.__all__:
         assert getattr(lbopt, name).__doc__, name
