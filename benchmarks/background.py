@@ -1,19 +1,18 @@
-"""What it costs a step to invert in it, and what inverting beside it saves.
+"""Step time of K-FAC with inversion inside the step, beside it, and never again.
 
-    python -m benchmarks.background [--width 800] [--period 1] [--steps 60] [--seeds 3]
+    python -m benchmarks.background [--steps 60] [--period 1]
 
-K-FAC trains a network of wide dense layers on one CPU core, in processes of their own
-that take turns: with all factors inverted at every step, or every so many; with
-``BackgroundInversion``, whose process has the second core; and with the first inverses
-for ever, which nothing can be faster than.  Seeds draw the parameters and the data.
+K-FAC trains a network of wide dense layers on one CPU core: with all factors inverted
+at every step, or every ``--period`` steps; with ``BackgroundInversion``, whose process
+has the other cores; and with the first inverses kept for ever, the lower bound.  Each
+run has a process of its own; the three take turns for each of three seeds, which draw
+the parameters and the data.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 import lbopt
-from benchmarks import own_process, reporting
+from benchmarks import harness, timing
 
 MODES = ("synchronous", "background", "never again")
 BATCH, CLASSES, FEATURES = 256, 10, 256
@@ -33,13 +32,7 @@ _SETTINGS = {
     "damping": 1e-2,
     "batch": BATCH,
 }
-_SIZES = {
-    "width": (800, "of the dense layers"),
-    "period": (1, "steps from one inversion to the next, if it is in the step"),
-    "steps": (60, "timed steps of each run"),
-}
-_WARM_UP = 5
-"""Steps that are not timed: they compile."""
+_WARM_UP = 5  # steps that are not timed: they compile
 
 
 class Mlp(nn.Module):
@@ -49,60 +42,42 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of a batch."""
+        """Returns the logits of a batch."""
         for number in range(3):
             x = nn.tanh(nn.Dense(self.width, name=f"dense{number}")(x))
         return nn.Dense(CLASSES, name="head")(x)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures what the command line asks for, prints tables, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``; of a single run what it measured.
-    """
-    options = _parse(argv)
-    sizes = reporting.sizes(options, _SIZES)
-    if options.mode:
-        result = train(options.mode, options.seed, **sizes)
-        print(json.dumps(result))
-        return result
-    record = reporting.begin("background", argv, _SETTINGS)
+def measure(
+    steps: int, period: int, width: int = 800, seeds: int = 3
+) -> harness.Record:
+    """Trains in every mode with every seed, each run in a process of its own."""
     runs: dict[str, list[Any]] = {mode: [] for mode in MODES}
-    for seed in range(options.seeds):
+    for seed in range(seeds):
         for mode in MODES[seed % 3 :] + MODES[: seed % 3]:
-            reporting.tell(f"seed {seed}: {mode}")
-            part = {"mode": mode, "seed": seed} | sizes
-            core = min(os.sched_getaffinity(0))
-            run = own_process.result_of("benchmarks.background", part, core=core)
+            harness.tell(f"seed {seed}: {mode}")
+            run = harness.in_new_process(train, mode, seed, width, period, steps)
             runs[mode].append(run)
-    record |= sizes | {"runs": runs}
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
+    return {"width": width, "period": period, "steps": steps, "runs": runs}
 
 
-def train(
-    mode: str, seed: int, *, width: int, period: int, steps: int
-) -> dict[str, Any]:
-    """Trains for some steps.
+def train(mode: str, seed: int, width: int, period: int, steps: int) -> dict[str, Any]:
+    """Trains on the first CPU core alone, in a process that has not used JAX yet.
 
     Args:
       mode: one of ``MODES``.
-      seed: of the parameters and the data.
-      width: of the layers.
-      period: of the synchronous inversions.
-      steps: how many are timed.
+      seed: seed of the parameters and the data.
+      width: units of the wide layers.
+      period: steps between synchronous inversions.
+      steps: number of timed steps.
 
     Returns:
-      ``seconds`` and ``losses`` of each timed step; ``ages``, the mean age of the
-      inverses that it used.
+      ``seconds`` and ``losses`` of the timed steps, and ``ages``, the mean age of the
+      inverses that each used.
     """
-    model, key = Mlp(width), jax.random.key(seed)
-    teacher = Mlp(64)
+    core, *others = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})  # JAX starts a thread for each core it sees
+    model, teacher, key = Mlp(width), Mlp(64), jax.random.key(seed)
     keys = jax.random.split(key, 3)
     scales = jnp.logspace(0, -2, FEATURES)
     answers = teacher.init(keys[1], jnp.zeros((1, FEATURES)))
@@ -113,15 +88,13 @@ def train(
         answer: Any = teacher.apply(answers, 5 * x)
         return x, jnp.argmax(answer, -1)
 
-    batches = jax.jit(batch_of)
-
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, x)
         logits = lbopt.likelihood(logits, "categorical")
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     params = model.init(keys[0], jnp.zeros((1, FEATURES)))["params"]
-    layers = lbopt.trace_layers(loss_fn, params, *batches(0))
+    layers = lbopt.trace_layers(loss_fn, params, *jax.jit(batch_of)(0))
     periods = {"synchronous": period, "background": None, "never again": 10**9}
     settings = {name: _SETTINGS[name] for name in ("kl_clip", "damping")}
     tx = lbopt.distributed_kfac(
@@ -143,8 +116,7 @@ def train(
         return optax.apply_updates(params, updates), state, loss
 
     state, result = tx.init(params), {"seconds": [], "losses": [], "ages": []}
-    cores = sorted(os.sched_getaffinity(os.getppid()))[1:] or None
-    with lbopt.BackgroundInversion(layers, cores=cores) as exchange:
+    with lbopt.BackgroundInversion(layers, cores=others or None) as exchange:
         for step in range(_WARM_UP + steps):
             start = time.perf_counter()
             params, state, loss = train_step(params, state, step)
@@ -159,19 +131,12 @@ def train(
                 result["losses"].append(loss)
                 result["ages"].append(float(np.mean(ages)))
             elif mode == "background":
-                exchange.wait()  # for its own start and compilation
+                exchange.wait()  # for the process to start and compile
     return result
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The table of a record.
-
-    Args:
-      record: what ``main`` returned.
-
-    Returns:
-      Text of several lines.
-    """
+def table(record: harness.Record) -> str:
+    """Formats a record."""
     rows = [("", "ms a step", "over synchronous", "mean age", "last losses")]
     base = record["runs"]["synchronous"]
     for mode, runs in record["runs"].items():
@@ -180,44 +145,38 @@ def table(record: Mapping[str, Any]) -> str:
             mean / statistics.mean(other["seconds"])
             for mean, other in zip(means, base, strict=True)
         ]
-        ages = [statistics.mean(run["ages"]) for run in runs]
         rows.append(
             (
                 mode,
                 f"{1e3 * statistics.median(means):.0f}",
-                f"{statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f}-{max(ratios):.2f})",
-                f"{statistics.mean(ages):.1f}",
-                ", ".join(f"{last_loss(run):.3f}" for run in runs),
+                str(timing.spread(ratios)),
+                f"{statistics.mean(statistics.mean(run['ages']) for run in runs):.1f}",
+                ", ".join(f"{_last_loss(run):.3f}" for run in runs),
             )
         )
-    return "\n".join(
-        [
-            "",
-            f"dense layers of {record['width']}, batch {BATCH}, inverses every "
-            f"{record['period']} steps; {record['steps']} steps on one core",
-            f"means over steps, median of {len(base)} seeds",
-            *reporting.aligned(rows),
-        ]
+    return harness.page(
+        f"dense layers of {record['width']}, batch {BATCH}, inverses every "
+        f"{record['period']} steps; {record['steps']} steps on one core",
+        f"means over steps, median of {len(base)} seeds",
+        rows,
     )
 
 
-def last_loss(run: Mapping[str, Any]) -> float:
-    """The mean loss of the last quarter of the steps."""
+def _last_loss(run: Mapping[str, Any]) -> float:
+    """Returns the mean loss of the last quarter of the steps."""
     losses = run["losses"]
     return statistics.mean(losses[-max(len(losses) // 4, 1) :])
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("background", __doc__)
-    reporting.add_sizes(parser, _SIZES)
-    parser.add_argument(
-        "--seeds", type=reporting.positive, default=3, help="runs of each kind"
-    )
-    parser.add_argument("--mode", choices=MODES, help="a single run, in this process")
-    parser.add_argument("--seed", type=int, default=0, help="of the single run")
-    return parser.parse_args(argv)
-
+main = harness.command(
+    "background",
+    __doc__,
+    measure,
+    table,
+    _SETTINGS,
+    steps=(60, "timed steps of each run"),
+    period=(1, "steps between inversions that are part of the step"),
+)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Plain SGD and lbopt's optimizers as contestants of a benchmark."""
+"""Optimizers compiled into training steps, ready to be timed side by side."""
 
 import functools
 import time
@@ -9,25 +9,50 @@ import jax
 import optax
 
 import lbopt
-from benchmarks import timing
 from benchmarks.workloads import Workload
 from lbopt import training
-from lbopt.curvature.fisher import Fisher
 from lbopt.curvature.registry import Layers
 
 LEARNING_RATE = 1e-3
 MOMENTUM = 0.9
 DAMPING = 1e-3
 FACTOR_DECAY = 0.95
+SETTINGS = {
+    "learning_rate": LEARNING_RATE,
+    "momentum": MOMENTUM,
+    "damping": DAMPING,
+    "factor_decay": FACTOR_DECAY,
+}
+STATS_PERIOD = 2
+INVERSE_PERIOD = 4
+
+
+class Compiled(NamedTuple):
+    """A compiled program, the time to trace and compile it, and XLA's own memory."""
+
+    call: Callable[..., Any]
+    seconds: float
+    temporary_bytes: int
+
+
+class Contestant(NamedTuple):
+    """An optimizer with its compiled step, ``(state, batch, index) -> (state, loss)``.
+
+    If it has several programs, ``compile_seconds`` is their sum and ``temporary_bytes``
+    the largest of them; ``setup_seconds`` is the time to find the layers.
+    """
+
+    name: str
+    step: Callable[[Any, Any, int], tuple[Any, jax.Array]]
+    state: Any
+    setup_seconds: float
+    compile_seconds: float
+    state_bytes: int
+    temporary_bytes: int
 
 
 class Setup(NamedTuple):
-    """What finding a model's layers gave and took.
-
-    Attributes:
-      layers: the layers.
-      seconds: wall time.
-    """
+    """A model's layers, and the seconds that finding them took."""
 
     layers: Layers
     seconds: float
@@ -47,102 +72,51 @@ def set_up(workload: Workload) -> Setup:
     return Setup(layers, time.perf_counter() - start)
 
 
-def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> timing.Contestant:
-    """Momentum SGD, through the same training step.
-
-    Args:
-      workload: the problem.
-      learning_rate: its rate.
-
-    Returns:
-      The contestant.
-    """
-    tx = optax.sgd(learning_rate, momentum=MOMENTUM)
-    return without_curvature("SGD", workload, tx)
+def compile_step(function: Any, *args: Any) -> Compiled:
+    """Compiles a jitted function ahead of time, with the caches of traces cleared."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    program = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    return Compiled(program, seconds, int(memory.temp_size_in_bytes))
 
 
-def without_curvature(
-    name: str, workload: Workload, tx: optax.GradientTransformation
-) -> timing.Contestant:
-    """An optimizer that takes nothing but gradients and the loss.
-
-    Args:
-      name: its name in the tables.
-      workload: the problem.
-      tx: the optimizer.
-
-    Returns:
-      The contestant.
-    """
-    return _trained(name, workload, tx, layers=None, setup_seconds=0.0)
+def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> Contestant:
+    """Returns momentum SGD, trained by the same step as the others."""
+    return trained("SGD", workload, optax.sgd(learning_rate, momentum=MOMENTUM))
 
 
-def kfac(workload: Workload, fisher: Fisher = "empirical") -> timing.Contestant:
-    """Lbopt's K-FAC with statistics and inverses as in a cycle.
-
-    Args:
-      workload: the problem.
-      fisher: which Fisher matrix.
-
-    Returns:
-      The contestant.
-    """
-    make = functools.partial(
-        lbopt.kfac,
-        LEARNING_RATE,
-        momentum=MOMENTUM,
-        damping=DAMPING,
-        factor_decay=FACTOR_DECAY,
-        periods=lbopt.Periods(timing.STATS_PERIOD, timing.INVERSE_PERIOD),
-    )
-    return with_curvature("lbopt", workload, set_up(workload), make, fisher)
+def kfac(name: str, workload: Workload, setup: Setup, **options: Any) -> Contestant:
+    """Returns K-FAC with the common settings, except where ``options`` differ."""
+    settings = {
+        "momentum": MOMENTUM,
+        "damping": DAMPING,
+        "factor_decay": FACTOR_DECAY,
+        "periods": lbopt.Periods(STATS_PERIOD, INVERSE_PERIOD),
+    }
+    tx = lbopt.kfac(LEARNING_RATE, setup.layers, **settings | options)
+    return trained(name, workload, tx, setup)
 
 
-def with_curvature(
-    name: str,
-    workload: Workload,
-    setup: Setup,
-    make: Callable[..., optax.GradientTransformation],
-    fisher: Fisher = "empirical",
-) -> timing.Contestant:
-    """An optimizer of this library.
-
-    Args:
-      name: its name in the tables.
-      workload: the problem.
-      setup: its layers.
-      make: makes it, given ``layers=``.
-      fisher: which Fisher matrix.
-
-    Returns:
-      The contestant.
-    """
-    tx = make(layers=setup.layers)
-    return _trained(name, workload, tx, *setup, fisher=fisher)
-
-
-def _trained(
+def trained(
     name: str,
     workload: Workload,
     tx: optax.GradientTransformation,
-    layers: Any,
-    setup_seconds: float,
-    **options: Any,
-) -> timing.Contestant:
+    setup: Setup | None = None,
+) -> Contestant:
+    """Compiles a training step; optimizers without curvature have no ``setup``."""
     state = training.init_state(
         tx, workload.params, workload.model_state, jax.random.key(1)
     )
-    program = timing.compile_step(
-        training.make_train_step(workload.train_loss, tx, layers, **options),
-        state,
-        workload.batch,
-    )
-    return timing.Contestant(
+    layers = None if setup is None else setup.layers
+    step = training.make_train_step(workload.train_loss, tx, layers)
+    program = compile_step(step, state, workload.batch)
+    return Contestant(
         name=name,
         step=functools.partial(_step, program.call),
         state=state,
-        has_curvature=layers is not None,
-        setup_seconds=setup_seconds,
+        setup_seconds=0.0 if setup is None else setup.seconds,
         compile_seconds=program.seconds,
         state_bytes=training.opt_state_bytes(state.opt_state),
         temporary_bytes=program.temporary_bytes,
@@ -150,6 +124,6 @@ def _trained(
 
 
 def _step(program: Any, state: Any, batch: Any, index: int) -> tuple[Any, jax.Array]:
-    del index  # the state counts
+    del index  # the state counts its own steps
     state, metrics = program(state, batch)
     return state, metrics["loss"]

@@ -1,28 +1,24 @@
 """Step time, compile time and memory of LARS and NLCG beside plain SGD.
 
-    python -m benchmarks.first_order [--workload resnet20] [--steps 200]
+    python -m benchmarks.first_order [--steps 200]
 
-All optimizers run in one process through the same training step and take turns at every
-step; ratios are taken between neighbouring steps.  NLCG has its defaults (Fletcher and
-Reeves, the diagonal of BFGS, step control) and, beside them, Polak and Ribière.
+All optimizers train ResNet-20 in one process through the same training step and take
+turns at every step.  NLCG has its defaults (Fletcher and Reeves, diagonal BFGS, step
+control) and runs once more with Polak and Ribière's formula.
 """
 
-import argparse
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import optax
 
 import lbopt
-from benchmarks import contestants, reporting, timing
-from benchmarks.workloads import WORKLOADS, Workload
-
-_SETTINGS = {"learning_rate": contestants.LEARNING_RATE}
+from benchmarks import contestants, harness, timing
+from benchmarks.workloads import Workload, resnet20
 
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
-    """The optimizers by name; the first is the baseline."""
+    """Returns the optimizers by name, the baseline first."""
     rate, momentum = contestants.LEARNING_RATE, contestants.MOMENTUM
     return {
         "SGD": optax.sgd(rate, momentum=momentum),
@@ -33,50 +29,18 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures what the command line asks for, prints tables, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``.
-    """
-    options = _parse(argv)
-    record = reporting.begin("first_order", argv, _SETTINGS)
-    record |= measure(WORKLOADS[options.workload](), options.steps)
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
-
-
-def measure(workload: Workload, steps: int) -> dict[str, Any]:
-    """Times all optimizers on one workload.
-
-    Args:
-      workload: the problem.
-      steps: of each, after one that is not timed.
-
-    Returns:
-      The workload's part of the record.
-    """
-    reporting.tell(f"{workload.name}: compiling")
+def measure(steps: int, make: Callable[[], Workload] = resnet20) -> harness.Record:
+    """Times all optimizers on one workload."""
+    workload = make()
+    harness.tell("compiling")
     runners = [
-        contestants.without_curvature(name, workload, tx)
-        for name, tx in optimizers().items()
+        contestants.trained(name, workload, tx) for name, tx in optimizers().items()
     ]
-    seconds: dict[str, list[float]] = {r.name: [] for r in runners}
-    losses: dict[str, list[float]] = {r.name: [] for r in runners}
-    for turn in timing.turns(runners, lambda index: workload.batch, steps + 1):
-        losses[turn.name].append(turn.loss)
-        if turn.index:
-            seconds[turn.name].append(turn.seconds)
-    base = seconds[runners[0].name]
-    entries = []
-    for runner in runners:
-        own = seconds[runner.name]
-        entry = reporting.entry(runner, own, losses[runner.name])
-        entries.append(entry | {"ratios": timing.stretched_ratios(own, base)})
+    entries = timing.race(runners, lambda index: workload.batch, steps, warm_up=1)
+    for entry in entries:
+        entry["ratios"] = timing.stretched_ratios(
+            entry["seconds"], entries[0]["seconds"]
+        )
     return {
         "workload": workload.name,
         "description": workload.description,
@@ -85,39 +49,26 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    """The tables of a record.
-
-    Args:
-      record: what ``measure`` returned.
-
-    Returns:
-      Text of several lines.
-    """
+def table(record: harness.Record) -> str:
+    """Formats a record."""
     base, *others = record["contestants"]
-    rows: list[tuple[str, ...]] = [("over SGD", "total / total", "median of steps")]
-    for entry in others:
-        figures = (timing.Spread(**entry["ratios"][k]) for k in ("total", "paired"))
-        rows.append((entry["name"], *map(str, figures)))
-    return "\n".join(
-        [
-            "",
-            f"{record['workload']}: {record['description']}, {record['steps']} steps",
-            f"SGD: {1e3 * statistics.median(base['seconds']):.1f} ms a step; in "
-            f"brackets smallest and largest of {timing.STRETCHES} stretches",
-            *reporting.aligned(rows),
-            "",
-            *reporting.costs(record["contestants"]),
-        ]
+    return harness.page(
+        f"{record['workload']}: {record['description']}, {record['steps']} steps",
+        f"SGD: {1e3 * statistics.median(base['seconds']):.1f} ms a step; in "
+        f"brackets smallest and largest of {timing.STRETCHES} stretches",
+        timing.stretched_rows({e["name"]: e["ratios"] for e in others}),
+        timing.costs(record["contestants"]),
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("first_order", __doc__)
-    parser.add_argument("--workload", default="resnet20", choices=WORKLOADS)
-    parser.add_argument("--steps", type=reporting.positive, default=200)
-    return parser.parse_args(argv)
-
+main = harness.command(
+    "first_order",
+    __doc__,
+    measure,
+    table,
+    {"learning_rate": contestants.LEARNING_RATE},
+    steps=(200, "timed steps of each optimizer, after one that is not timed"),
+)
 
 if __name__ == "__main__":
     main()

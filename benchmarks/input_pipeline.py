@@ -1,16 +1,14 @@
-"""Images a second of the input pipeline, beside what decoding and cropping alone allow.
+"""Throughput of the input pipeline, beside that of decoding and cropping alone.
 
-    python -m benchmarks.input_pipeline [--rounds 5] [--output figures.json]
+    python -m benchmarks.input_pipeline [--rounds 5]
 
-Photographs are made (1/f noise, JPEGs of ImageNet's size in pixels and bytes), written
-as ArrayRecord and read through ``experiments.data`` as ImageNet would be.  From stage
-to stage the work grows from decoding alone to the whole pipeline; the stages take
-turns, each on one core and on two, and a ratio always divides turns of the same round.
-What runs in this process is counted in CPU seconds as well, which other work on the
-machine disturbs less than the wall time.
+Synthetic photographs (1/f noise, JPEGs of ImageNet's size in pixels and bytes) are
+written as ArrayRecord and read through ``experiments.data`` as ImageNet would be.  The
+stages grow from decoding alone to the whole pipeline; they take turns, each on one core
+and on two, and a ratio always divides turns of the same round.  Work in this process is
+counted in CPU seconds as well, which depend less on the machine's other work.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import io
@@ -24,31 +22,28 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from benchmarks import reporting, timing
+from benchmarks import harness, timing
 from experiments.data import augment, decoding, loading, order, pipeline, splits
 
-_SIZES = {
-    "rounds": (5, "rounds in which each stage has a turn"),
-    "batches": (4, "batches in a turn"),
-    "batch": (128, "images in a batch"),
-    "jpegs": (96, "different photographs"),
-    "records": (1024, "records, in which they recur"),
-    "threads": (4, "reading threads"),
-}
 _SETTINGS = {"quality": 90, "crop": 224, "group": 16, "dtype": "float32"}
 LIMIT = "decode and crop"
 THREADS = "pipeline, threads"
 WORKERS = "pipeline, workers"
 
 
-class NoisePhotographs(tfds.core.GeneratorBasedBuilder):
-    """Noise with the spectrum, the pixels and the bytes of ImageNet's photographs.
+class Sizes(NamedTuple):
+    """The sizes of a run; images in a turn are a multiple of the group, 16."""
 
-    Args:
-      jpegs: different photographs; none is needed to read.
-      records: in how many records they recur.
-      **settings: of the base class.
-    """
+    batches: int = 4  # in a turn
+    batch: int = 128
+    jpegs: int = 96  # different photographs
+    records: int = 1024  # in which they recur
+    threads: int = 4
+    workers: int = 2  # processes
+
+
+class NoisePhotographs(tfds.core.GeneratorBasedBuilder):
+    """Noise with the spectrum, the pixels and the bytes of ImageNet's photographs."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -77,7 +72,7 @@ class NoisePhotographs(tfds.core.GeneratorBasedBuilder):
 
 
 def photograph(random: np.random.Generator) -> bytes:
-    """A JPEG of quality 90, 330 to 460 by 400 to 560 pixels, of 115 kB in the mean."""
+    """Returns a JPEG of 330 to 460 by 400 to 560 pixels, 115 kB on average."""
     height, width = int(random.integers(330, 461)), int(random.integers(400, 561))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1
@@ -92,152 +87,117 @@ def photograph(random: np.random.Generator) -> bytes:
 
 
 class Turn(NamedTuple):
-    """What a stage did in its turn.
-
-    Attributes:
-      stage: its name.
-      cores: how many it had.
-      rate: images a second of wall time.
-      cpu_rate: images a CPU second, where no other process takes part.
-    """
+    """The throughput of a stage in its turn."""
 
     stage: str
     cores: int
-    rate: float
-    cpu_rate: float | None
+    rate: float  # images a second
+    cpu_rate: float | None  # images a CPU second; None if other processes take part
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints tables, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``.
-    """
-    options = _parse(argv)
-    record = reporting.begin("input_pipeline", argv, _SETTINGS)
+def measure(rounds: int, sizes: Sizes | None = None) -> harness.Record:
+    """Makes the photographs and lets all stages take turns."""
+    sizes = sizes or Sizes()
+    cores = sorted(os.sched_getaffinity(0))[:2]
     tfds.disable_progress_bar()
+    turns = []
     with tempfile.TemporaryDirectory() as folder:
-        reporting.tell("making photographs")
+        harness.tell("making photographs")
         builder = NoisePhotographs(
-            jpegs=options.jpegs, records=options.records, data_dir=folder
+            jpegs=sizes.jpegs, records=sizes.records, data_dir=folder
         )
         builder.download_and_prepare(file_format="array_record")
         split = splits.open_split(builder.name, "train", folder)
-        record |= measure(split, options)
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
-
-
-def measure(split: splits.Split, options: argparse.Namespace) -> dict[str, Any]:
-    """Lets all stages take turns.
-
-    Args:
-      split: what they read.
-      options: of the command line.
-
-    Returns:
-      Their part of the record.
-    """
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    turns = []
-    for number in range(options.rounds):
-        reporting.tell(f"round {number + 1} of {options.rounds}")
-        for count in range(1, len(cores) + 1):
-            with _pinned(cores[:count]):
-                turns += [_alone(*stage, count) for stage in _parts(split, options)]
-                turns.append(_streamed(THREADS, split, options, count))
-                if options.workers:
-                    turns.append(_streamed(WORKERS, split, options, count))
-    sizes = [len(split.read(i)["image"]) for i in range(min(len(split), options.jpegs))]
+        files = [split.read(record)["image"] for record in range(sizes.jpegs)]
+        for number in range(rounds):
+            harness.tell(f"round {number + 1} of {rounds}")
+            for count in range(1, len(cores) + 1):
+                with _pinned(cores[:count]):
+                    for stage, run in _parts(split, files).items():
+                        turns.append(_alone(stage, run, sizes, count))
+                    turns.append(_streamed(THREADS, split, sizes, count, workers=0))
+                    if workers := sizes.workers:
+                        turns.append(_streamed(WORKERS, split, sizes, count, workers))
     return {
-        **reporting.sizes(options, _SIZES),
-        "workers": options.workers,
-        "mean_bytes": float(np.mean(sizes)),
+        "rounds": rounds,
+        **sizes._asdict(),
+        "mean_bytes": float(np.mean([len(file) for file in files])),
         "turns": [turn._asdict() for turn in turns],
     }
 
 
-class _Part(NamedTuple):
-    """A part of the pipeline as one function of a group of positions."""
-
-    name: str
-    run: Callable[[np.ndarray], object]
-    images: int
-
-
-def _parts(split: splits.Split, options: argparse.Namespace) -> list[_Part]:
-    """Stages without the pipeline, each with what those before it do."""
-    files = [split.read(record)["image"] for record in range(options.jpegs)]
+def _parts(
+    split: splits.Split, files: Sequence[bytes]
+) -> dict[str, Callable[[np.ndarray], object]]:
+    """Returns the stages up to batches, as functions of a group of positions."""
     numbers = order.shuffled(len(split), 0)
     draws = augment.uniforms(0, np.arange(256), augment.RESIZED_CROP_DRAWS)
-    load = loading.training_loader(split, 0, True, numbers, loading.Form())
 
     def decode(positions: np.ndarray) -> None:
         for i in positions:
             decoding.decode(files[i % len(files)])
 
-    def crop(pixels: np.ndarray | None, position: int) -> None:
+    def crop(file: bytes, position: int) -> None:
+        pixels = decoding.decode(file)
         assert pixels is not None
-        augment.random_resized_crop(pixels, draws[position % len(draws)], 224)
+        draw = draws[position % len(draws)]
+        augment.random_resized_crop(pixels, draw, _SETTINGS["crop"])
 
     def decode_and_crop(positions: np.ndarray) -> None:
         for i in positions:
-            crop(decoding.decode(files[i % len(files)]), i)
+            crop(files[i % len(files)], i)
 
     def read_too(positions: np.ndarray) -> None:
         for i in positions:
-            crop(decoding.decode(split.read(int(i) % len(split))["image"]), i)
+            crop(split.read(int(i) % len(split))["image"], i)
 
-    images = options.batches * options.batch
-    return [
-        _Part("decode", decode, images),
-        _Part(LIMIT, decode_and_crop, images),
-        _Part("+ read", read_too, images),
-        _Part("+ normalise and batch", load, images),
-    ]
+    return {
+        "decode": decode,
+        LIMIT: decode_and_crop,
+        "+ read": read_too,
+        "+ normalise and batch": loading.training_loader(
+            split, 0, True, numbers, loading.Form()
+        ),
+    }
 
 
 def _alone(
-    name: str, run: Callable[[np.ndarray], object], images: int, cores: int
+    stage: str, run: Callable[[np.ndarray], object], sizes: Sizes, cores: int
 ) -> Turn:
-    """Times a part with one thread a core."""
+    """Times a stage with one thread a core."""
+    images = sizes.batches * sizes.batch
     groups = np.arange(images).reshape(-1, _SETTINGS["group"])
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         start, cpu = time.perf_counter(), time.process_time()
         list(pool.map(run, groups))
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Turn(name, cores, images / seconds, images / cpu)
+    return Turn(stage, cores, images / seconds, images / cpu)
 
 
 def _streamed(
-    name: str, split: splits.Split, options: argparse.Namespace, cores: int
+    stage: str, split: splits.Split, sizes: Sizes, cores: int, workers: int
 ) -> Turn:
     """Times the whole pipeline, whose consumer waits at the start and at the end."""
-    workers = options.workers if name == WORKERS else 0
+    images = sizes.batches * sizes.batch
     batches = pipeline.TrainingBatches(
         split,
-        batch_size=options.batch,
+        batch_size=sizes.batch,
         seed=0,
-        num_threads=options.threads,
+        num_threads=sizes.threads,
         num_workers=workers,
     )
     next(batches)
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(options.batches):
+    for _ in range(sizes.batches):
         next(batches)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     batches.close()
-    images = options.batches * options.batch
-    return Turn(name, cores, images / seconds, None if workers else images / cpu)
+    return Turn(stage, cores, images / seconds, None if workers else images / cpu)
 
 
 @contextlib.contextmanager
 def _pinned(cores: Sequence[int]) -> Iterator[None]:
-    """Keeps this thread, and what it starts, on some cores."""
+    """Keeps this thread, and threads and processes that it starts, on ``cores``."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -247,15 +207,15 @@ def _pinned(cores: Sequence[int]) -> Iterator[None]:
 
 
 def summary(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages, with medians over the rounds.
+    """Summarises each stage over the rounds.
 
     Args:
-      record: what ``measure`` returned.
+      record: the result of ``measure``.
 
     Returns:
-      For each stage: its ``name``, images a second on one core (``rate``) and a CPU
+      For each stage its ``name``, images a second on one core (``rate``) and a CPU
       second (``cpu_rate``), their ``share`` of the limit's in the same round, the
-      ``scaling`` to two cores, and ``microseconds`` of CPU an image where known.
+      ``scaling`` to two cores, and ``microseconds`` of CPU an image if known.
     """
     turns = [Turn(**turn) for turn in record["turns"]]
     names = list(dict.fromkeys(turn.stage for turn in turns))
@@ -286,14 +246,7 @@ def _ratios(numbers: Sequence[float], others: Sequence[float]) -> timing.Spread:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The table of a record.
-
-    Args:
-      record: what ``measure`` returned.
-
-    Returns:
-      Text of several lines.
-    """
+    """Formats a record."""
     head = ("", "images/s, 1 core", "a CPU s", "of the limit", "2 cores / 1")
     rows: list[tuple[str, ...]] = [(*head, "µs more an image")]
     before = 0.0
@@ -311,27 +264,22 @@ def table(record: dict[str, Any]) -> str:
                 more,
             )
         )
-    return "\n".join(
-        [
-            "",
-            f"JPEGs of {record['mean_bytes'] / 1e3:.0f} kB in the mean, batches of "
-            f"{record['batch']}, {record['threads']} threads, {record['workers']} "
-            f"workers; the limit is `{LIMIT}`, in CPU time where it is known",
-            *reporting.aligned(rows),
-        ]
+    return harness.page(
+        f"JPEGs of {record['mean_bytes'] / 1e3:.0f} kB on average, batches of "
+        f"{record['batch']}, {record['threads']} threads, {record['workers']} "
+        f"workers; the limit is `{LIMIT}`, in CPU time where that is known",
+        rows,
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("input_pipeline", __doc__)
-    reporting.add_sizes(parser, _SIZES)
-    parser.add_argument("--workers", type=int, default=2, help="worker processes")
-    options = parser.parse_args(argv)
-    images = options.batch * options.batches
-    if images % _SETTINGS["group"]:
-        parser.error(f"--batch times --batches must be a multiple of 16, not {images}")
-    return options
-
+main = harness.command(
+    "input_pipeline",
+    __doc__,
+    measure,
+    table,
+    _SETTINGS,
+    rounds=(5, "rounds in which each stage has a turn"),
+)
 
 if __name__ == "__main__":
     main()

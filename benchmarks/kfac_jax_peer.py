@@ -1,15 +1,15 @@
-"""kfac-jax as a contestant, repaired and sped up from outside.
+"""kfac-jax as a contestant, with one repair and one faster block.
 
-Version 0.0.8 needs two things to take part:
+Version 0.0.8 needs two changes to take part:
 
 * ``repair``: since jax 0.9.2 ``Primitive.get_bind_params`` returns a dictionary alone,
-  and 0.0.8 expects a pair.
+  where 0.0.8 expects a pair.
 * ``SlicedConv``: its factor of a convolution's inputs runs convolutions that XLA
-  executes naively on a CPU (one 3×3 layer of ResNet-20 takes seconds).  The same factor
-  by shifted slices and one matrix product makes it comparable; without this the
-  comparison would be between two implementations of a patch sum.
+  executes naively on a CPU (one 3×3 layer of ResNet-20 takes seconds).  Shifted slices
+  and one matrix product give the same factor; otherwise the comparison would be one of
+  two ways to sum over patches.
 
-The package is left as it is otherwise, with its default estimation mode.
+The package is used as it is otherwise, with its default estimation mode.
 """
 
 import functools
@@ -24,13 +24,13 @@ from jax import lax
 from jax.extend import source_info_util
 from kfac_jax._src import tag_graph_matcher
 
-from benchmarks import contestants, timing
+from benchmarks import contestants
 from benchmarks.workloads import Workload
 from lbopt import training
 
 
 def repair() -> None:
-    """Makes kfac-jax 0.0.8 run on jax 0.9.2 and later, for this process."""
+    """Patches kfac-jax 0.0.8, in this process, to run on jax 0.9.2 and later."""
     # The package reads the name from its module at each use.
     tag_graph_matcher.eval_jaxpr_eqn = _eval_jaxpr_eqn
 
@@ -44,12 +44,12 @@ def _eval_jaxpr_eqn(eqn: Any, in_values: Sequence[Any]) -> list[Any]:
 
 
 class SlicedConv(kfac_jax.Conv2DTwoKroneckerFactored):
-    """The package's block of a convolution with a faster input factor."""
+    """kfac-jax's block of a convolution with a faster input factor."""
 
     def compute_inputs_stats(
         self, inputs: jax.Array, weighting_array: jax.Array | None = None
     ) -> jax.Array:
-        """The mean of p pᵀ over examples and locations, for channels-last inputs."""
+        """Returns the mean of p pᵀ over examples and locations (channels last)."""
         if weighting_array is not None or self.inputs_channel_index != 3:
             return super().compute_inputs_stats(inputs, weighting_array)
         options = self._layer_tag_eq.params
@@ -75,19 +75,12 @@ _REGISTER = {
 }
 
 
-def kfac_jax_contestant(workload: Workload) -> timing.Contestant:
-    """kfac-jax with the settings of the other contestants.
+def kfac_jax_contestant(workload: Workload) -> contestants.Contestant:
+    """Returns kfac-jax with the settings of the other contestants.
 
     Its step is compiled in two variants, with and without statistics; both are counted.
-    They are compiled here and not by the package, as its users do who need the step
-    inside a program of their own, so that tracing and compiling can be timed and no
-    Python of its ``step`` method is.
-
-    Args:
-      workload: the problem.
-
-    Returns:
-      The contestant.
+    They are compiled here rather than by the package's own ``step`` method, so that
+    tracing and compiling can be timed and none of that method's Python is.
     """
     repair()
 
@@ -101,8 +94,8 @@ def kfac_jax_contestant(workload: Workload) -> timing.Contestant:
         l2_reg=0.0,
         value_func_has_state=True,
         curvature_ema=contestants.FACTOR_DECAY,
-        curvature_update_period=timing.STATS_PERIOD,
-        inverse_update_period=timing.INVERSE_PERIOD,
+        curvature_update_period=contestants.STATS_PERIOD,
+        inverse_update_period=contestants.INVERSE_PERIOD,
         num_burnin_steps=0,
         layer_tag_to_block_ctor={"conv2d": SlicedConv},
         batch_size_extractor=lambda batch: batch["inputs"].shape[0],
@@ -135,7 +128,7 @@ def kfac_jax_contestant(workload: Workload) -> timing.Contestant:
 
     carry = (params, state, model_state, rng)
     programs = {
-        with_statistics: timing.compile_step(
+        with_statistics: contestants.compile_step(
             jax.jit(
                 functools.partial(step, with_statistics=with_statistics),
                 donate_argnums=0,
@@ -147,14 +140,13 @@ def kfac_jax_contestant(workload: Workload) -> timing.Contestant:
     }
 
     def run(carry, batch, index):
-        with_statistics = index % timing.STATS_PERIOD == 0
+        with_statistics = index % contestants.STATS_PERIOD == 0
         return programs[with_statistics].call(carry, batch)
 
-    return timing.Contestant(
+    return contestants.Contestant(
         name="kfac-jax",
         step=run,
         state=carry,
-        has_curvature=True,
         setup_seconds=setup_seconds,
         compile_seconds=sum(p.seconds for p in programs.values()),
         state_bytes=training.opt_state_bytes(state),

@@ -1,96 +1,63 @@
-"""How even K-FAC's steps are over an inversion period, staggered and all at once.
+"""Step times of K-FAC over an inversion period, staggered and all at once.
 
-    python -m benchmarks.stagger [--workload resnet50] [--rounds 5]
+    python -m benchmarks.stagger [--rounds 5]
 
-SGD and K-FAC with ``Periods(inverses=10)``, with and without ``stagger``, run in one
-process and take turns at every step; each step of K-FAC is divided by SGD's beside it.
-Statistics are renewed at the first step alone, which belongs to the round that is not
-timed: steps then differ in nothing but their inversions, and none has to be left out.
-Beside the times stands what the owner table counts for the same period.
+SGD and K-FAC with inverses at every tenth step and blocks of 256 rows, with and without
+``stagger``, train ResNet-50 in one process and take turns at every step; each step of
+K-FAC is divided by SGD's next to it.  Statistics are renewed at the first step alone,
+which belongs to the round that is not timed, so that the timed steps differ in nothing
+but their inversions.  The work that the owner table counts for the same period is
+printed beside the times.
 """
 
-import argparse
-import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lbopt
-from benchmarks import contestants, reporting, timing
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks import contestants, harness, timing
+from benchmarks.workloads import Workload, resnet50
 from lbopt import sharding
 from lbopt.curvature.registry import Layers
 
 PERIOD = 10
 BLOCK_SIZE = 256
 DEVICES = (1, 4, 8)
-BOUND = 1.3
-"""The longest step over the median, at most, where devices have enough to spread."""
-ENOUGH = 10
-"""So many blocks of the largest size on each device are enough."""
-_NEVER_AGAIN = 10**9
-_SETTINGS = {
-    "learning_rate": contestants.LEARNING_RATE,
-    "momentum": contestants.MOMENTUM,
-    "damping": contestants.DAMPING,
-    "inverse_period": PERIOD,
-    "block_size": BLOCK_SIZE,
-}
-_NAMES = ("SGD", "at once", "staggered")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures what the command line asks for, prints tables, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``.
-    """
-    options = _parse(argv)
-    record = reporting.begin("stagger", argv, _SETTINGS)
-    record |= measure(WORKLOADS[options.workload](), options.rounds)
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
-
-
-def measure(workload: Workload, rounds: int) -> dict[str, Any]:
-    """Times the steps of the period, and counts their work.
-
-    Args:
-      workload: the problem.
-      rounds: periods that are timed.
-
-    Returns:
-      The record without its head.
-    """
-    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler's own start is nobody's
-    reporting.tell("compiling")
-    sgd, at_once, staggered = _NAMES
+def measure(rounds: int, make: Callable[[], Workload] = resnet50) -> harness.Record:
+    """Times ``rounds`` periods on one workload, and counts their work."""
+    workload = make()
+    harness.tell("compiling")
     setup = contestants.set_up(workload)
     runners = [
         contestants.sgd(workload),
-        contestants.with_curvature(at_once, workload, setup, _kfac(stagger=False)),
-        contestants.with_curvature(staggered, workload, setup, _kfac(stagger=True)),
+        *(
+            contestants.kfac(
+                name,
+                workload,
+                setup,
+                periods=lbopt.Periods(10**9, PERIOD, stagger),
+                block_size=BLOCK_SIZE,
+            )
+            for name, stagger in (("at once", False), ("staggered", True))
+        ),
     ]
-    samples = timing.interleave(
-        runners, lambda index: workload.batch, rounds, PERIOD, reporting.tell
+    entries = timing.race(
+        runners,
+        lambda index: workload.batch,
+        rounds * PERIOD,
+        warm_up=PERIOD,
+        cycle=PERIOD,
     )
-    entries = []
-    for runner in runners:
-        own = samples[runner.name]
-        result = reporting.entry(runner, own.seconds, own.losses)
-        if runner.has_curvature:
-            spreads = ratios(own.seconds, samples[sgd].seconds)
-            result["ratios"] = [s._asdict() for s in spreads]
-            result["longest_over_median"] = evenness([s.median for s in spreads])
-        entries.append(result)
+    base = np.asarray(entries[0]["seconds"])
+    for entry in entries[1:]:
+        quotients = np.asarray(entry["seconds"]) / base  # [rounds, PERIOD]
+        spreads = [timing.spread(step) for step in quotients.T.tolist()]
+        entry["ratios"] = [s._asdict() for s in spreads]
+        entry["longest_over_median"] = evenness([s.median for s in spreads])
     return {
         "workload": workload.name,
         "description": workload.description,
@@ -100,70 +67,22 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     }
 
 
-def ratios(
-    own: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
-) -> list[timing.Spread]:
-    """Each step of the period over the baseline's beside it.
-
-    Args:
-      own: seconds of the contestant, by round and step.
-      base: those of the baseline.
-
-    Returns:
-      For each step the spread over the rounds.
-    """
-    quotients = np.asarray(own) / np.asarray(base)
-    return [timing.spread(step.tolist()) for step in quotients.T]
-
-
 def evenness(steps: Sequence[float]) -> float:
-    """The longest step over the median one; 1 where all are alike."""
+    """Returns the longest step over the median one; 1 if all are alike."""
     return max(steps) / statistics.median(steps)
 
 
 def counted(layers: Layers, devices: int) -> dict[str, Any]:
-    """What the owner table says of a period of staggered inversions.
-
-    Args:
-      layers: those of the model.
-      devices: how many devices.
-
-    Returns:
-      ``work``, the longest device's multiplications at each step;
-      ``longest_over_median`` of them; ``fewest_blocks``, of the largest size, that a
-      device owns; and whether the acceptance bound applies and is kept.
-    """
+    """Counts the longest device's multiplications at each step, if staggered."""
     owners = sharding.owner_table(
         layers, devices, block_size=BLOCK_SIZE, inverse_period=PERIOD
     )
     work = owners.work().max(0).tolist()  # the others wait for the longest device
-    largest = max(unit.factor.work for unit in owners.units)
-    blocks = [
-        owner
-        for unit, owner in zip(owners.units, owners.owner, strict=True)
-        if unit.factor.work == largest
-    ]
-    fewest = int(np.bincount(blocks, minlength=devices).min())
-    longest = evenness(work)
-    return {
-        "devices": devices,
-        "work": work,
-        "longest_over_median": longest,
-        "fewest_blocks": fewest,
-        "bound_applies": fewest >= ENOUGH,
-        "bound_kept": longest <= BOUND,
-    }
+    return {"devices": devices, "work": work, "longest_over_median": evenness(work)}
 
 
-def table(record: dict[str, Any]) -> str:
-    """The tables of a record.
-
-    Args:
-      record: what ``measure`` returned.
-
-    Returns:
-      Text of several lines.
-    """
+def table(record: harness.Record) -> str:
+    """Formats a record."""
     sgd, *others = record["contestants"]
     plain = statistics.median(s for row in sgd["seconds"] for s in row)
     steps = [
@@ -185,52 +104,24 @@ def table(record: dict[str, Any]) -> str:
             for one in record["counted"]
         ),
     ]
-    bounds = [("devices", "blocks on a device", f"longest ≤ {BOUND} × median")]
-    bounds += [
-        (str(one["devices"]), f"≥ {one['fewest_blocks']}", _verdict(one))
-        for one in record["counted"]
-    ]
-    return "\n".join(
-        [
-            "",
-            f"{record['workload']}: {record['description']}; inverses every {PERIOD} "
-            f"steps, blocks of {BLOCK_SIZE}, statistics once",
-            f"SGD: {1e3 * plain:.1f} ms a step; ratios are medians of "
-            f"{record['rounds']} rounds; counted: multiplications of the longest "
-            "device, staggered",
-            *reporting.aligned(steps),
-            "",
-            *reporting.aligned(bounds),
-            "",
-            *reporting.costs(record["contestants"]),
-        ]
+    return harness.page(
+        f"{record['workload']}: {record['description']}; inverses at every {PERIOD}th "
+        f"step, blocks of {BLOCK_SIZE}, statistics once",
+        f"SGD: {1e3 * plain:.1f} ms a step; ratios are medians of {record['rounds']} "
+        "rounds; counted: multiplications of the longest device, staggered",
+        steps,
+        timing.costs(record["contestants"]),
     )
 
 
-def _verdict(one: dict[str, Any]) -> str:
-    kept = "kept" if one["bound_kept"] else "NOT KEPT"
-    return kept if one["bound_applies"] else f"{kept}, not required"
-
-
-def _kfac(*, stagger: bool) -> Any:
-    return functools.partial(
-        lbopt.kfac,
-        contestants.LEARNING_RATE,
-        momentum=contestants.MOMENTUM,
-        damping=contestants.DAMPING,
-        periods=lbopt.Periods(_NEVER_AGAIN, PERIOD, stagger),
-        block_size=BLOCK_SIZE,
-    )
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("stagger", __doc__)
-    parser.add_argument("--workload", default="resnet50", choices=WORKLOADS)
-    parser.add_argument(
-        "--rounds", type=reporting.positive, default=5, help="timed periods of 10 steps"
-    )
-    return parser.parse_args(argv)
-
+main = harness.command(
+    "stagger",
+    __doc__,
+    measure,
+    table,
+    contestants.SETTINGS | {"inverse_period": PERIOD, "block_size": BLOCK_SIZE},
+    rounds=(5, "timed periods of ten steps, after one that is not timed"),
+)
 
 if __name__ == "__main__":
     main()

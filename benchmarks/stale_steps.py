@@ -1,33 +1,35 @@
 """SP-NGD's step time over SGD's with stale statistics, in steady state.
 
-    python -m benchmarks.stale_steps [--steps 200] [--batch-size 128] [--threshold 0.1]
-        [--label-noise 0.4]
+    python -m benchmarks.stale_steps [--steps 200] [--batch-size 128]
 
-Momentum SGD, SP-NGD that renews everything at every step, and SP-NGD whose statistics
-have clocks of their own (``stale_threshold``) train ResNet-20 in one process and take
-turns at every step.  Each step has a fresh batch, the same for all three: on a fixed
-one statistics would change with the parameters alone.  A share of the labels is drawn
-anew, as the loss of these pictures otherwise vanishes within twenty steps, and the
-statistics of gradients that come from a few examples alone are never similar.  Steady
+Momentum SGD, SP-NGD that renews everything at every step, and SP-NGD that renews a
+statistic when it has changed by more than 0.1 (``stale_threshold``) train ResNet-20 in
+one process and take turns at every step.  Each step has a fresh batch, the same for all
+three: on a fixed batch, statistics would change with the parameters alone.  40 % of the
+labels are exchanged: otherwise the loss of these pictures vanishes within twenty steps,
+and statistics of the few examples that still have a gradient are never similar.  Steady
 state is the last half of the steps; figures of the whole run leave out the first step,
 at which everything is due.
+
+Renewals are counted by kind of statistic (A, G, and F for all others) and weighed: a
+statistic by its numbers, which devices would send, an inversion by its multiplications.
 """
 
-import argparse
-import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lbopt
-from benchmarks import contestants, renewals, reporting, timing
-from benchmarks.workloads import Workload, resnet20, resnet50, tiny
+from benchmarks import contestants, harness, timing
+from benchmarks.workloads import Workload, resnet20
 from lbopt import sharding
+from lbopt.sharding import Unit
+from lbopt.transforms.kfac_state import KINDS
 
-CLASSIFIERS = {"resnet20": resnet20, "resnet50": resnet50, "tiny": tiny}
 SGD_RATE = 0.05
 SP_NGD_RATE = 1e-3
 DAMPING = 2.5e-4
@@ -38,82 +40,57 @@ _SETTINGS = {
     "damping": DAMPING,
 }
 _PARTS = {"steady": "last half of the steps", "whole": "all steps but the first"}
-_NAMES = ("SGD", "SP-NGD never stale", "SP-NGD stale")
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures what the command line asks for, prints a table, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``.
-    """
-    options = _parse(argv)
-    record = reporting.begin("stale_steps", argv, _SETTINGS)
-    workload = CLASSIFIERS[options.workload](options.batch_size)
-    record |= measure(workload, options.steps, options.threshold, options.label_noise)
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
+Renewed = dict[str, list[int]]
+_NEVER, _STALE = "SP-NGD never stale", "SP-NGD stale"
 
 
 def measure(
-    workload: Workload, steps: int, threshold: float, label_noise: float
-) -> dict[str, Any]:
-    """Times the three contestants and notes what they renew.
+    steps: int,
+    batch_size: int,
+    make: Callable[[int], Workload] = resnet20,
+    threshold: float = 0.1,
+    label_noise: float = 0.4,
+) -> harness.Record:
+    """Times the three contestants and counts what they renew.
 
     Args:
-      workload: the problem.
       steps: steps of each, at least 2.
+      batch_size: examples in a batch.
+      make: makes the workload, given a batch size.
       threshold: α of the adaptive refresh.
-      label_noise: the share of labels drawn anew.
+      label_noise: share of the labels that are exchanged.
 
     Returns:
       The record without its head.
     """
-    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler's own start is nobody's
-    reporting.tell("compiling")
-    sgd, never, stale = _NAMES
+    workload = make(batch_size)
+    harness.tell("compiling")
     setup = contestants.set_up(workload)
     runners = [
         contestants.sgd(workload, SGD_RATE),
-        contestants.with_curvature(never, workload, setup, _sp_ngd(None)),
-        contestants.with_curvature(stale, workload, setup, _sp_ngd(threshold)),
+        contestants.trained(_NEVER, workload, _sp_ngd(setup, None), setup),
+        contestants.trained(_STALE, workload, _sp_ngd(setup, threshold), setup),
     ]
     units = sharding.units_of(sharding.configured(setup.layers.preconditioned))
-    seconds: dict[str, list[float]] = {name: [] for name in _NAMES}
-    losses: dict[str, list[float]] = {name: [] for name in _NAMES}
-    renewed: dict[str, list[renewals.Renewed]] = {never: [], stale: []}
+    renewed: dict[str, list[Renewed]] = {_NEVER: [], _STALE: []}
 
-    for turn in timing.turns(runners, fresh(workload, label_noise), steps):
-        seconds[turn.name].append(turn.seconds)
-        losses[turn.name].append(turn.loss)
-        if turn.name in renewed:
-            clocks = turn.state.opt_state[0].refresh
-            renewed[turn.name].append(renewals.at_step(units, clocks, turn.index))
-        if turn.name == stale and (turn.index + 1) % timing.STRETCHES == 0:
-            reporting.tell(f"step {turn.index + 1} of {steps}")
-    entries = []
-    for runner in runners:
-        name = runner.name
-        result = reporting.entry(runner, seconds[name], losses[name])
+    def watch(name: str, index: int, state: Any) -> None:
         if name in renewed:
-            result["renewed"] = [
-                {field: x.tolist() for field, x in step._asdict().items()}
-                for step in renewed[name]
-            ]
-            result["parts"] = {
-                part: {
-                    **timing.stretched_ratios(
-                        seconds[name][start:], seconds[sgd][start:]
-                    ),
-                    "shares": renewals.shares(units, renewed[name][start:]),
-                }
-                for part, start in {"steady": steps // 2, "whole": 1}.items()
+            clocks = state.opt_state[0].refresh
+            flags = (clocks.statistic_step == index, clocks.inverse_step == index)
+            renewed[name].append(amounts(units, *map(np.asarray, flags)))
+
+    entries = timing.race(runners, fresh(workload, label_noise), steps, watch=watch)
+    base = entries[0]["seconds"]
+    for entry in entries[1:]:
+        history = entry["renewed"] = renewed[entry["name"]]
+        entry["parts"] = {
+            part: {
+                **timing.stretched_ratios(entry["seconds"][start:], base[start:]),
+                "shares": shares(units, history[start:]),
             }
-        entries.append(result)
+            for part, start in {"steady": steps // 2, "whole": 1}.items()
+        }
     return {
         "workload": workload.name,
         "description": workload.description,
@@ -124,16 +101,18 @@ def measure(
     }
 
 
+def _sp_ngd(setup: contestants.Setup, threshold: float | None) -> Any:
+    return lbopt.sp_ngd(
+        SP_NGD_RATE,
+        setup.layers,
+        momentum=contestants.MOMENTUM,
+        damping=DAMPING,
+        stale_threshold=threshold,
+    )
+
+
 def fresh(workload: Workload, label_noise: float) -> Callable[[int], Any]:
-    """Batches by step.
-
-    Args:
-      workload: a classifier.
-      label_noise: the share of labels that are exchanged for those of other examples.
-
-    Returns:
-      ``index -> batch``.
-    """
+    """Returns ``index -> batch``, with some labels exchanged for other examples'."""
 
     @jax.jit
     def batch(rng: jax.Array) -> dict[str, jax.Array]:
@@ -147,81 +126,88 @@ def fresh(workload: Workload, label_noise: float) -> Callable[[int], Any]:
     return lambda index: batch(jax.random.fold_in(jax.random.key(2), index))
 
 
-def table(record: dict[str, Any]) -> str:
-    """The tables of a record.
+def amounts(units: Sequence[Unit], measured: Any, inverted: Any) -> Renewed:
+    """Adds up the statistics and inversions of a step, by kind.
 
     Args:
-      record: what ``measure`` returned.
+      units: the transform's units.
+      measured: for each statistic, whether it was renewed.
+      inverted: for each unit, whether it was inverted.
 
     Returns:
-      Text of several lines.
+      ``statistics``, ``numbers`` in them, ``inversions`` and their ``work`` in
+      multiplications, up to a constant; each a number for A, G and the others.
     """
+    kinds = [KINDS.index({"a": "A", "g": "G"}.get(unit.kind, "F")) for unit in units]
+    measured = measured[[unit.statistic for unit in units]]
+    weighted = {
+        "statistics": measured * [unit.row == 0 for unit in units],
+        "numbers": measured * [unit.factor.size for unit in units],
+        "inversions": inverted,
+        "work": inverted * [unit.factor.work for unit in units],
+    }
+    return {
+        name: np.bincount(kinds, x, len(KINDS)).astype(int).tolist()
+        for name, x in weighted.items()
+    }
+
+
+def everything(units: Sequence[Unit]) -> Renewed:
+    """Returns the amounts of a step that renews everything."""
+    statistics = 1 + max(unit.statistic for unit in units)
+    return amounts(units, np.ones(statistics, bool), np.ones(len(units), bool))
+
+
+def shares(
+    units: Sequence[Unit], steps: Sequence[Renewed]
+) -> dict[str, dict[str, float]]:
+    """Divides the mean of ``steps`` by ``everything``, for each kind and all."""
+    result: dict[str, dict[str, float]] = {}
+    for name, whole in everything(units).items():
+        mean = np.mean([step[name] for step in steps], axis=0)
+        there = {kind: i for i, kind in enumerate(KINDS) if whole[i]}
+        result[name] = {
+            **{kind: float(mean[i] / whole[i]) for kind, i in there.items()},
+            "all": float(mean.sum() / sum(whole)),
+        }
+    return result
+
+
+def table(record: harness.Record) -> str:
+    """Formats a record."""
     sgd, *others = record["contestants"]
     half = sgd["seconds"][record["steps"] // 2 :]
-    lines = [
-        "",
-        f"{record['workload']}: {record['description']}; a fresh batch at every step, "
-        f"{record['steps']} steps, threshold {record['threshold']}, label noise "
-        f"{record['label_noise']}",
-        f"SGD: {1e3 * statistics.median(half):.1f} ms a step; in brackets smallest and "
-        f"largest of {timing.STRETCHES} stretches",
-    ]
+    tables = []
     for part, title in _PARTS.items():
         figures = {runner["name"]: runner["parts"][part] for runner in others}
-        rows = [("over SGD", "total / total", "median of steps")]
-        rows += [
-            (name, *(str(timing.Spread(**f[key])) for key in ("total", "paired")))
-            for name, f in figures.items()
-        ]
-        kinds = list(next(iter(figures.values()))["shares"]["statistics"])
+        kinds = list(figures[_NEVER]["shares"]["statistics"])
         renewed = [("renewed", *kinds)]
         renewed += [
             (f"{name}: {field}", *(f"{share[kind]:.1%}" for kind in kinds))
             for name, f in figures.items()
             for field, share in f["shares"].items()
         ]
-        lines += ["", f"{part}, {title}", *reporting.aligned(rows)]
-        lines += ["", *reporting.aligned(renewed)]
-    return "\n".join([*lines, "", *reporting.costs(record["contestants"])])
-
-
-def _sp_ngd(threshold: float | None) -> Any:
-    return functools.partial(
-        lbopt.sp_ngd,
-        SP_NGD_RATE,
-        momentum=contestants.MOMENTUM,
-        damping=DAMPING,
-        stale_threshold=threshold,
+        tables += [f"{part}, {title}", timing.stretched_rows(figures), renewed]
+    return harness.page(
+        f"{record['workload']}: {record['description']}; a fresh batch at every step, "
+        f"{record['steps']} steps, threshold {record['threshold']}, label noise "
+        f"{record['label_noise']}",
+        f"SGD: {1e3 * statistics.median(half):.1f} ms a step; in brackets smallest and "
+        f"largest of {timing.STRETCHES} stretches",
+        *tables,
+        timing.costs(record["contestants"]),
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("stale_steps", __doc__)
-    parser.add_argument("--workload", default="resnet20", choices=CLASSIFIERS)
-    parser.add_argument("--batch-size", type=reporting.positive, default=128)
-    parser.add_argument("--steps", type=_at_least_two, default=200)
-    parser.add_argument(
-        "--threshold", type=float, default=0.1, help="α of the adaptive refresh"
-    )
-    parser.add_argument(
-        "--label-noise", type=_share, default=0.4, help="share of labels drawn anew"
-    )
-    return parser.parse_args(argv)
-
-
-def _at_least_two(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} leaves no step but the first")
-    return number
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
-    return number
-
+main = harness.command(
+    "stale_steps",
+    __doc__,
+    measure,
+    table,
+    _SETTINGS,
+    steps=(200, "steps of each optimizer"),
+    batch_size=(128, "examples in a batch"),
+)
 
 if __name__ == "__main__":
     main()

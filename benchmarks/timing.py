@@ -1,251 +1,125 @@
-"""Steps of several optimizers timed in turn, and the ratios between them.
-
-A *cycle* is four steps.  The statistics are renewed every second step and the inverses
-every fourth, so each cycle holds every kind of step, in the order of ``CYCLE``, and one
-program serves them all.  At each step of a cycle every contestant takes one step, one
-after the other; a ratio always divides two steps that were taken side by side, so that
-what else the machine is doing then falls on both.
-"""
+"""Times contestants side by side, so that a busy machine slows all of them alike."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-STATS_PERIOD = 2
-INVERSE_PERIOD = 4
-CYCLE = ("full", "none", "stats", "none")
-"""What each step renews: statistics and inverses, nothing, statistics, nothing."""
+from benchmarks import harness
+from benchmarks.contestants import Contestant
 
 STRETCHES = 10
-"""Parts of a run that a ratio's smallest and largest values are taken over."""
-
-SETTINGS: dict[str, dict[str, float]] = {
-    "none": {"none": 1.0},
-    "stats": {"stats": 1.0},
-    "full": {"full": 1.0},
-    "1/10": {"stats": 0.9, "full": 0.1},
-    "10/10": {"none": 0.9, "full": 0.1},
-}
-"""Settings and their shares of each kind of step.
-
-``a/b`` renews the statistics every a steps and the inverses every b.
-"""
-
-
-class Compiled(NamedTuple):
-    """A compiled step and what compiling it took.
-
-    Attributes:
-      call: the compiled program.
-      seconds: wall time of tracing, lowering and compiling, nothing cached.
-      temporary_bytes: XLA's own temporary memory.
-    """
-
-    call: Callable[..., Any]
-    seconds: float
-    temporary_bytes: int
-
-
-class Contestant(NamedTuple):
-    """An optimizer at work on a workload.
-
-    Attributes:
-      name: its name in the tables.
-      step: ``(state, batch, index) -> (state, loss)``; the steps count from 0.
-      state: where it starts.
-      has_curvature: whether its steps differ in what they renew.
-      setup_seconds: what it did once before compiling (finding the layers).
-      compile_seconds: all programs that the settings need, together.
-      state_bytes: the optimizer's state.
-      temporary_bytes: XLA's temporary memory, the largest of its programs.
-    """
-
-    name: str
-    step: Callable[[Any, Any, int], tuple[Any, jax.Array]]
-    state: Any
-    has_curvature: bool
-    setup_seconds: float
-    compile_seconds: float
-    state_bytes: int
-    temporary_bytes: int
-
-
-class Turn(NamedTuple):
-    """One step of one contestant.
-
-    Attributes:
-      name: the contestant's.
-      index: the step's number, from 0.
-      seconds: its wall time.
-      loss: the loss before it.
-      state: the contestant's state after it, which its next turn uses up.
-    """
-
-    name: str
-    index: int
-    seconds: float
-    loss: float
-    state: Any
-
-
-class Samples(NamedTuple):
-    """The steps of one contestant, by cycle and position in the cycle.
-
-    Attributes:
-      seconds: wall time of each step, warm-up left out.
-      losses: the loss before each step, warm-up included.
-    """
-
-    seconds: list[list[float]]
-    losses: list[float]
+"""Parts of a run over which the smallest and largest value of a ratio are taken."""
 
 
 class Spread(NamedTuple):
-    """The median of some numbers and how far they lie apart."""
+    """The median of some numbers, the smallest and the largest."""
 
     median: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """As in a table."""
+        """Formats it for a table."""
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """The median, smallest and largest of numbers."""
+    """Returns the median, smallest and largest of ``numbers``."""
     return Spread(statistics.median(numbers), min(numbers), max(numbers))
 
 
-def compile_step(function: Any, *args: Any) -> Compiled:
-    """Compiles a jitted function ahead of time, with nothing left from earlier traces.
-
-    Args:
-      function: what ``jax.jit`` returned.
-      *args: example arguments.
-
-    Returns:
-      The program and its cost.
-    """
-    jax.clear_caches()
-    start = time.perf_counter()
-    program = function.lower(*args).compile()
-    seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    return Compiled(program, seconds, int(memory.temp_size_in_bytes))
-
-
-def turns(
+def race(
     contestants: Sequence[Contestant],
     batches: Callable[[int], Any],
     steps: int,
-    length: int = 1,
-) -> Iterator[Turn]:
-    """Lets the contestants take turns at every step.
+    *,
+    warm_up: int = 0,
+    cycle: int = 1,
+    watch: Callable[[str, int, Any], None] = lambda name, index, state: None,
+) -> list[dict[str, Any]]:
+    """Runs the contestants side by side: at every step, each takes one step.
+
+    Ratios are to divide steps of the same number, which were taken next to each other.
 
     Args:
-      contestants: who runs; their states are used up.
-      batches: ``index -> batch``, the same for all; made outside the timed spans.
-      steps: of each contestant.
-      length: steps of a cycle.
+      contestants: who runs; their states are donated.
+      batches: ``index -> batch``, the same for all and not timed.
+      steps: timed steps of each contestant.
+      warm_up: steps before those, which are not timed.
+      cycle: steps after which the kinds of steps recur.
+      watch: called after each step with the contestant's name, the step's number and
+        the contestant's state, which its next step donates.
 
-    Yields:
-      The turns as they are taken.
+    Returns:
+      For each contestant its part of the record: its costs, ``losses`` before each step
+      (warm-up included) and ``seconds`` of the timed steps, a list for each cycle if
+      there is more than one step in it.
     """
+    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler's own start is nobody's
     states = {c.name: c.state for c in contestants}
-    for index in range(steps):
+    seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    losses: dict[str, list[float]] = {c.name: [] for c in contestants}
+    for index in range(warm_up + steps):
         batch = jax.block_until_ready(batches(index))
         # The order changes, so that nobody always follows the same neighbour.
-        shift = sum(divmod(index, length)) % len(contestants)
+        shift = sum(divmod(index, cycle)) % len(contestants)
         for c in (*contestants[shift:], *contestants[:shift]):
             start = time.perf_counter()
             states[c.name], loss = jax.block_until_ready(
                 c.step(states[c.name], batch, index)
             )
-            seconds = time.perf_counter() - start
-            yield Turn(c.name, index, seconds, float(loss), states[c.name])
+            elapsed = time.perf_counter() - start
+            losses[c.name].append(float(loss))
+            if index >= warm_up:
+                seconds[c.name].append(elapsed)
+            watch(c.name, index, states[c.name])
+        if not (index + 1) % 10:
+            harness.tell(f"step {index + 1} of {warm_up + steps}")
+    shape = (-1, cycle) if cycle > 1 else (-1,)
+    return [
+        {
+            "name": c.name,
+            "setup_seconds": c.setup_seconds,
+            "compile_seconds": c.compile_seconds,
+            "state_bytes": c.state_bytes,
+            "temporary_bytes": c.temporary_bytes,
+            "losses": losses[c.name],
+            "seconds": np.reshape(seconds[c.name], shape).tolist(),
+        }
+        for c in contestants
+    ]
 
 
-def interleave(
-    contestants: Sequence[Contestant],
-    batches: Callable[[int], Any],
-    rounds: int,
-    length: int = len(CYCLE),
-    report: Callable[[str], None] = lambda line: None,
-) -> dict[str, Samples]:
-    """Runs cycles of steps, the contestants taking turns at every step.
-
-    Args:
-      contestants: who runs; their states are used up.
-      batches: as for ``turns``.
-      rounds: cycles that are timed, after one that is not.
-      length: steps of a cycle.
-      report: told how far it is.
-
-    Returns:
-      The samples of each contestant by name.
-    """
-    samples = {c.name: Samples([[] for _ in range(rounds)], []) for c in contestants}
-    steps = (rounds + 1) * length
-    for number, turn in enumerate(turns(contestants, batches, steps, length), 1):
-        cycle = turn.index // length
-        samples[turn.name].losses.append(turn.loss)
-        if cycle:
-            samples[turn.name].seconds[cycle - 1].append(turn.seconds)
-        if number % (length * len(contestants)) == 0:
-            report(f"round {cycle} of {rounds}" + ("" if cycle else " (warm-up)"))
-    return samples
-
-
-def milliseconds(seconds: Sequence[Sequence[float]]) -> dict[str, Spread]:
-    """The time of each kind of step over all rounds."""
-    return {
-        kind: spread(
-            [1e3 * row[i] for row in seconds for i, k in enumerate(CYCLE) if k == kind]
-        )
-        for kind in dict.fromkeys(CYCLE)
-    }
-
-
-def ratios(
-    seconds: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]
-) -> dict[str, Spread]:
-    """Step time over the baseline's in each setting, paired round by round.
-
-    Args:
-      seconds: the contestant's times, by round and position in the cycle.
-      baseline: those of the baseline.
-
-    Returns:
-      The spread over the rounds of each setting's ratio.
-    """
-    rounds: list[Mapping[str, float]] = []
-    for own, base in zip(seconds, baseline, strict=True):
-        pairs = [a / b for a, b in zip(own, base, strict=True)]
-        rounds.append(
-            {
-                kind: statistics.mean(
-                    p for p, k in zip(pairs, CYCLE, strict=True) if k == kind
-                )
-                for kind in CYCLE
-            }
-        )
-    return {
-        setting: spread([sum(w * r[k] for k, w in shares.items()) for r in rounds])
-        for setting, shares in SETTINGS.items()
-    }
+def costs(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Returns the table of compile times, memory and losses, the baseline first."""
+    base = entries[0]["compile_seconds"]
+    return [
+        ("", "setup s", "compile s", "state MB", "temporary MB", "loss"),
+        *(
+            (
+                e["name"],
+                f"{e['setup_seconds']:.1f}",
+                f"{e['compile_seconds']:.1f} ({e['compile_seconds'] / base:.1f}×)",
+                f"{e['state_bytes'] / 1e6:.1f}",
+                f"{e['temporary_bytes'] / 1e6:.1f}",
+                harness.course(e["losses"]),
+            )
+            for e in entries
+        ),
+    ]
 
 
 def stretched_ratios(own: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """Step times over the baseline's, step by step beside them.
+    """Divides step times by the baseline's, over the whole run and over stretches.
 
     Args:
       own: seconds of the contestant's steps.
-      base: those of the baseline.
+      base: seconds of the baseline's steps.
 
     Returns:
       ``total``, the quotient of the sums, and ``paired``, the median of the steps'
@@ -266,3 +140,14 @@ def stretched_ratios(own: Sequence[float], base: Sequence[float]) -> dict[str, A
         )._asdict()
         for figure in (total, paired)
     }
+
+
+def stretched_rows(ratios: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the table of the ``stretched_ratios`` of each contestant."""
+    return [
+        ("over SGD", "total / total", "median of steps"),
+        *(
+            (name, str(Spread(**r["total"])), str(Spread(**r["paired"])))
+            for name, r in ratios.items()
+        ),
+    ]

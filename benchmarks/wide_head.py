@@ -1,20 +1,17 @@
-"""What a wide head costs: SGD, K-FAC with three factors, K-FAC with the full factor.
+"""Cost of a wide head: SGD, K-FAC with three factors, K-FAC with the full factor.
 
-    python -m benchmarks.wide_head [--channels 256] [--outputs 4096] [--steps 6]
+    python -m benchmarks.wide_head
 
-The head of AlexNet, of a map of 6×6 locations: its first layer has 36·256 = 9,216
-inputs and 4,096 outputs.  K-FAC renews its statistics at every step and its inverses
-at every second one.  Contestants train in processes of their own, one after the other,
-so that the peak of the resident memory is that of one alone.
+The head of AlexNet on a map of 6×6 locations: its first layer has 36·256 = 9,216 inputs
+and 4,096 outputs.  K-FAC renews its statistics at every step and its inverses at every
+second one.  Each contestant trains in a process of its own, one after the other, so
+that the peak of the resident memory is its own.
 """
 
-import argparse
-import json
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,16 +20,12 @@ import jax.numpy as jnp
 import optax
 
 import lbopt
-from benchmarks import own_process, reporting
+from benchmarks import harness
 from lbopt import training
 
 MODES = ("SGD", "three factors", "full factor")
 BATCH, CLASSES, SIDE, COLOURS = 64, 10, 13, 32
-_SIZES = {
-    "channels": (256, "of the map"),
-    "outputs": (4096, "of the wide layer"),
-    "steps": (6, "steps of each run; the first two compile and are not timed"),
-}
+STEPS = 6  # the first two compile and are not timed
 _SETTINGS = {
     "batch": BATCH,
     "damping": 1e-2,
@@ -43,64 +36,41 @@ _SETTINGS = {
 
 
 class Head(nn.Module):
-    """AlexNet from its last convolution on, with few classes.
-
-    Attributes:
-      channels: of the convolution.
-      outputs: of the wide layer.
-    """
+    """AlexNet from its last convolution on, with few classes."""
 
     channels: int
     outputs: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of maps ``[batch, 13, 13, colours]``."""
+        """Returns the logits of maps ``[batch, 13, 13, colours]``."""
         x = nn.relu(nn.Conv(self.channels, (3, 3), name="conv")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         x = nn.relu(nn.Dense(self.outputs, name="wide")(x.reshape(len(x), -1)))
         return nn.Dense(CLASSES, name="head")(x)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures what the command line asks for, prints a table, writes the record.
-
-    Args:
-      argv: arguments of the command line; those of the process by default.
-
-    Returns:
-      The record, as it is written to ``--output``; of a single run what it measured.
-    """
-    options = _parse(argv)
-    sizes = reporting.sizes(options, _SIZES)
-    if options.mode:
-        result = train(options.mode, **sizes)
-        print(json.dumps(result))
-        return result
-    record = reporting.begin("wide_head", argv, _SETTINGS) | sizes
-    runs = record["runs"] = {}
+def measure(channels: int = 256, outputs: int = 4096) -> harness.Record:
+    """Trains in every mode, each in a process of its own."""
+    runs = {}
     for mode in MODES:
-        reporting.tell(mode)
-        part = {"mode": mode} | sizes
-        runs[mode] = own_process.result_of("benchmarks.wide_head", part)
-    reporting.write(record, options.output)
-    print(table(record))
-    return record
+        harness.tell(mode)
+        runs[mode] = harness.in_new_process(train, mode, channels, outputs)
+    return {"channels": channels, "outputs": outputs, "steps": STEPS, "runs": runs}
 
 
-def train(mode: str, *, channels: int, outputs: int, steps: int) -> dict[str, Any]:
-    """Trains for some steps.
+def train(mode: str, channels: int, outputs: int) -> dict[str, Any]:
+    """Trains a ``Head`` for ``STEPS`` steps.
 
     Args:
       mode: one of ``MODES``.
-      channels: of the map.
-      outputs: of the wide layer.
-      steps: how many.
+      channels: output channels of the convolution.
+      outputs: units of the wide layer.
 
     Returns:
       ``losses`` before each step; ``seconds`` of the steps after the first two;
       ``factors``, the orders of the wide layer's; ``state_bytes`` of the optimizer;
-      ``peak_bytes``, the most that the process held in memory.
+      ``peak_bytes``, the peak of the process's resident memory.
     """
     model, key = Head(channels, outputs), jax.random.key(0)
     maps = jax.random.normal(key, (BATCH, SIDE, SIDE, COLOURS))
@@ -131,10 +101,10 @@ def train(mode: str, *, channels: int, outputs: int, steps: int) -> dict[str, An
         )
     step = training.make_train_step(loss_fn, tx, layers)
     state = training.init_state(tx, params, {}, key)
-    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    state_bytes = training.opt_state_bytes(state.opt_state)
     del params
     losses, seconds = [], []
-    for _ in range(steps):
+    for _ in range(STEPS):
         start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready(state)
@@ -151,21 +121,14 @@ def train(mode: str, *, channels: int, outputs: int, steps: int) -> dict[str, An
     }
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The table of a record.
-
-    Args:
-      record: what ``main`` returned.
-
-    Returns:
-      Text of several lines.
-    """
+def table(record: harness.Record) -> str:
+    """Formats a record."""
     rows: list[tuple[str, ...]] = [
         ("", "factors of the layer", "state MB", "peak MB", "ms a step", "loss")
     ]
     for mode, run in record["runs"].items():
         # Steps that invert and steps that do not, in turn.
-        pairs = zip(run["seconds"][::2], run["seconds"][1::2], strict=False)
+        pairs = zip(run["seconds"][::2], run["seconds"][1::2], strict=True)
         rows.append(
             (
                 mode,
@@ -173,29 +136,24 @@ def table(record: Mapping[str, Any]) -> str:
                 f"{run['state_bytes'] / 1e6:,.0f}",
                 f"{run['peak_bytes'] / 1e6:,.0f}",
                 f"{1e3 * statistics.median(sum(pair) / 2 for pair in pairs):,.0f}",
-                reporting.course(run["losses"]),
+                harness.course(run["losses"]),
             )
         )
     inputs = (SIDE // 2) ** 2 * record["channels"]
-    return "\n".join(
-        [
-            "",
-            f"a dense layer of {inputs:,} inputs and {record['outputs']:,} outputs, "
-            f"batch {BATCH}, inverses at every second step",
-            *reporting.aligned(rows),
-        ]
+    return harness.page(
+        f"a dense layer of {inputs:,} inputs and {record['outputs']:,} outputs, "
+        f"batch {BATCH}, inverses at every second step",
+        rows,
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.arguments("wide_head", __doc__)
-    reporting.add_sizes(parser, _SIZES)
-    parser.add_argument("--mode", choices=MODES, help="a single run, in this process")
-    options = parser.parse_args(argv)
-    if options.steps < 4:
-        parser.error(f"argument --steps: {options.steps} leaves no two steps to time")
-    return options
-
+main = harness.command(
+    "wide_head",
+    __doc__,
+    measure,
+    table,
+    _SETTINGS,
+)
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """The training problems that the benchmarks time.
 
-Each is a source of made-up data, one fixed batch of it and a Flax model.  Nothing is
-downloaded: a step takes the same time whatever the pictures show.  The data have a
-structure, so that the losses fall and a broken optimizer is noticed.
+Each has a Flax model and synthetic data, with one fixed batch of them.  Nothing is
+downloaded, since a step takes the same time whatever the pictures show; but the data
+can be learned, so that the losses fall and a broken optimizer is noticed.
 """
 
 import functools
@@ -18,22 +18,14 @@ import lbopt
 from experiments.models import resnet
 
 Register = Callable[[jax.Array, jax.Array], Any]
-"""Tells a library about the loss: ``(outputs, targets) -> anything``."""
+"""Declares the loss to a curvature library: ``(outputs, targets) -> anything``."""
 
 
 class Workload(NamedTuple):
-    """A model, its variables, and batches.
+    """A model, its variables, and batches of ``inputs`` and ``targets``.
 
-    Attributes:
-      name: its name on the command line.
-      description: model, size of the inputs, batch size.
-      params: the parameters.
-      model_state: the other collections; ``{}`` if there are none.
-      batch: ``{"inputs": ..., "targets": ...}``, one batch.
-      sample: ``key -> batch``, others like it.
-      predict: ``(params, model_state, inputs) -> (outputs, model_state)``.
-      distribution: ``categorical``, logits of a softmax with classes as targets, or
-        ``bernoulli``, logits of independent sigmoids.
+    Outputs are the logits of a softmax (``"categorical"``, with classes as targets) or
+    of independent sigmoids (``"bernoulli"``).
     """
 
     name: str
@@ -48,7 +40,7 @@ class Workload(NamedTuple):
     def loss(
         self, params: Any, model_state: Any, batch: Any, register: Register
     ) -> tuple[jax.Array, Any]:
-        """The mean loss over the batch, and the new model state."""
+        """Returns the mean loss over the batch, and the new model state."""
         outputs, model_state = self.predict(params, model_state, batch["inputs"])
         targets = batch["targets"]
         register(outputs, targets)
@@ -61,7 +53,7 @@ class Workload(NamedTuple):
     def train_loss(
         self, params: Any, model_state: Any, batch: Any, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        """The loss as ``lbopt.training`` takes it."""
+        """Returns the loss in the form that ``lbopt.training`` takes."""
         del rng
         loss, model_state = self.loss(params, model_state, batch, self._likelihood)
         return loss, (model_state, {})
@@ -74,17 +66,7 @@ class Workload(NamedTuple):
 def image_classifier(
     name: str, model: resnet.ResNet, image_size: int, batch_size: int
 ) -> Workload:
-    """A residual network with BatchNorm on noisy pictures of its classes.
-
-    Args:
-      name: the workload's name.
-      model: the network.
-      image_size: height and width; the pictures have three channels.
-      batch_size: pictures in the batch.
-
-    Returns:
-      The workload.
-    """
+    """Returns a residual network on noisy copies of one picture for each class."""
     class_rng, batch_rng, init_rng = jax.random.split(jax.random.key(0), 3)
     shape = (image_size, image_size, 3)
     prototypes = jax.random.normal(class_rng, (model.num_classes, *shape))
@@ -125,40 +107,26 @@ def image_classifier(
 
 
 class Autoencoder(nn.Module):
-    """A chain of dense layers to the last of ``sizes`` and back, tanh between.
-
-    Attributes:
-      sizes: units of the layers from the input to the code.
-    """
+    """Dense layers of ``sizes`` units from input to code and back, with tanh."""
 
     sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of the reconstruction of ``x [n, sizes[0]]``."""
+        """Returns the logits of the reconstruction of ``x [n, sizes[0]]``."""
         code = len(self.sizes) - 2
         for i, size in enumerate((*self.sizes[1:], *self.sizes[-2::-1])):
-            if i not in (0, code + 1):  # neither on the input nor on the code
+            if i not in (0, code + 1):  # the input and the code are linear
                 x = jnp.tanh(x)
             x = nn.Dense(size)(x)
         return x
 
 
 def autoencoder(
-    name: str = "autoencoder",
     sizes: tuple[int, ...] = (784, 1000, 500, 250, 30),
     batch_size: int = 512,
 ) -> Workload:
-    """The deep autoencoder of Hinton & Salakhutdinov 2006 on grey pictures.
-
-    Args:
-      name: the workload's name.
-      sizes: units of the layers from the input to the code.
-      batch_size: examples in the batch.
-
-    Returns:
-      The workload.
-    """
+    """Returns the deep autoencoder of Hinton & Salakhutdinov 2006 on grey pictures."""
     code_rng, map_rng, init_rng = jax.random.split(jax.random.key(0), 3)
     mixing = jax.random.normal(map_rng, (sizes[-1], sizes[0]))
 
@@ -177,7 +145,7 @@ def autoencoder(
         return outputs, model_state
 
     return Workload(
-        name=name,
+        name="autoencoder",
         description=f"MLP {'-'.join(map(str, sizes))} mirrored, batch {batch_size}",
         params=params,
         model_state={},
@@ -188,26 +156,25 @@ def autoencoder(
     )
 
 
+TINY = resnet.ResNet(
+    num_classes=3, stage_sizes=(1,), block=resnet.BasicBlock, width=4, stem_reduction=1
+)
+"""A network of one block."""
+
+
 def tiny(batch_size: int = 8) -> Workload:
-    """A one-block network on 8×8 pictures, for trying a benchmark out."""
-    model = resnet.ResNet(
-        num_classes=3,
-        stage_sizes=(1,),
-        block=resnet.BasicBlock,
-        width=4,
-        stem_reduction=1,
-    )
-    return image_classifier("tiny", model, 8, batch_size)
+    """Returns ``TINY`` on 8×8 pictures, to try a benchmark out."""
+    return image_classifier("tiny", TINY, 8, batch_size)
 
 
 def resnet20(batch_size: int = 128) -> Workload:
-    """The CIFAR network."""
+    """Returns the CIFAR network."""
     model = resnet.ResNet20(num_classes=10)
     return image_classifier("resnet20", model, 32, batch_size)
 
 
 def resnet50(batch_size: int = 32) -> Workload:
-    """The ImageNet network on pictures that a processor without accelerator bears."""
+    """Returns the ImageNet network, on pictures small enough for a CPU."""
     model = resnet.ResNet50(num_classes=100)
     return image_classifier("resnet50", model, 64, batch_size)
 
@@ -218,4 +185,4 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "resnet50": resnet50,
     "tiny": tiny,
 }
-"""Makers of the workloads by name; each takes ``batch_size=``."""
+"""Functions that make the workloads, by name; each takes ``batch_size=``."""

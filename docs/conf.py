@@ -25,6 +25,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "experiments/README.md",
+    "experiments/archive/README.md",
     "experiments/launch/README.md",
 ]
 exclude_patterns = ["docs/_build/**"]

@@ -41,7 +41,7 @@ import numpy as np
 import optax
 
 import lbopt
-from experiments import figures
+from experiments import figures, study
 from experiments.data import grey
 from experiments.models.autoencoder import Autoencoder
 from lbopt import training
@@ -54,9 +54,7 @@ EVALUATED = 1024
 """Training images, the first ones, that the training loss is of."""
 
 RUNS = pathlib.Path("runs/autoencoder")
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
-FIGURES = ROOT / "docs" / "figures"
+RESULTS, FIGURES = study.RESULTS, study.FIGURES
 
 
 # === Settings =========================================================================
@@ -89,7 +87,7 @@ Settings = Sgd | Kfac | QuadraticModel
 
 
 def sgd_grid(paces: Sequence[float], momenta: Sequence[float]) -> list[Settings]:
-    """SGD with every pace, which is a rate over (1 - momentum), and momentum."""
+    """Returns SGD by momentum and pace, which is the rate over (1 - momentum)."""
     return [
         Sgd(learning_rate=round(pace * (1 - momentum), 9), momentum=momentum)
         for pace, momentum in itertools.product(paces, momenta)
@@ -97,7 +95,7 @@ def sgd_grid(paces: Sequence[float], momenta: Sequence[float]) -> list[Settings]
 
 
 def kfac_grid(rates: Sequence[float], dampings: Sequence[float]) -> list[Settings]:
-    """K-FAC with every rate and every damping."""
+    """Returns K-FAC with every rate and every damping."""
     return [Kfac(*setting) for setting in itertools.product(rates, dampings)]
 
 
@@ -106,19 +104,19 @@ def kfac_grid(rates: Sequence[float], dampings: Sequence[float]) -> list[Setting
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is to be learnt, and how long.
+    """A network, its images, and the length of a run.
 
     Attributes:
-        name: Of the files.
-        title: Of the picture.
+        name: Begins the names of the files.
+        title: Title of the picture.
         widths: As for `Autoencoder`.
         images: Opens the images.
         batch_size: Images in a step, drawn anew for each.
         steps: Updates of every contestant.
         eval_period: Steps between two readings of the training loss.
-        sgd: What is tried of SGD.
-        kfac: What is tried of K-FAC.
-        kl_clip: Of K-FAC, in the words of `lbopt.kfac`.
+        sgd: Settings of SGD that are tried.
+        kfac: Settings of K-FAC that are tried.
+        kl_clip: Bound of K-FAC's steps, in the words of `lbopt.kfac`.
     """
 
     name: str
@@ -163,14 +161,14 @@ DIGITS = Problem(
 
 
 def entropy(images: jax.Array) -> jax.Array:
-    """The entropy of pixels that are on with the given probabilities, by image."""
+    """Returns each image's entropy, its values being probabilities."""
     p, q = images, 1 - images
     xlogy = jax.scipy.special.xlogy
     return -jnp.sum(xlogy(p, p) + xlogy(q, q), axis=-1)
 
 
 def make_loss(model: Autoencoder) -> Callable:
-    """Mean cross entropy of a batch less its images' entropy, in nats."""
+    """Returns the mean cross entropy of a batch less its images' entropy, in nats."""
 
     def loss_fn(params, model_state, images, rng):
         del rng
@@ -185,7 +183,7 @@ def make_loss(model: Autoencoder) -> Callable:
 def make_optimizer(
     settings: Settings, layers: Any, kl_clip: float
 ) -> optax.GradientTransformation:
-    """The optimizer, its numbers in its state: all settings have one program."""
+    """Builds the optimizer with its numbers in its state: one program for all."""
 
     def sgd(learning_rate, momentum):
         return optax.sgd(learning_rate, momentum, nesterov=True)
@@ -215,7 +213,7 @@ def make_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one contestant did.
+    """The outcome of one contestant.
 
     Attributes:
         seconds: Wall time of each step; the first may compile.
@@ -228,18 +226,18 @@ class Outcome:
     test_losses: tuple[float, float]
 
     def losses(self) -> list[float]:
-        """The better of the two training losses at each reading; inf for neither."""
+        """Returns the lower training loss at each reading; inf if neither is finite."""
         return [
             min(filter(math.isfinite, pair), default=math.inf)
             for _, *pair in self.curve
         ]
 
     def step_time(self) -> float:
-        """The median time of a step, compilation apart."""
+        """Returns the median time of a step, compilation apart."""
         return statistics.median(self.seconds[1:])
 
     def elapsed(self) -> list[float]:
-        """The training time until each reading, with a median step for the first."""
+        """Returns the training time until each reading, the first step a median one."""
         times = [self.step_time(), *self.seconds[1:]]
         total = [0.0, *itertools.accumulate(times)]
         return [total[step] for step, *_ in self.curve]
@@ -248,16 +246,7 @@ class Outcome:
 def train_together(
     problem: Problem, contestants: Mapping[str, Settings], seed: int
 ) -> dict[str, Outcome]:
-    """Trains every contestant on the same batches, a step of each in turn.
-
-    Args:
-        problem: What is to be learnt.
-        contestants: Settings by name.
-        seed: Seed of the initial parameters and of the batches.
-
-    Returns:
-        What each did.
-    """
+    """Trains every contestant on the same batches, a step of each in turn."""
     images = problem.images()
     model = Autoencoder(problem.widths)
     loss_fn = make_loss(model)
@@ -313,37 +302,33 @@ def train_together(
 def outcomes_of(
     problem: Problem, contestants: Mapping[str, Settings], seed: int
 ) -> dict[str, Outcome]:
-    """What the contestants did, from a file if they have run before."""
-    path = RUNS / f"{problem.name}-{seed}.json"
-    if not path.exists():
-        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
-        outcomes = train_together(problem, contestants, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        kept = {name: dataclasses.asdict(x) for name, x in outcomes.items()}
-        aside.write_text(json.dumps(kept), encoding="utf-8")
-        aside.replace(path)
-    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+    """Returns the outcomes, from a file if the contestants have run before."""
+    return study.outcomes_in(
+        RUNS / f"{problem.name}-{seed}.json",
+        contestants,
+        lambda settings: train_together(problem, settings, seed),
+        Outcome,
+    )
 
 
 # === The study ========================================================================
 
 
 def name_of(settings: Settings) -> str:
-    """The settings in words."""
+    """Returns the settings in words."""
     numbers = dataclasses.asdict(settings).items()
     words = " ".join(f"{name} {value:g}" for name, value in numbers)
     return f"{type(settings).__name__} {words}".replace("_", " ")
 
 
 def reading_at(outcome: Outcome, loss: float) -> int | None:
-    """The first reading at which a training loss was reached."""
+    """Returns the first reading at which a training loss was reached."""
     losses = outcome.losses()
     return next((i for i, value in enumerate(losses) if value <= loss), None)
 
 
 def chosen(problem: Problem) -> tuple[dict[str, Settings], dict[str, Outcome]]:
-    """The contestants of the comparison, and what all settings did with seed 0.
+    """Returns the contestants of the comparison, and all outcomes with seed 0.
 
     SGD's best has the lowest training loss at the end, K-FAC's reaches that in the
     fewest steps.
@@ -367,7 +352,7 @@ def chosen(problem: Problem) -> tuple[dict[str, Settings], dict[str, Outcome]]:
 
 
 def row_of(outcome: Outcome, target: float) -> dict[str, Any]:
-    """One contestant as a line of the record: to the end, and to the target."""
+    """Returns a line of the record: one contestant to the end and to the target."""
     reading = reading_at(outcome, target)
     reached = reading is not None
     _, theta, average = outcome.curve[-1]
@@ -401,13 +386,12 @@ def draw(
     by_updates.set_ylabel("training loss above entropy (nats)")
     by_updates.set_xlabel("updates")
     by_time.set_xlabel("training time (s), compilation apart")
-    handles, labels = by_updates.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    study.legend_below(figure, by_updates)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def study(problem: Problem) -> dict[str, Any]:
+def carry_out(problem: Problem) -> dict[str, Any]:
     """Carries out what is left of a study; writes its record and its picture."""
     contestants, tried = chosen(problem)
     outcomes = outcomes_of(problem, contestants, seed=1)
@@ -426,10 +410,7 @@ def study(problem: Problem) -> dict[str, Any]:
             for name, outcome in outcomes.items()
         },
     }
-    for directory in (RESULTS, FIGURES):
-        directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    (RESULTS / f"{problem.name}.json").write_text(text, encoding="utf-8")
+    study.write_record(RESULTS / f"{problem.name}.json", record)
     draw(problem.title, outcomes, target).savefig(FIGURES / f"{problem.name}.png")
     return record
 
@@ -441,9 +422,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--small", action="store_true", help="the digits")
     problem = DIGITS if parser.parse_args(arguments).small else STROKES
-    # Both parts share their programs.
-    jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
-    print(json.dumps(study(problem), indent=1))
+    study.share_programs(RUNS)
+    print(json.dumps(carry_out(problem), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Checkpoints of a run: the training state and the place in the data, saved together.
+"""Checkpoints of a run: the training state and the position in the data.
 
-Restoring gives every array bit for bit, typed random keys included, and the number of
+Restoring returns every array bit for bit, typed random keys included, and the number of
 batches taken from the training data, so a resumed run continues as if it had not
 stopped.
 
-orbax writes a checkpoint aside, in the background, and renames it when it is whole.
-Into each go the checksums of its files, so that one that was damaged later is told from
-a whole one: it is moved aside and the one before it is taken. A checkpoint that cannot
-be written (the disk is full) is reported and its remains are removed; training goes on,
-and the older ones stay.
+orbax writes a checkpoint into a temporary directory, in the background, and renames it
+when it is complete. Each checkpoint holds the checksums of its files: one that was
+damaged later is moved aside, and the one before it is restored. A checkpoint that
+cannot be written (the disk is full) is reported and its remains are removed; training
+goes on, and the older checkpoints stay.
 """
 
 import json
@@ -24,18 +24,20 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from lbopt import checks
+
 _SUMS = "checksums.json"
-_OF_ORBAX = "_CHECKPOINT_METADATA"  # which it writes once more after we have summed
+_OF_ORBAX = "_CHECKPOINT_METADATA"  # orbax writes it again after the checksums
 _ASIDE = "damaged"
 
 
 class Place(NamedTuple):
-    """What a checkpoint tells about itself before its arrays are read.
+    """The position in the data and the layout of a checkpoint, read before its arrays.
 
     Attributes:
-        batches_taken: Training batches taken so far.
-        devices: Devices that the state was laid out for.
-        placement: Where its inverses lie, in the words of `lbopt.kfac`.
+      batches_taken: training batches taken so far.
+      devices: number of devices over which the state is sharded.
+      placement: placement of its inverses, as of ``lbopt.kfac``.
     """
 
     batches_taken: int
@@ -44,12 +46,12 @@ class Place(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read.
+    """A restored checkpoint.
 
     Attributes:
-        step: Steps done.
-        state: The training state.
-        place: What else was saved.
+      step: steps done.
+      state: the training state.
+      place: the position in the data, and the layout.
     """
 
     step: int
@@ -58,23 +60,23 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one directory; the newest few and the best are kept.
+    """The checkpoints in a directory; the newest few and the best are kept.
 
-    Use as a context manager or call `close`: saving goes on in the background. Of
-    several processes all must make the same calls.
+    A context manager: leaving it waits for the checkpoint that is being saved in the
+    background. Of several processes all must make the same calls.
 
     Args:
-        directory: The directory; made if missing.
-        keep: How many of the newest checkpoints to keep.
-        keep_best: Whether to keep that of the largest accuracy as well.
-        tell: Where messages go: about a checkpoint that could not be written, or is
-            skipped because it is damaged.
+      directory: the directory; created if missing.
+      keep: how many of the newest checkpoints to keep.
+      keep_best: whether to keep the checkpoint of the largest accuracy as well.
+      tell: called with a message on a checkpoint that could not be written or is
+        damaged.
 
     Attributes:
-        tell: The same; it may be changed.
+      tell: the same; may be replaced.
 
     Raises:
-        ValueError: If `keep` is not positive.
+      ValueError: if ``keep`` is not positive.
     """
 
     def __init__(
@@ -85,8 +87,7 @@ class Checkpoints:
         keep_best: bool = False,
         tell: Callable[[str], None] = print,
     ):
-        if keep < 1:
-            raise ValueError(f"keep must be positive, got {keep}")
+        checks.whole("keep", keep, "1 keeps the newest")
         self._directory = pathlib.Path(directory).absolute()
         self.tell = tell
         self._saving: int | None = None
@@ -115,20 +116,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the checkpoints."""
-        self.close()
+        """Waits until the last checkpoint is on disk."""
+        self.wait()
+        self._manager.close()
 
     def save(
         self, step: int, state: Any, place: Place, *, accuracy: float | None = None
     ) -> None:
-        """Saves what is needed to continue after a step, in the background.
+        """Saves a checkpoint in the background.
 
         Args:
-            step: Steps done so far.
-            state: The training state, a pytree of arrays. It may be donated to the next
-                step as soon as this returns.
-            place: What else to save.
-            accuracy: Of the test images with this state, if they were evaluated.
+          step: steps done so far.
+          state: the training state, a pytree of arrays. It may be donated to the next
+            step as soon as this returns.
+          place: the position in the data, and the layout.
+          accuracy: test accuracy of this state, if it was evaluated.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -147,10 +149,9 @@ class Checkpoints:
             self._failed(error)
 
     def wait(self) -> bool:
-        """Waits until what is being saved is on disk.
+        """Waits for the checkpoint that is being saved; returns whether it is on disk.
 
-        Returns:
-            Whether it is; if not, that has been told.
+        If it is not, ``tell`` has been called.
         """
         try:
             self._manager.wait_until_finished()
@@ -160,22 +161,22 @@ class Checkpoints:
         return True
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, ascending."""
+        """Returns the steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore_latest(self, like: Callable[[Place], Any]) -> Restored | None:
         """Restores the newest whole checkpoint; damaged ones are moved aside.
 
         Args:
-            like: Gives the structure, shapes, types and shardings that the state shall
-                have, as arrays or their shapes, by what the checkpoint tells.
+          like: returns the structure, shapes, types and shardings of the state, as
+            arrays or their shapes, for the ``Place`` of the checkpoint.
 
         Returns:
-            The checkpoint, or `None` if there has been none.
+          The checkpoint, or None if the directory never held one.
 
         Raises:
-            ValueError: If the checkpoint holds a state of another structure or shape,
-                or all checkpoints are damaged.
+          ValueError: if the checkpoint holds a state of another structure or shape, or
+            if all checkpoints are damaged.
         """
         self.wait()
         steps = self.steps()
@@ -191,22 +192,18 @@ class Checkpoints:
             return Restored(step, state, place)
         if steps or self._aside.exists():
             raise ValueError(
-                f"{self._directory} has no checkpoint that is whole; the damaged ones "
-                f"are in {self._aside}. To begin anew choose another --directory"
+                f"directory={self._directory} must hold a checkpoint that is whole; "
+                f"the damaged ones are in {self._aside}: choose another --directory to "
+                "start from the beginning"
             )
         return None
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self.wait()
-        self._manager.close()
 
     @property
     def _aside(self) -> pathlib.Path:
         return self._directory.with_name(_ASIDE)
 
     def _seal(self) -> None:
-        """Adds the checksums to the checkpoint that is about to be renamed."""
+        """Adds the checksums to the checkpoint before orbax renames it."""
         if jax.process_index() == 0:
             (unfinished,) = self._unfinished()
             names = _files(unfinished)
@@ -214,11 +211,11 @@ class Checkpoints:
             (unfinished / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
 
     def _unfinished(self) -> Iterator[pathlib.Path]:
-        """The directory that orbax writes the checkpoint to."""
+        """Returns the temporary directories of the checkpoint, one at the most."""
         return self._directory.glob(f"{self._saving}.*tmp*")
 
     def _failed(self, error: Exception) -> None:
-        """Reports a checkpoint that was not written, and removes its remains."""
+        """Reports a checkpoint that could not be written, and removes its remains."""
         if jax.process_index() == 0:
             for remains in self._unfinished():
                 shutil.rmtree(remains, ignore_errors=True)
@@ -232,7 +229,7 @@ class Checkpoints:
         )
 
     def _problem(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, as process 0 sees it."""
+        """Returns the damage of a checkpoint, found by process 0, or None."""
         problem = None
         if jax.process_index() == 0:
             problem = _damage(self._directory / str(step))
@@ -252,7 +249,7 @@ class Checkpoints:
         self._manager.reload()
         self.tell(
             f"the checkpoint of step {step} is damaged ({problem}); it is kept in "
-            f"{aside}, and the one before it is taken"
+            f"{aside}, and the one before it is restored"
         )
 
 
@@ -261,14 +258,14 @@ def _accuracy(metrics: Mapping[str, float]) -> float:
 
 
 def _files(directory: pathlib.Path) -> Iterator[str]:
-    """The files of a checkpoint that never change, by their names in it."""
+    """Yields the names of the checkpoint's files that never change."""
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name not in (_SUMS, _OF_ORBAX):
             yield path.relative_to(directory).as_posix()
 
 
 def _checksum(path: pathlib.Path) -> int:
-    """CRC-32 of a file."""
+    """Returns the CRC-32 of a file."""
     total = 0
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -277,7 +274,7 @@ def _checksum(path: pathlib.Path) -> int:
 
 
 def _damage(directory: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything is."""
+    """Returns the first damage of a checkpoint's files, or None."""
     try:
         sums = json.loads((directory / _SUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -19,11 +19,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import matplotlib.figure
 import matplotlib.ticker
 
-from experiments import figures
+from experiments import figures, study
 from experiments.configs import resnet32
 from experiments.settings import Config, Kfac, Lars, Nlcg, RmsProp, Sgd
 from experiments.side_by_side import Outcome, outcomes_in
@@ -34,24 +33,23 @@ EPOCHS = 8.0
 BATCH_SIZES = (160, 640, 2560)
 LARGEST = BATCH_SIZES[-1]
 FACTORS = (1, 2, 4, 8)
-"""What each optimizer's smallest rate is multiplied by."""
+"""Multiples of each optimizer's smallest rate."""
 
 RUNS = pathlib.Path("runs/cifar100_study")
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "cifar100_study.json"
-FIGURE = ROOT / "docs" / "figures" / "batch_sizes.png"
+RESULTS = study.RESULTS / "cifar100_study.json"
+FIGURE = study.FIGURES / "batch_sizes.png"
 
 BASELINES = ("NLCG", "LARS", "RMSProp", "momentum SGD")
-"""What runs at every batch size."""
+"""The optimizers that run at every batch size."""
 WITH_KFAC = ("K-FAC-preconditioned NLCG", "LARS after K-FAC")
-"""What runs at the largest."""
+"""The optimizers that run at the largest batch size."""
 
 
 def smallest_rate(name: str, batch_size: int) -> float:
-    """The smallest of an optimizer's rates.
+    """Returns the smallest of an optimizer's rates.
 
-    That of the paper's recipe, 0.1 for a batch of 256, in proportion to the batch;
-    LARS's, whose best rates grow more slowly, in proportion to its root.
+    It is the rate of the paper's recipe, 0.1 for a batch of 256, in proportion to the
+    batch; for LARS, whose best rates grow more slowly, in proportion to its root.
     """
     if name == "K-FAC-preconditioned NLCG":
         return 0.03
@@ -61,7 +59,7 @@ def smallest_rate(name: str, batch_size: int) -> float:
 
 
 def configure(name: str, batch_size: int, factor: float, seed: int) -> Config:
-    """A run of one optimizer."""
+    """Returns the settings of a run of one optimizer."""
     rate = factor * smallest_rate(name, batch_size)
     config = dataclasses.replace(
         resnet32.STROKES,
@@ -77,24 +75,24 @@ def configure(name: str, batch_size: int, factor: float, seed: int) -> Config:
         eval_epochs=EPOCHS / 4,
         seed=seed,
     )
+    curved = name in WITH_KFAC
+    settings: dict[str, Any]
     if "NLCG" in name:
-        kind = "kfac" if name in WITH_KFAC else "bfgs"
-        settings = Nlcg(learning_rate=rate, preconditioner=kind)
-        return dataclasses.replace(config, optimizer="nlcg", nlcg=settings)
-    if "LARS" in name:
-        settings = Lars(
-            learning_rate=rate, weight_decay=0.0, after_kfac=name in WITH_KFAC
-        )
-        return dataclasses.replace(config, optimizer="lars", lars=settings)
-    if name == "RMSProp":
-        settings = RmsProp(learning_rate=rate)
-        return dataclasses.replace(config, optimizer="rmsprop", rmsprop=settings)
-    settings = Sgd(learning_rate=rate, nesterov=False)
-    return dataclasses.replace(config, optimizer="sgd", sgd=settings)
+        kind = "kfac" if curved else "bfgs"
+        settings = {"nlcg": Nlcg(learning_rate=rate, preconditioner=kind)}
+    elif "LARS" in name:
+        lars = Lars(learning_rate=rate, weight_decay=0.0, after_kfac=curved)
+        settings = {"lars": lars}
+    elif name == "RMSProp":
+        settings = {"rmsprop": RmsProp(learning_rate=rate)}
+    else:
+        settings = {"sgd": Sgd(learning_rate=rate, nesterov=False)}
+    (optimizer,) = settings
+    return dataclasses.replace(config, optimizer=optimizer, **settings)
 
 
 def tuned(name: str, batch_size: int) -> dict[float, Outcome]:
-    """What an optimizer did with seed 0, by rate."""
+    """Returns the outcomes of an optimizer with seed 0, by factor of its rate."""
     contestants = {
         f"{factor:g}": configure(name, batch_size, factor, seed=0) for factor in FACTORS
     }
@@ -103,12 +101,12 @@ def tuned(name: str, batch_size: int) -> dict[float, Outcome]:
 
 
 def best(outcomes: Mapping[float, Outcome]) -> float:
-    """The factor with the highest accuracy."""
+    """Returns the factor with the highest accuracy."""
     return max(outcomes, key=lambda factor: outcomes[factor].accuracy)
 
 
 def repeated(name: str, factor: float, seed: int) -> Outcome:
-    """The largest batch with another seed."""
+    """Returns the outcome at the largest batch with another seed."""
     contestants = {name: configure(name, LARGEST, factor, seed)}
     return outcomes_in(RUNS / f"{_plain(name)}-seed{seed}.json", contestants)[name]
 
@@ -118,7 +116,7 @@ def _plain(name: str) -> str:
 
 
 def row_of(name: str, batch_size: int) -> dict[str, Any]:
-    """An optimizer at a batch size as a line of the record."""
+    """Returns a line of the record: an optimizer at a batch size."""
     outcomes = tuned(name, batch_size)
     chosen = best(outcomes)
     accuracies = [outcomes[chosen].accuracy]
@@ -166,10 +164,7 @@ def draw(rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
     here.set_xticks(BATCH_SIZES)
     here.minorticks_off()
     here.set_ylabel("test accuracy")
-    handles, labels = here.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+    study.legend_below(figure, here, fontsize=8)
     return figure
 
 
@@ -180,15 +175,14 @@ def _thousands(value: float, position: int | None) -> str:
 
 def main() -> None:
     """Runs the study, writes its record and its picture, prints the record."""
-    # Seeds share their programs.
-    jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
+    study.share_programs(RUNS)
     rows = [
         row_of(name, batch_size)
         for batch_size in reversed(BATCH_SIZES)
         for name in (*BASELINES, *(WITH_KFAC if batch_size == LARGEST else ()))
     ]
     record = {"command": "python -m experiments.cifar100_study", "rows": rows}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
     draw(rows).savefig(FIGURE)
     print(json.dumps(record, indent=1))
 

@@ -1,6 +1,6 @@
 """The program of an image classifier: data, model, loss, optimizer, compiled steps.
 
-`experiments.loop` carries it out.
+`experiments.loop` runs it.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ AXIS = "data"
 
 
 def open_data(config: Config) -> pipeline.Data:
-    """Training and test batches."""
+    """Opens the training and test batches."""
     return pipeline.open_data(
         config.dataset,
         config.data_dir,
@@ -43,7 +43,6 @@ def open_data(config: Config) -> pipeline.Data:
         num_threads=config.num_threads,
         num_workers=config.num_workers,
         bad_images=config.bad_images,
-        reader=config.reader,
     )
 
 
@@ -51,10 +50,10 @@ def open_data(config: Config) -> pipeline.Data:
 
 
 def build_model(config: Config, data: pipeline.Data) -> Model:
-    """The network, without parameters.
+    """Builds the network, without parameters.
 
     Raises:
-        ValueError: If the network has none of what a setting asks for.
+        ValueError: If the network does not support a setting.
     """
     make, options = MODELS[config.model], {}
     takes = inspect.signature(make).parameters
@@ -89,7 +88,7 @@ NORM = r"(^|/)(BatchNorm_\d+|norm_\w+)/"
 """Paths of the norm layers' parameters, which the L2 penalty leaves out."""
 
 VIRTUAL_BATCH = "virtual_batch"
-"""Where the model state holds what mixup carries: no collection of the network."""
+"""Key of the model state for mixup's last batch; no collection of the network."""
 
 
 def make_loss(
@@ -101,10 +100,10 @@ def make_loss(
     mixup_form: virtual_batch.Form = "paper",
     random_erasing: float = 0.0,
 ) -> Callable:
-    """Mean cross entropy of a batch, with the new model state and the accuracy.
+    """Returns a loss function with the new model state and the accuracy.
 
-    The loss is that of the virtual batch and its soft labels, plus the penalty; the
-    accuracy is of the same outputs, but on the real labels.
+    The loss is the mean cross entropy of the virtual batch and its soft labels, plus
+    the penalty; the accuracy compares the same outputs with the real labels.
     """
     of_norm = matching("l2", NORM)
 
@@ -155,7 +154,7 @@ class Program(NamedTuple):
         init: The state before the first step.
         train_step: `(state, batch) -> (state, metrics)`; donates the state.
         eval_step: `(state, batch) -> sums`.
-        layers: What the optimizer has curvature of; `None` without curvature.
+        layers: The layers whose curvature the optimizer uses, if it uses any.
         mesh: The devices, if there are several.
         per_example: Collections of the model state whose arrays lie along the batch.
         state_shapes: The state's global shapes on other devices, or with another
@@ -172,11 +171,11 @@ class Program(NamedTuple):
 
 
 def make_mesh(config: Config) -> Mesh | None:
-    """The devices of a run; `None` for one.
+    """Returns the mesh of a run's devices; `None` for one device.
 
     Raises:
-        ValueError: If there are not as many as asked for, or several processes would
-            have to share fewer than there are.
+        ValueError: If there are fewer devices, or several processes would have to leave
+            some out.
     """
     there = jax.device_count()
     devices = config.devices or there
@@ -196,7 +195,7 @@ def make_mesh(config: Config) -> Mesh | None:
 
 
 def build_program(config: Config, data: pipeline.Data) -> Program:
-    """Puts model, loss and optimizer together, by shapes alone.
+    """Builds model, loss and optimizer from shapes alone.
 
     Raises:
         ValueError: If settings do not suit the data, the model or the devices.
@@ -266,7 +265,9 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
         mesh,
         fisher=config.sp_ngd.fisher if config.optimizer == "sp_ngd" else config.fisher,
         accumulate=accumulate,
+        parallel=config.parallel,
         per_example=per_example,
+        statistics_fraction=config.statistics_fraction,
     )
     return Program(
         init=init,
@@ -291,14 +292,14 @@ def _loss_of(config: Config, model: Model) -> Callable:
 
 
 def _zeros(shape: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Array:
-    """Zeros that lie along the devices, none of which ever holds them whole."""
+    """Returns zeros sharded over the devices, none of which ever holds all."""
     spec = PartitionSpec(AXIS) if shape.shape else PartitionSpec()
     lies = None if mesh is None else NamedSharding(mesh, spec)
     return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=lies)()
 
 
 def _reporting_curvature(train_step: Callable) -> Callable:
-    """The same step, whose metrics tell what the optimizer renewed and sent."""
+    """Adds to a step's metrics what the optimizer renewed and sent."""
 
     def reporting(state: training.TrainState, batch: Any) -> Any:
         state, metrics = train_step(state, batch)
@@ -311,7 +312,7 @@ def _reporting_curvature(train_step: Callable) -> Callable:
 
 
 def _of_averages(eval_step: Callable) -> Callable:
-    """The evaluation of the averaged weights."""
+    """Returns the evaluation of the averaged weights."""
 
     def of_averages(state: training.TrainState, batch: Any) -> Any:
         averages = lbopt.averaged_params(state.opt_state)
@@ -321,7 +322,7 @@ def _of_averages(eval_step: Callable) -> Callable:
 
 
 def make_eval(model: Model) -> Callable:
-    """Sums of loss and of right answers over the images that count."""
+    """Returns a function that sums losses and correct answers over the images."""
 
     def eval_fn(params, model_state, batch):
         variables = {"params": params, **model_state}
@@ -342,10 +343,10 @@ def make_eval(model: Model) -> Callable:
 def evaluate(
     program: Program, state: training.TrainState, data: pipeline.Data
 ) -> dict[str, float]:
-    """Mean loss and accuracy over the test images.
+    """Returns the mean loss and accuracy over the test images.
 
     Raises:
-        RuntimeError: If not each of them counted once.
+        RuntimeError: If some image was not counted exactly once.
     """
     sums = [
         jax.device_get(program.eval_step(state, device_feed.place(batch, program.mesh)))

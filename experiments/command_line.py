@@ -1,4 +1,4 @@
-"""What every experiment's command line does: settings, runs, a picture, a last line."""
+"""The command line shared by the experiments: settings, runs, a picture, a summary."""
 
 import contextlib
 import sys
@@ -19,32 +19,32 @@ def run(
     *,
     expand: Callable[[Config], list[Config]] = lambda config: [config],
 ) -> None:
-    """Carries out what a command line asks for.
+    """Parses a command line and carries out its runs.
 
     Args:
-        arguments: The command line without the program's name. The first argument may
-            name one of `configs`; all others change its settings.
-        description: What `--help` says first.
-        configs: Settings by name; the first are the default.
-        expand: The runs that the settings stand for, drawn in one picture.
+      arguments: the command line without the program's name.  The first argument may
+        name one of ``configs``; all others change its settings.
+      description: the first paragraph of ``--help``.
+      configs: settings by name; the first is the default.
+      expand: turns the settings into several runs, drawn in one picture.
 
     Raises:
-        SystemExit: With one of `cluster.ExitCode`, unless all went well.
+      SystemExit: with one of ``cluster.ExitCode``, unless all runs are done.
     """
-    # What orbax cannot write is told in our own words.
+    # A checkpoint that orbax cannot write is reported in our own words.
     absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         config = _parse(arguments, description, configs)
-        joined = cluster.start(
+        cluster.start(
             config.distributed,
             start_timeout=config.start_timeout,
             heartbeat_timeout=config.heartbeat_timeout,
         )
-        if joined.processes == 1 and config.devices > 1:
+        if config.devices > 1 and not jax.distributed.is_initialized():
             with contextlib.suppress(RuntimeError):  # too late: jax has its devices
                 jax.config.update("jax_num_cpu_devices", config.devices)
-        with cluster.others_may_die(joined, "start again with --resume") as reached:
-            stopped = _carry_out(joined, expand(config), reached)
+        with cluster.fail_fast("start again with --resume"):
+            stopped = _carry_out(expand(config))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if stopped:
@@ -55,7 +55,7 @@ def run(
 def _parse(
     arguments: Sequence[str], description: str | None, configs: Mapping[str, Config]
 ) -> Config:
-    """The settings that a command line asks for."""
+    """Returns the settings that a command line asks for."""
     named = arguments[0] if arguments and arguments[0] in configs else None
     if arguments and named is None and not arguments[0].startswith("-"):
         raise ValueError(
@@ -69,31 +69,28 @@ def _parse(
     )
 
 
-def _carry_out(
-    joined: cluster.Cluster, configs: Sequence[Config], reached: Callable[[int], None]
-) -> str | None:
-    """Trains and draws; returns what stopped it before the end, if anything did."""
+def _carry_out(configs: Sequence[Config]) -> str | None:
+    """Trains and draws; returns the reason if a run stopped before its end."""
     with preemption.Preemption() as preempted:
         prepared = [loop.prepare(config) for config in configs]
-        if joined.is_first():
-            print(joined.describe())
+        if jax.process_index() == 0:
+            print(cluster.describe())
             for run in prepared:
                 if run.program.layers is not None:
                     print(run.program.layers)
         try:
             accuracies = {
-                run.config.optimizer: loop.train(run, preempted, reached)
-                for run in prepared
+                run.config.optimizer: loop.train(run, preempted) for run in prepared
             }
         except loop.InterruptedRunError as why:
             return str(why)
-    if joined.is_first():
+    if jax.process_index() == 0:
         _conclude(prepared, accuracies)
     return None
 
 
 def _conclude(prepared: Sequence[loop.Run], accuracies: Mapping[str, float]) -> None:
-    """Draws the runs together and says how they ended."""
+    """Prints accuracies and reports, and draws the runs together."""
     for optimizer, accuracy in accuracies.items():
         print(f"{optimizer:7} test accuracy {accuracy:.1%}")
     for run in prepared:

@@ -1,4 +1,4 @@
-"""What an optimizer's curvature did in a step, as metrics of the step."""
+"""Metrics of a step about the curvature of the optimizer."""
 
 from typing import Any
 
@@ -11,29 +11,28 @@ from lbopt.transforms.kfac_state import KfacState
 
 
 def of(opt_state: Any) -> dict[str, jax.Array]:
-    """Scalars that say what the last step did with its curvature.
+    """Returns scalars on what the last step did with its curvature.
 
-    Pure, to be called on the state after a step, inside of the function that is
-    compiled or in one of its own. A step that was skipped changes no optimizer state,
-    so that these are then those of the step before.
+    A pure function of the state after a step; it may be compiled with the step. A step
+    that was skipped leaves the optimizer state as it was, so the scalars are then those
+    of the step before.
 
     Args:
-        opt_state: The optimizer's state: any optax chain.
+      opt_state: the state of any optax chain.
 
     Returns:
-        Nothing for an optimizer without curvature; else
+      Nothing for an optimizer without curvature; otherwise
 
-        - `refreshed`: The share of statistics that were renewed.
-        - `refreshed_bytes`: The same share, each statistic weighed by its bytes.
-        - `inversions`: Units (factors, or their blocks and copies) that got a new
-          inverse.
-        - `inverse_age` and `inverse_age_max`: Steps since the statistics that a
-          factor's inverse was made from, mean and largest; of a factor with several
-          units that of the oldest.
-        - `sent_bytes`: What each device put into collectives for statistics and
-          inverses; gradients are not counted.
-        - `boosted`: Layers whose damping is raised, because an inverse failed.
-        - `rejected`: How often so far a statistic or an inverse was not finite.
+      - ``refreshed``: the share of statistics that were renewed.
+      - ``refreshed_bytes``: the same share, each statistic weighted by its bytes.
+      - ``inversions``: units (factors, or their blocks and copies) with a new inverse.
+      - ``inverse_age`` and ``inverse_age_max``: steps since the statistics from which
+        the inverse of a factor was computed, mean and largest; for a factor of several
+        units, of the oldest.
+      - ``sent_bytes``: bytes that each device passed to collectives for statistics and
+        inverses; gradients are not counted.
+      - ``boosted``: layers with raised damping, because an inversion failed.
+      - ``rejected``: how many statistics and inverses so far were not finite.
     """
     states = [
         node
@@ -64,13 +63,13 @@ def _is_curvature(node: Any) -> bool:
 
 
 def _renewed(state: KfacState) -> jax.Array:
-    """Which statistics the last step took."""
+    """Returns 1 for each statistic that the last step renewed, 0 for the others."""
     taken = state.refresh.statistic_step
     return ((taken == state.count - 1) & (taken >= 0)).astype(jnp.float32)
 
 
 def _sizes(state: KfacState) -> np.ndarray:
-    """The bytes of each statistic, in the order of the clocks."""
+    """Returns the bytes of each statistic, in the order of ``statistic_step``."""
     return np.asarray(
         [x.size * x.dtype.itemsize for x in jax.tree.leaves(state.factors)], np.float32
     )

@@ -8,8 +8,8 @@
 
 The defaults are the demo's: a ResNet-8 of 78,692 parameters on the embedded data set
 `strokes` (20 classes, 10,240 images), 40 steps of batch 2,048. For ImageNet, prepared
-by tensorflow_datasets, there are published settings, of ResNet-50, in
-`experiments/configs`, by name and for all devices there are:
+by tensorflow_datasets, there are published settings of ResNet-50, by name and for all
+devices there are (`experiments/configs/resnet50.py`):
 
     python experiments/imagenet_resnet50.py sp_ngd_4k --data-dir ~/tensorflow_datasets
 
@@ -25,27 +25,10 @@ from collections.abc import Sequence
 import jax
 
 from experiments import command_line, memory_use
-from experiments.configs import (
-    published,
-    resnet50_kfac,
-    resnet50_lars,
-    resnet50_lars_mlperf,
-    resnet50_nlcg,
-    resnet50_sgd,
-    resnet50_sp_ngd,
-    resnet50_sp_ngd_2019,
-)
+from experiments.configs import published, resnet50
 from experiments.settings import Config
 
-PUBLISHED = {
-    **resnet50_sp_ngd.RUNS,
-    **resnet50_sp_ngd_2019.RUNS,
-    **resnet50_kfac.RUNS,
-    **resnet50_lars.RUNS,
-    **resnet50_lars_mlperf.RUNS,
-    **resnet50_nlcg.RUNS,
-    **resnet50_sgd.RUNS,
-}
+PUBLISHED = resnet50.RUNS
 """Runs on ImageNet by name."""
 
 CONFIGS = {"strokes": Config()} | {name: run.config for name, run in PUBLISHED.items()}

@@ -24,7 +24,6 @@ import datetime
 import functools
 import json
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,46 +31,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import tasks
+from experiments import study, tasks
 from experiments.large_batch import cells, curves, findings, noise_scale
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Task
 from experiments.large_batch.runs import Runner
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "large_batch_study.json"
+RESULTS = study.RESULTS / "large_batch_study.json"
 CELLS = RESULTS.with_suffix("")
-FIGURE = ROOT / "docs" / "figures" / "large_batch.png"
+FIGURE = study.FIGURES / "large_batch.png"
 CURVES_FIGURE = FIGURE.with_stem("large_batch_curves")
 COMMAND = "python -m experiments.large_batch_study"
 Known = dict[Cell, Outcome]
 NOISE_BATCH = 640
-"""Of the run of SGD along which the noise scale is read, or the nearest."""
+"""Batch size at which the noise scale is read along SGD, or the nearest."""
 CURVES_PROBLEM = "strokes"
-"""On what single runs are read."""
+"""The problem of the single runs that are read."""
 LOSSES_OF = ("muon", "kfac", "kfac_quadratic")
-"""Along whose runs training loss is read beside the error."""
+"""The optimizers whose training loss is read beside the error."""
 LENGTHS_AT = (640, 2560)
-"""At which batch sizes the steps under the quadratic model are read."""
+"""Batch sizes at which the steps under the quadratic model are read."""
 
 
 @functools.cache
 def task_of(problem: str) -> Task:
-    """A problem's task, opened once in a process."""
+    """Returns a problem's task, opened once in a process."""
     return PROBLEMS[problem].task()
 
 
 def run_cell(cell: Cell, deadline: float) -> float | None:
-    """Runs a cell and keeps it.
-
-    Args:
-        cell: Which.
-        deadline: None is begun after this time, in seconds since the epoch.
-
-    Returns:
-        The seconds it took, or `None`.
-    """
+    """Runs and keeps a cell; returns its seconds, or None after the deadline."""
     if (begin := time.time()) > deadline:
         return None
     cells.keep(cell, cells.measure(cell, task_of(cell.problem)), CELLS)
@@ -80,12 +70,7 @@ def run_cell(cell: Cell, deadline: float) -> float | None:
 
 
 def run_missing(minutes: float, processes: int) -> None:
-    """Runs cells that are not known yet.
-
-    Args:
-        minutes: None is begun after so many.
-        processes: How many run at a time.
-    """
+    """Runs the missing cells, several at a time, and begins none after `minutes`."""
     missing = [cell for cell in cells.all_cells() if not cells.kept(cell, CELLS)]
     deadline = time.time() + 60 * minutes
     # The largest batches first: what they say is what the study is for.
@@ -98,12 +83,12 @@ def run_missing(minutes: float, processes: int) -> None:
 
 
 def _rank_of_batch(cell: Cell) -> int:
-    """0 for a problem's largest batch size."""
+    """Returns 0 for a problem's largest batch size, 1 for the next."""
     return PROBLEMS[cell.problem].batch_sizes[::-1].index(cell.batch_size)
 
 
 def noise_cell(problem_name: str, known: Known) -> Cell | None:
-    """The cell of SGD along whose best run the noise scale is read."""
+    """Returns the cell of SGD along whose best run the noise scale is read."""
     sizes = sorted(
         PROBLEMS[problem_name].batch_sizes, key=lambda size: abs(size - NOISE_BATCH)
     )
@@ -112,15 +97,7 @@ def noise_cell(problem_name: str, known: Known) -> Cell | None:
 
 
 def read_noise(problem_name: str, known: Known) -> list[list[float]]:
-    """The noise scale along a run of SGD's best setting.
-
-    Args:
-        problem_name: Of which problem.
-        known: The cells that have been run.
-
-    Returns:
-        `[step, noise scale]`; empty if none of SGD's cells has been run.
-    """
+    """Returns `[step, noise scale]` along the best run of SGD, if it is known."""
     problem = PROBLEMS[problem_name]
     cell = noise_cell(problem_name, known)
     if cell is None:
@@ -154,25 +131,18 @@ def read_noise(problem_name: str, known: Known) -> list[list[float]]:
 
 
 def losses_cells() -> list[Cell]:
-    """The cells along whose best runs training loss is read beside the error."""
+    """Returns the cells whose training loss is read beside the error."""
     largest = PROBLEMS[CURVES_PROBLEM].batch_sizes[-1]
     return [Cell(CURVES_PROBLEM, name, largest) for name in LOSSES_OF]
 
 
 def lengths_cells() -> list[Cell]:
-    """The cells along whose best runs the quadratic model's steps are read."""
+    """Returns the cells whose steps under the quadratic model are read."""
     return [Cell(CURVES_PROBLEM, "kfac_quadratic", size) for size in LENGTHS_AT]
 
 
 def read_losses(known: Known) -> dict[str, list[list[float]]]:
-    """Training loss beside the error along runs at the largest batch.
-
-    Args:
-        known: The cells that have been run.
-
-    Returns:
-        By contestant, of those whose cells have been run.
-    """
+    """Returns training losses and errors along the best runs, by optimizer."""
     problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
     return {
         cell.contestant: curves.read_losses(
@@ -184,14 +154,7 @@ def read_losses(known: Known) -> dict[str, list[list[float]]]:
 
 
 def read_lengths(known: Known) -> dict[str, list[list[float]]]:
-    """The steps under the quadratic model along its best runs.
-
-    Args:
-        known: The cells that have been run.
-
-    Returns:
-        By batch size, of those whose cells have been run.
-    """
+    """Returns the steps under the quadratic model, by batch size."""
     problem, task = PROBLEMS[CURVES_PROBLEM], task_of(CURVES_PROBLEM)
     return {
         str(cell.batch_size): curves.read_lengths(
@@ -203,10 +166,7 @@ def read_lengths(known: Known) -> dict[str, list[list[float]]]:
 
 
 def read_along(known: Known) -> dict[str, dict[str, float]]:
-    """The settings of all runs that are read along, by cell.
-
-    What was read of other settings is read anew.
-    """
+    """Returns the settings of the single runs by cell; if they change, all are anew."""
     noise = [noise_cell(name, known) for name in PROBLEMS]
     return {
         str(cell): known[cell].best[0].settings
@@ -216,17 +176,13 @@ def read_along(known: Known) -> dict[str, dict[str, float]]:
 
 
 def known_cells() -> Known:
-    """The cells that have been run."""
+    """Returns the cells that have been run."""
     found = {cell: cells.kept(cell, CELLS) for cell in cells.all_cells()}
     return {cell: outcome for cell, outcome in found.items() if outcome is not None}
 
 
 def write_record() -> dict[str, Any]:
-    """Writes the record and the pictures from the cells.
-
-    Returns:
-        The record.
-    """
+    """Writes the record and the pictures from the cells; returns the record."""
     known = known_cells()
     rows, variants = (
         [
@@ -272,7 +228,7 @@ def write_record() -> dict[str, Any]:
         "rows": rows,
         "variants": variants,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
     if rows:
         findings.draw(rows, noise).savefig(FIGURE)
     if losses:
@@ -282,11 +238,7 @@ def write_record() -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints the tables, the budget and what was asked.
-
-    Args:
-        record: The record.
-    """
+    """Prints the tables and the budget of a record."""
     for problem in PROBLEMS.values():
         print(f"\n{problem.title}: steps to {problem.error} {problem.target:g}, time\n")
         print(findings.table(record["rows"], problem))
@@ -306,11 +258,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def repeat(cell: Cell) -> None:
-    """Runs a cell, keeps nothing, and prints it beside what is known of it.
-
-    Args:
-        cell: Which.
-    """
+    """Runs a cell again, keeps nothing, and prints it beside the record."""
     again = findings.row_of(cell, cells.measure(cell, task_of(cell.problem)))
     known = cells.kept(cell, CELLS)
     if known is not None:
@@ -322,14 +270,7 @@ def repeat(cell: Cell) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what the command line says.
-
-    Args:
-        arguments: Of the command line; `None` for the process's own.
-
-    Raises:
-        SystemExit: If a cell is not known.
-    """
+    """Runs the command line; exits with an error if a cell is not known."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=float("inf"))

@@ -1,8 +1,8 @@
-"""A run from its settings to its last checkpoint, and what may come in between.
+"""A run from its settings to its last checkpoint, with interruptions.
 
-A run that is killed at any moment goes on from its newest whole checkpoint, bit for bit
-as if nothing had happened. One that is asked to stop (SIGTERM) saves first; so does one
-that cannot read its data.
+A run that is killed at any moment resumes from its newest whole checkpoint, bit for bit
+as if it had not been interrupted. A run that is asked to stop (SIGTERM) saves first; so
+does a run that cannot read its data.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from experiments import (
     preemption,
     report,
     resuming,
-    run_facts,
     runs,
 )
 from experiments.classifier import Program, build_program, evaluate, open_data
@@ -33,7 +32,14 @@ from lbopt import memory_plan, training
 
 
 class Run(NamedTuple):
-    """A run whose settings have passed every check."""
+    """A run whose settings have passed every check.
+
+    Attributes:
+      config: its settings.
+      directory: where its files go.
+      data: its data.
+      program: its compiled functions.
+    """
 
     config: Config
     directory: pathlib.Path
@@ -42,17 +48,23 @@ class Run(NamedTuple):
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to stop, and has saved what it needs to go on."""
+    """Raised when the run was asked to stop and has saved its state."""
 
 
 def prepare(config: Config) -> Run:
     """Opens the data, builds the program and claims the directory; compiles nothing.
 
+    Args:
+      config: the settings of the run.
+
+    Returns:
+      The run.
+
     Raises:
-        FileExistsError: If the directory holds a run that is not to be resumed.
-        FileNotFoundError: If the data set is not prepared.
-        OSError: If the directory cannot be written, or has no space for a checkpoint.
-        ValueError: If settings do not suit the data, the optimizer or the run resumed.
+      FileExistsError: if the directory holds a run that is not to be resumed.
+      FileNotFoundError: if the data set is not prepared.
+      OSError: if the directory cannot be written, or has no space for a checkpoint.
+      ValueError: if settings do not suit the data, the optimizer or the resumed run.
     """
     data = open_data(config)
     program = build_program(config, data)
@@ -73,19 +85,19 @@ def train(
     preempted: preemption.Preemption | None = None,
     reached: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Carries out a run, or what is left of it.
+    """Trains a run from its start, or from its newest checkpoint, to its end.
 
     Args:
-        run: What `prepare` returned.
-        preempted: Tells when to stop; none: never.
-        reached: Told the number of steps done after each.
+      run: the run.
+      preempted: tells when to stop; never if None.
+      reached: called after each step with the number of steps done.
 
     Returns:
-        The test accuracy at its end.
+      The test accuracy at the end.
 
     Raises:
-        InterruptedRunError: If it was asked to stop.
-        OSError: If its last checkpoint could not be written.
+      InterruptedRunError: if the run was asked to stop.
+      OSError: if the last checkpoint could not be written.
     """
     config, directory, data, program = run
     state, messages = program.init(), []
@@ -114,7 +126,6 @@ def train(
                 batch_size=config.batch_size,
                 steps_per_epoch=data.steps_per_epoch,
                 start_step=start,
-                devices=place.devices,
                 writes=jax.process_index() == 0,
             )
         )
@@ -133,7 +144,7 @@ def train(
 
 @dataclasses.dataclass
 class _Loop:
-    """The steps of a run."""
+    """The steps of a run, with the objects that they use."""
 
     run: Run
     store: checkpoints.Checkpoints
@@ -144,7 +155,7 @@ class _Loop:
     reached: Callable[[int], None]
 
     def go(self, state: training.TrainState, start: int) -> float:
-        """Steps, evaluations and checkpoints up to the end."""
+        """Runs steps, evaluations and checkpoints to the end; returns the accuracy."""
         config, data, program = self.run.config, self.run.data, self.run.program
         total = data.steps(config.epochs)
         evaluated, saved = map(
@@ -177,12 +188,12 @@ class _Loop:
         if total not in self.store.steps() or not self.store.wait():
             self._save(total, state, accuracy)
             self._require_saved(total)
-        if accuracy is None:  # nothing was left to do
+        if accuracy is None:  # the checkpoint was that of the last step
             accuracy = evaluate(program, state, data)["accuracy"]
         return accuracy
 
     def _begin(self, state: training.TrainState, batch: Any) -> None:
-        """Compiles the step, and tells what it needs and what the run is."""
+        """Compiles the step, prints its memory plan and writes the facts of the run."""
         data, program = self.run.data, self.run.program
         devices, along = self.place.devices, program.per_example
         needed = memory_plan.plan(state, batch, devices, per_example=along)
@@ -192,20 +203,18 @@ class _Loop:
         if jax.process_index() > 0:
             return
         print(needed)
-        facts = run_facts.start_facts(
+        runs.write_facts(
+            self.run.directory,
             devices=devices,
             parameters=sum(x.size for x in jax.tree.leaves(state.params)),
             steps=data.steps(self.run.config.epochs),
             steps_per_epoch=data.steps_per_epoch,
-            data={
-                "train_images": data.train_images,
-                "test_images": data.test_images,
-                "classes": data.num_classes,
-                "image_shape": data.image_shape,
-            },
+            train_images=data.train_images,
+            test_images=data.test_images,
+            classes=data.num_classes,
+            image_shape=data.image_shape,
             memory_plan=needed._asdict(),
         )
-        run_facts.write(self.run.directory, facts)
 
     def _save(self, step: int, state: Any, accuracy: float | None = None) -> None:
         place = self.place._replace(batches_taken=self.feed.get_state())
@@ -220,7 +229,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def _saving_on_error(self, step: int, state: Any) -> Iterator[None]:
-        """Saves what was done before an error that is none of the step's."""
+        """Saves the state before an error of the data is raised again."""
         try:
             yield
         except Exception:
@@ -239,7 +248,7 @@ class _Loop:
 
 
 def draw(drawn: Sequence[Run], path: pathlib.Path) -> None:
-    """Draws the curves of runs that differ in the optimizer only."""
+    """Draws the curves of runs that differ only in the optimizer."""
     config = drawn[0].config
     title = f"{config.model} on {config.dataset}, batch {config.batch_size:,}"
     logs = {run.config.optimizer: run.directory / "metrics.jsonl" for run in drawn}
@@ -251,7 +260,7 @@ def _devices(program: Program) -> int:
 
 
 def _changes(run: Run, then: checkpoints.Place) -> list[str]:
-    """What is different from when the run was begun, and matters."""
+    """Returns messages on differences from the run's earlier start that matter."""
     config, now = run.config, _devices(run.program)
     if then.devices == now:
         return []
@@ -265,7 +274,7 @@ def _changes(run: Run, then: checkpoints.Place) -> list[str]:
 
 
 def _by_the_first_process(act: Callable[[], None]) -> None:
-    """Lets process 0 do something for all; what it refuses, all refuse."""
+    """Calls ``act`` in process 0; if it raises, every process raises."""
     problem = None
     if jax.process_index() == 0:
         try:
@@ -289,6 +298,7 @@ def _require_space(directory: pathlib.Path, program: Program) -> None:
     )
     if (free := shutil.disk_usage(directory).free) < needed:
         raise OSError(
-            f"directory: {directory} has {free / 1e9:.2f} GB left, but one checkpoint "
-            f"takes {needed / 1e9:.2f} GB; make space or choose another --directory"
+            f"directory={directory} must have {needed / 1e9:.2f} GB free for one "
+            f"checkpoint, but has {free / 1e9:.2f} GB; make space or choose another "
+            "--directory"
         )

@@ -1,23 +1,24 @@
-"""Makes a small ImageNet of drawings, in archives laid out as the official ones.
+"""Makes a small ImageNet of drawings, in archives with the official layout.
 
     python experiments/made_imagenet.py ~/made_imagenet
     python experiments/made_imagenet.py ~/made_imagenet --num-classes 100
 
-The images are the drawings of `experiments/data/strokes.py`, as JPEGs of varying size
-and aspect, so the classes can be learnt: class `i` of the drawings is the synset of
-label `i`. As in the official training set a few images are CMYK, one is a PNG named
+The images are the drawings of ``experiments/data/strokes.py``, as JPEGs of varying size
+and aspect, so the classes can be learnt: class ``i`` of the drawings is the synset of
+label ``i``.  As in the official training set a few images are CMYK, one is a PNG named
 .JPEG, some are grey, and some carry long metadata.
 
 The label of a validation image follows from the number in its name, by the official
-list, which names each class 50 times, in no order. So the made validation images have
-those numbers, ascending but not consecutive, that belong to the made classes: labels
-are right for whoever goes by the number, as `experiments/prepare_imagenet.py` does, and
-there can be at most 50 a class. (TensorFlow's preparation goes by the position among
-the sorted names; that is the same for the official archive alone.)
+list, which names each class 50 times, in no order.  The validation images therefore
+have the numbers that belong to the made classes, ascending but not consecutive, and at
+most 50 per class.  ``experiments/prepare_imagenet.py`` goes by these numbers;
+TensorFlow goes by the position among the sorted names, which is the same for the whole
+official archive only.
 """
 
 import dataclasses
 import io
+import math
 import pathlib
 import sys
 import tarfile
@@ -36,37 +37,33 @@ from experiments.data.imagenet_archives import Split
 Oddity = Literal["cmyk", "png", "grey", "metadata"]
 
 DRAWING_SIZE = 64
-"""Height and width of a drawing, in pixels, before it is given its size and aspect."""
+"""Height and width of a drawing, in pixels, before it is resized."""
 
-_VALIDATION_PER_CLASS = 50  # how often the official list names a class
+_VALIDATION_PER_CLASS = 50  # in the official list
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to make."""
+    """Options of the command."""
 
     directory: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Where the archives go; made if missing."""
+    """Directory of the archives; made if missing."""
     num_classes: int = 20
     """Classes, at most 1,000."""
     train_images: int = 2000
-    """Training images, as many of each class; the last may get one less."""
+    """Training images, spread evenly over the classes."""
     validation_images: int = 500
-    """Validation images, at most 50 a class."""
+    """Validation images, at most 50 per class."""
     min_size: int = 60
     """Least height and width, in pixels."""
     max_size: int = 500
     """Greatest height and width, in pixels."""
     seed: int = 0
-    """Chooses the drawings and their sizes."""
+    """Seed of the drawings and their sizes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carries out a command line.
-
-    Args:
-        arguments: Without the program's name; `None` for those of the process.
-    """
+    """Carries out a command line; None for that of the process."""
     try:
         options = tyro.cli(Options, args=arguments, description=__doc__)
         make(options)
@@ -83,19 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make(options: Options) -> None:
     """Draws the images and writes the two archives.
 
-    Args:
-        options: What to make, and where.
-
     Raises:
-        ValueError: If an option cannot be meant; the message names it.
-        FileExistsError: If there are archives already; they might be the official ones.
+      ValueError: if an option is out of range.
+      FileExistsError: if there are archives already, perhaps the official ones.
     """
     _check(options)
     directory = options.directory.expanduser()
     tars = {split: directory / name for split, name in imagenet_archives.TARS.items()}
     for path in tars.values():
         if path.exists():
-            raise FileExistsError(f"{path} exists; name another directory")
+            raise FileExistsError(f"{path} exists; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made = pathlib.Path(scratch)
@@ -108,24 +102,25 @@ def make(options: Options) -> None:
 def _check(options: Options) -> None:
     classes, most = options.num_classes, _VALIDATION_PER_CLASS * options.num_classes
     ranges = {
-        "num_classes": (2, 1000, "that many there are"),
-        "train_images": (classes, None, "one a class"),
-        "validation_images": (1, most, "the official labels name a class 50 times"),
-        "min_size": (8, options.max_size, "less than max_size"),
-        "seed": (0, None, "not negative"),
+        "num_classes": (2, 1000, "ImageNet has 1,000"),
+        "train_images": (classes, math.inf, "take one per class or more"),
+        "validation_images": (1, most, "the official labels have 50 per class"),
+        "min_size": (8, options.max_size, "max_size is the other bound"),
+        "seed": (0, math.inf, "0 is the default"),
     }
     for name, (least, greatest, reason) in ranges.items():
-        value = getattr(options, name)
-        if value < least or (greatest is not None and value > greatest):
-            bounds = f"at least {least}" if greatest is None else f"{least}..{greatest}"
-            raise ValueError(f"{name} must be {bounds} ({reason}), got {value}")
+        if not least <= (value := getattr(options, name)) <= greatest:
+            raise ValueError(
+                f"{name}={value} must lie in [{least}, {greatest}]; {reason}"
+            )
 
 
 def _make_train(options: Options, tar: pathlib.Path, scratch: pathlib.Path) -> None:
     synsets = imagenet_archives.synsets()[: options.num_classes]
     for synset in synsets:
         (scratch / synset).mkdir()
-    # Drawn in turns, archived class by class; there may be more than memory holds.
+    # Through files: drawing goes round the classes, archiving takes one after another,
+    # and the images may exceed the memory.
     for number, label, image in _images(options, "train"):
         synset = synsets[label]
         name = f"{synset}_{number // len(synsets) + 1}.JPEG"
@@ -152,13 +147,13 @@ def _make_validation(options: Options, tar: pathlib.Path) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without time and owner: the same bytes every time
+    member = tarfile.TarInfo(name)  # without time and owner, for equal bytes every time
     member.size = len(contents)
     tar.addfile(member, io.BytesIO(contents))
 
 
 def _images(options: Options, split: Split) -> Iterator[tuple[int, int, bytes]]:
-    """Number, label and file of every image of a split."""
+    """Yields number, label and encoded file of every image of a split."""
     config = strokes.Strokes(
         num_classes=options.num_classes, image_size=DRAWING_SIZE, seed=options.seed
     )
@@ -178,7 +173,7 @@ def _images(options: Options, split: Split) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _size(generator: np.random.Generator, options: Options) -> tuple[int, int]:
-    """Width and height: the longer side uniform, the shorter at least 0.6 of it."""
+    """Draws width and height: the longer uniform, the shorter at least 0.6 of it."""
     longer = int(generator.integers(options.min_size, options.max_size + 1))
     shorter = max(options.min_size, int(longer * generator.uniform(0.6, 1.0)))
     upright = generator.uniform() < 0.5
@@ -186,7 +181,7 @@ def _size(generator: np.random.Generator, options: Options) -> tuple[int, int]:
 
 
 def _odd_train(number: int) -> Oddity | None:
-    """What is odd about a training image: one is a PNG, a few in 400 something else."""
+    """Returns the oddity of a training image: one PNG, a few others in every 400."""
     if number == 1:
         return "png"
     few: dict[int, Oddity] = {0: "cmyk", 2: "grey", 3: "metadata", 4: "cmyk"}
@@ -194,7 +189,7 @@ def _odd_train(number: int) -> Oddity | None:
 
 
 def _odd_validation(number: int) -> Oddity | None:
-    """As in the official set, no validation image is CMYK or a PNG."""
+    """Returns the oddity of a validation image: never CMYK or PNG, as officially."""
     few: dict[int, Oddity] = {0: "grey", 1: "metadata"}
     return few.get(number % 400)
 

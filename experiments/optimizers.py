@@ -1,4 +1,4 @@
-"""The optimizer of a run and its learning rate, out of the settings."""
+"""Builds the optimizer of a run and its learning rate from the settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from lbopt.curvature import registry
 def build_schedule(
     config: Config, data: pipeline.Data, peak_value: float
 ) -> optax.Schedule:
-    """The learning rate of a step.
+    """Returns the learning rate as a function of the step.
 
     Args:
         config: Settings of the run.
-        data: What the schedule's epochs are of.
+        data: The data, whose epochs the schedule counts.
         peak_value: Learning rate before it falls.
 
     Returns:
-        A function of the step.
+        The schedule.
     """
     if config.optimizer == "sp_ngd":
         return _schedule_of_sp_ngd(config, data, peak_value)
@@ -70,7 +70,7 @@ def _schedule_of_sp_ngd(
 
 
 def _by_half_epochs(value: float, factor: float, data: pipeline.Data) -> optax.Schedule:
-    """A number that is multiplied by a factor after each half of an epoch."""
+    """Returns a value multiplied by a factor after each half of an epoch."""
     return optax.exponential_decay(value, data.steps(0.5), factor, staircase=True)
 
 
@@ -81,13 +81,13 @@ def build_optimizer(
     arguments: tuple,
     devices: int,
 ) -> tuple[optax.GradientTransformation, registry.Layers | None]:
-    """The optimizer, and the layers that it has curvature of.
+    """Builds the optimizer, and traces the layers whose curvature it needs.
 
     Args:
         config: Settings of the run.
-        data: What the schedule's epochs are of.
+        data: The data, whose epochs the schedule counts.
         loss_fn: The loss.
-        arguments: The loss's, or their shapes.
+        arguments: Arguments of the loss, or their shapes.
         devices: Devices that share a step.
 
     Returns:
@@ -143,7 +143,7 @@ def build_optimizer(
 def _natural_gradient(
     config: Config, layers: Any, placement: lbopt.Placement
 ) -> optax.GradientTransformation:
-    """K-FAC as a preconditioner of another optimizer."""
+    """Builds K-FAC as a preconditioner of another optimizer."""
     kfac = config.kfac
     return lbopt.scale_by_kfac(
         layers,

@@ -1,10 +1,9 @@
-"""Noticing that the run is to stop, in all processes at the same step.
+"""Notices SIGTERM, the request to stop, in all processes at the same step.
 
-Slurm (`--signal=TERM@120`), Kubernetes and cloud machines all send SIGTERM some time
-before they kill; it is the one signal that jax's preemption service listens to. With
-several processes jax hears it, whichever process gets it, and has all of them agree on
-a later step; a Python handler would take the signal from it. A single process has a
-Python handler.
+Slurm (``--signal=TERM@120``), Kubernetes and cloud machines all send SIGTERM some time
+before they kill; it is the one signal that jax's preemption service listens to.  With
+several processes jax hears it in any of them and has all agree on a later step; a
+Python handler would take the signal from jax.  A single process has a Python handler.
 """
 
 import signal
@@ -16,10 +15,10 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Tells whether SIGTERM came; use as a context manager in the main thread.
+    """A context manager, for the main thread, that records SIGTERM.
 
-    SIGTERM no longer ends the process inside the block. The previous handler is back
-    after it, except that with several processes jax keeps the signal to its end.
+    Inside the block SIGTERM does not end the process.  The previous handler is back
+    after it, except that with several processes jax keeps the signal.
     """
 
     def __init__(self):
@@ -27,27 +26,24 @@ class Preemption:
         self._shared = jax.distributed.is_initialized()
 
     def __enter__(self) -> Self:
-        """Begins to listen."""
+        """Installs the handler."""
         if not self._shared:
             self._previous = signal.signal(signal.SIGTERM, self._notice)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Gives the signal back."""
+        """Restores the previous handler."""
         if not self._shared:
             # None: a handler that Python did not install and cannot put back.
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
     def requested(self, step: int) -> bool:
-        """Whether to save now and stop.
+        """Returns whether to save now and stop; once true, it stays so.
 
         Args:
-            step: Steps done so far. With several processes all must ask after every
-                step; they get the same answer at the same step, a second or so after
-                the signal.
-
-        Returns:
-            Whether to stop. Once true, it stays so.
+          step: steps done so far.  With several processes all must ask after every
+            step; they get the same answer at the same step, about a second after the
+            signal.
         """
         if self._shared and not self._requested:
             self._requested = multihost_utils.reached_preemption_sync_point(step)

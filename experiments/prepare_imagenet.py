@@ -3,13 +3,13 @@
     python experiments/prepare_imagenet.py --archives ~/ilsvrc2012
     python experiments/prepare_imagenet.py --verify
 
-The first command turns `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which
-image-net.org gives to those who register, into `imagenet2012` of `tensorflow_datasets`.
-It may be stopped or killed at any moment: started again, it goes on where it was, and
-the result is the same. `experiments/data/imagenet_builder.py` says what is read and
-written. The second command decodes every prepared image and names those that fail.
-
-`experiments/made_imagenet.py` makes small archives to try this with.
+The first command turns ``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar``,
+which image-net.org gives to registered users, into ``imagenet2012`` of
+``tensorflow_datasets``.  It may be stopped or killed at any moment: started again, it
+continues, and the result is the same.  ``experiments/data/imagenet_builder.py``
+describes what is read and written.  The second command decodes every prepared image and
+names those that fail.  ``experiments/made_imagenet.py`` makes small archives for a
+trial.
 """
 
 import concurrent.futures.process
@@ -32,57 +32,38 @@ import tyro
 from experiments import tasks
 from experiments.data import imagenet_archives, imagenet_builder, imagenet_check
 from experiments.data.imagenet_archives import NUM_IMAGES, TARS, Split
+from lbopt import checks
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to prepare, and where."""
+    """Options of the command."""
 
     archives: pathlib.Path | None = None
     """Directory of the two archives; not needed to verify."""
     data_dir: pathlib.Path = pathlib.Path("~/tensorflow_datasets")
     """Directory that holds data sets, one directory each."""
     train_images: int = NUM_IMAGES["train"]
-    """Images that the training archive should hold."""
+    """Images expected in the training archive."""
     validation_images: int = NUM_IMAGES["validation"]
-    """Images that the validation archive should hold."""
+    """Images expected in the validation archive."""
     workers: int = 4
     """Processes; each needs about 400 MB of memory."""
     verify: bool = False
-    """Decode every image of what is prepared, instead of preparing it."""
+    """Decode every prepared image, instead of preparing them."""
 
 
 class PreparationError(ValueError):
-    """The data set cannot be prepared, or not yet."""
+    """A reason why the data set cannot be prepared, or not yet."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Where a preparation keeps what it has done so far.
-
-    Attributes:
-        directory: Beside the final directory, so that it can be renamed.
-    """
-
-    directory: pathlib.Path
-
-    @property
-    def index(self) -> pathlib.Path:
-        """Directory of the index, one file a part of an archive."""
-        return self.directory / "index"
-
-    @property
-    def shards(self) -> pathlib.Path:
-        """Directory of the shards, which becomes the data set."""
-        return self.directory / "shards"
+# Of the directory of unfinished work: one index file per part of an archive, and the
+# shards, whose directory becomes the data set.
+_INDEX, _SHARDS = "index", "shards"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carries out a command line.
-
-    Args:
-        arguments: Without the program's name; `None` for those of the process.
-    """
+    """Carries out a command line; None for that of the process."""
     try:
         options = tyro.cli(Options, args=arguments, description=__doc__)
         _check(options)
@@ -91,31 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             verify(data_dir, options.workers)
         else:
             prepare(options, data_dir)
-    except (
-        PreparationError,
-        imagenet_archives.ArchiveError,
-        imagenet_builder.ShardError,
-        OSError,
-    ) as error:
+    except (ValueError, imagenet_builder.ShardError, OSError) as error:
         sys.exit(f"error: {error}")
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit(
-            "error: a worker process was killed, perhaps for want of memory. Start "
-            "the same command again, with fewer --workers; it goes on where it was."
+            "error: a worker process was killed, perhaps for lack of memory; start the "
+            "same command again with fewer --workers, and it continues"
         )
     except KeyboardInterrupt:
-        sys.exit("stopped: start the same command again to go on")
+        sys.exit("stopped: start the same command again to continue")
 
 
 def prepare(options: Options, data_dir: pathlib.Path) -> None:
-    """Prepares the data set, or goes on with it.
+    """Prepares the data set, or continues to.
 
     Args:
-        options: The archives and how many images they should hold.
-        data_dir: Directory that holds data sets, absolute.
+      options: the archives and their expected numbers of images.
+      data_dir: directory that holds data sets, absolute.
 
     Raises:
-        PreparationError: If something stands in the way; the message says what to do.
+      PreparationError: if the options, the archives or the disk do not allow it.
     """
     expected: dict[Split, int] = {
         "train": options.train_images,
@@ -123,10 +99,10 @@ def prepare(options: Options, data_dir: pathlib.Path) -> None:
     }
     builder = imagenet_builder.open_builder(data_dir)
     target = pathlib.Path(builder.data_path)
-    work = Work(target.with_name(f"incomplete.{target.name}"))
+    work = target.with_name(f"incomplete.{target.name}")
     if target.exists():
         _check_prepared(builder, target, expected)
-        shutil.rmtree(work.directory, ignore_errors=True)  # killed while doing this
+        shutil.rmtree(work, ignore_errors=True)  # left if killed in the last step
         print(f"{target} is prepared already")
         return
     assert options.archives is not None
@@ -139,14 +115,14 @@ def prepare(options: Options, data_dir: pathlib.Path) -> None:
         for split, path in archives.items():
             _check_count(split, path, len(images[split]), expected[split])
         shards: dict[Split, list[imagenet_builder.Shard]] = {
-            split: imagenet_builder.plan(rows, split, work.shards)
+            split: imagenet_builder.plan(rows, split, work / _SHARDS)
             for split, rows in images.items()
         }
         features = builder.info.features
         for split, path in archives.items():
             _write_shards(split, shards[split], path, features, options.workers)
-        imagenet_builder.finish(builder, shards, work.shards)
-    shutil.rmtree(work.directory)
+        imagenet_builder.finish(builder, shards, work / _SHARDS)
+    shutil.rmtree(work)
     counts = ", ".join(f"{split} {count:,}" for split, count in expected.items())
     print(f"prepared {target}: {counts} images")
 
@@ -154,12 +130,8 @@ def prepare(options: Options, data_dir: pathlib.Path) -> None:
 def verify(data_dir: pathlib.Path, workers: int) -> None:
     """Decodes every image of the prepared data set and prints those that fail.
 
-    Args:
-        data_dir: Directory that holds data sets, absolute.
-        workers: Processes.
-
     Raises:
-        PreparationError: If the data set is not prepared, or any image fails.
+      PreparationError: if the data set is not prepared, or any image fails.
     """
     builder = imagenet_builder.open_builder(data_dir)
     if not builder.is_prepared():
@@ -190,14 +162,12 @@ def verify(data_dir: pathlib.Path, workers: int) -> None:
 
 
 def _check(options: Options) -> None:
-    """Refuses what cannot be meant, naming the option."""
     for name in ("train_images", "validation_images", "workers"):
-        if (value := getattr(options, name)) < 1:
-            raise PreparationError(f"{name} must be positive, got {value}")
+        checks.whole(name, getattr(options, name), "leave it out for the default")
     if options.archives is None and not options.verify:
         raise PreparationError(
-            "archives: say with --archives in which directory the archives "
-            f"{' and '.join(TARS.values())} are"
+            f"archives: pass --archives with the directory of "
+            f"{' and '.join(TARS.values())}"
         )
 
 
@@ -206,8 +176,8 @@ def _find_archives(directory: pathlib.Path) -> dict[Split, pathlib.Path]:
     missing = [str(path) for path in found.values() if not path.is_file()]
     if missing:
         raise PreparationError(
-            f"archives: there is no {' and no '.join(missing)}. Who registers at "
-            "https://image-net.org/download-images gets the archives of ILSVRC2012"
+            f"archives: there is no {' and no '.join(missing)}; register at "
+            "https://image-net.org/download-images for the archives of ILSVRC2012"
         )
     return found
 
@@ -215,7 +185,7 @@ def _find_archives(directory: pathlib.Path) -> dict[Split, pathlib.Path]:
 def _check_prepared(
     builder: Any, target: pathlib.Path, expected: Mapping[Split, int]
 ) -> None:
-    """Refuses a directory that holds something else than what is asked for."""
+    """Raises PreparationError if the directory holds another number of images."""
     found = {
         split: builder.info.splits[split].num_examples if builder.is_prepared() else 0
         for split in expected
@@ -223,8 +193,8 @@ def _check_prepared(
     }
     if found != expected:
         raise PreparationError(
-            f"{target} exists, but holds {found or 'no data set'}, not {expected}. "
-            "Move it away or name another --data-dir"
+            f"{target} exists, but holds {found or 'no data set'}, not {expected}; "
+            "move it away or choose another --data-dir"
         )
 
 
@@ -234,31 +204,32 @@ def _check_count(split: Split, path: pathlib.Path, found: int, expected: int) ->
             f"{path} holds {found:,} images, where {expected:,} were expected. If it "
             f"should be the official archive, compare its MD5 sum with "
             f"{imagenet_archives.MD5[split]} and fetch it again; if it should hold "
-            f"{found:,}, add --{split}-images {found}. Nothing was prepared"
+            f"{found:,}, add --{split}-images {found}"
         )
 
 
 @contextlib.contextmanager
-def _begun(work: Work, archives: Mapping[Split, pathlib.Path]) -> Iterator[None]:
-    """Holds the work directory, and says what a failure to write there means."""
+def _begun(
+    work: pathlib.Path, archives: Mapping[Split, pathlib.Path]
+) -> Iterator[None]:
+    """Locks the work directory, and explains a full disk."""
     try:
-        work.index.mkdir(parents=True, exist_ok=True)
-        work.shards.mkdir(exist_ok=True)
-        lock = (work.directory / "lock").open("w")
+        for name in (_INDEX, _SHARDS):
+            (work / name).mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
     except OSError as error:
         raise PreparationError(
-            f"data_dir: {work.directory} cannot be written ({error.strerror}); name "
-            "another --data-dir"
+            f"data_dir: {work} cannot be written ({error.strerror}); choose another "
+            "--data-dir"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise PreparationError(
-                f"another process prepares {work.directory} at this moment; wait for "
-                "it or stop it"
+                f"another process prepares {work} now; wait for it or stop it"
             ) from error
-        for path in work.directory.glob(f"*/{imagenet_builder.PARTIAL}*"):
+        for path in work.glob(f"*/{imagenet_builder.PARTIAL}*"):
             path.unlink()
         _check_same_archives(work, archives)
         _check_space(work, archives)
@@ -268,35 +239,35 @@ def _begun(work: Work, archives: Mapping[Split, pathlib.Path]) -> Iterator[None]
             if not _is_full(error):
                 raise
             raise PreparationError(
-                f"no space is left in {work.directory} ({error}). What is done is "
-                "kept: make room and start the same command again"
+                f"no space is left in {work} ({error}); make room and start the same "
+                "command again, which continues"
             ) from error
 
 
-def _check_same_archives(work: Work, archives: Mapping[Split, pathlib.Path]) -> None:
-    """Refuses to go on with other archives than those the work was begun with."""
-    record = work.directory / "archives.json"
+def _check_same_archives(
+    work: pathlib.Path, archives: Mapping[Split, pathlib.Path]
+) -> None:
+    """Raises PreparationError if shards were written from other archives."""
+    record = work / "archives.json"
     prints = {s: imagenet_archives.fingerprint(path) for s, path in archives.items()}
     if record.exists() and json.loads(record.read_text()) != prints:
-        if any(work.shards.iterdir()):
+        if any((work / _SHARDS).iterdir()):
             raise PreparationError(
-                f"the shards in {work.directory} were written from other archives "
-                "than these. Put those back, or remove this directory and start again"
+                f"the shards in {work} were written from other archives than these; "
+                "put those back, or remove this directory and start again"
             )
-        for path in work.index.iterdir():
+        for path in (work / _INDEX).iterdir():
             path.unlink()
     _write(record, json.dumps(prints).encode())
 
 
-def _check_space(work: Work, archives: Mapping[Split, pathlib.Path]) -> None:
-    """Refuses to begin what the disk has no room for."""
+def _check_space(work: pathlib.Path, archives: Mapping[Split, pathlib.Path]) -> None:
     needed = sum(path.stat().st_size for path in archives.values())
-    needed -= sum(path.stat().st_size for path in work.shards.iterdir())
-    free = shutil.disk_usage(work.directory).free
-    if free < needed:
+    needed -= sum(path.stat().st_size for path in (work / _SHARDS).iterdir())
+    if (free := shutil.disk_usage(work).free) < needed:
         raise PreparationError(
-            f"data_dir: {work.directory} needs {needed / 1e9:,.1f} GB more, and "
-            f"{free / 1e9:,.1f} GB are free. Make room or name another --data-dir"
+            f"data_dir: {work} needs {needed / 1e9:,.1f} GB more, and "
+            f"{free / 1e9:,.1f} GB are free; make room or choose another --data-dir"
         )
 
 
@@ -307,10 +278,12 @@ def _is_full(error: Exception) -> bool:
     return any(os.strerror(number) in str(error) for number in full)
 
 
-def _indexed(split: Split, path: pathlib.Path, work: Work, workers: int) -> np.ndarray:
-    """The images of an archive; parts that are indexed already are read back."""
+def _indexed(
+    split: Split, path: pathlib.Path, work: pathlib.Path, workers: int
+) -> np.ndarray:
+    """Returns the index of an archive; parts that are indexed already are read back."""
     parts = imagenet_archives.parts(path, split)
-    files = [work.index / f"{split}.{part.name}.npy" for part in parts]
+    files = [work / _INDEX / f"{split}.{part.name}.npy" for part in parts]
     missing = [
         (path, part, split, file)
         for part, file in zip(parts, files, strict=True)
@@ -353,7 +326,7 @@ def _write_shards(
 
 
 def _write(path: pathlib.Path, contents: bytes) -> None:
-    """Writes a file whose name appears when all of it is on disk."""
+    """Writes a file, which takes its name when all of it is on disk."""
     partial = path.with_name(f"{imagenet_builder.PARTIAL}{os.getpid()}.{path.name}")
     with partial.open("wb") as file:
         file.write(contents)

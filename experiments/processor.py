@@ -1,11 +1,11 @@
-"""Which processor this is, for records of times."""
+"""The name of the processor, for records of times."""
 
 import pathlib
 import platform
 
 
 def name() -> str:
-    """The processor's name as the system has it, such as `AMD EPYC`."""
+    """Returns the processor's name as the system has it, such as ``AMD EPYC``."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text("utf-8").splitlines():

@@ -32,8 +32,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import classifier
-from experiments.configs import resnet50_sp_ngd
+from experiments import classifier, study
+from experiments.configs import resnet50
 from experiments.data import pipeline
 from experiments.models import resnet
 from experiments.settings import Config
@@ -57,23 +57,16 @@ CASES: dict[str, Config] = {
     "sp_ngd bfloat16 remat": dataclasses.replace(
         BASE, optimizer="sp_ngd", dtype="bfloat16", remat=True
     ),
-    ACCUMULATED: dataclasses.replace(
-        resnet50_sp_ngd.RUNS["sp_ngd_131k"].config, devices=8
-    ),
+    ACCUMULATED: dataclasses.replace(resnet50.RUNS["sp_ngd_131k"].config, devices=8),
 }
 """Settings by the name of the case; the last is compiled only."""
 
 RUNS = pathlib.Path("runs/resnet50_steps")
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "resnet50_steps.json"
+RESULTS = study.RESULTS / "resnet50_steps.json"
 
 
 class Case:
-    """A program at full size, from shapes alone, and what is found out about it.
-
-    Args:
-        config: Settings of the run.
-    """
+    """A program at full size, built from shapes alone."""
 
     def __init__(self, config: Config):
         absent: Any = None
@@ -92,7 +85,7 @@ class Case:
         self.state = jax.eval_shape(self.program.init)
 
     def plan(self) -> memory_plan.MemoryPlan:
-        """The memory plan, before anything is compiled."""
+        """Returns the memory plan, before anything is compiled."""
         return memory_plan.plan(
             self.state,
             self.batch,
@@ -101,7 +94,7 @@ class Case:
         )
 
     def lower(self) -> jax.stages.Lowered:
-        """The step, traced."""
+        """Returns the step, traced."""
         shapes = memory_plan.on_mesh(
             self.state,
             self.batch,
@@ -111,20 +104,13 @@ class Case:
         return self.program.train_step.lower(*shapes)
 
     def compiler_options(self) -> dict[str, Any]:
-        """What the compiler is told."""
+        """Returns the compiler's options."""
         on_cpu = jax.default_backend() == "cpu"
         return resnet.CPU_KEEPS_BARRIERS if on_cpu and self.config.remat else {}
 
 
 def row_of(name: str) -> dict[str, Any]:
-    """Compiles a case, and takes two steps unless it is too large for that.
-
-    Args:
-        name: The case.
-
-    Returns:
-        A row of the record.
-    """
+    """Compiles a case, takes two steps unless it is too large, returns its row."""
     begin = time.perf_counter()
     case = Case(CASES[name])
     lowered = case.lower()
@@ -151,12 +137,12 @@ def row_of(name: str) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """The most bytes that the process has had in memory so far, on Linux."""
+    """Returns the peak memory of the process in bytes, on Linux."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _two_steps(case: Case, step: jax.stages.Compiled) -> dict[str, Any]:
-    """What the first step changed, and how long the second took."""
+    """Returns the parameters that the first step left, and the second step's time."""
     random = jax.random.normal(jax.random.key(1), case.batch["image"].shape)
     batch = {
         "image": random.astype(case.config.dtype),
@@ -187,28 +173,20 @@ def _two_steps(case: Case, step: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def in_own_process(name: str) -> dict[str, Any]:
-    """The row of a case from a process that does nothing else.
-
-    Args:
-        name: The case.
-
-    Returns:
-        The row.
-    """
+    """Returns the row of a case, measured in a process of its own."""
     command = [sys.executable, "-m", "experiments.resnet50_steps", name]
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
+        command, cwd=study.ROOT, stdout=subprocess.PIPE, check=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def kept(name: str) -> dict[str, Any]:
-    """The row of a case, measured unless it has been."""
+    """Returns the row of a case, measured unless it is kept."""
     path = RUNS / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
         row = in_own_process(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        study.replace_text(path, json.dumps(row) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -223,15 +201,11 @@ def main(arguments: Sequence[str]) -> None:
     for name in CASES:
         rows.append(kept(name))
         print(f"{name}: {rows[-1]['line']}")
-        write_record(rows)  # each takes long; those that are there shall stay
+        write_record(rows)  # each takes long
 
 
 def write_record(rows: Sequence[dict[str, Any]]) -> None:
-    """Writes what has been measured so far.
-
-    Args:
-        rows: Rows of the first cases.
-    """
+    """Writes the rows that have been measured so far."""
     record = {
         "command": "python -m experiments.resnet50_steps",
         "device": jax.devices()[0].device_kind,
@@ -239,7 +213,7 @@ def write_record(rows: Sequence[dict[str, Any]]) -> None:
         "jax": jax.__version__,
         "rows": list(rows),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
 
 
 if __name__ == "__main__":

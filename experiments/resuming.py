@@ -1,8 +1,8 @@
-"""Where a run goes on: its newest whole checkpoint, laid out for its present devices.
+"""Restoring a run from its newest whole checkpoint, on the present devices.
 
-A checkpoint holds the state as the devices of its run had it. On as many devices with
-the same placement it is read straight to them. Otherwise what belongs to the curvature
-is read whole, and cut anew by `lbopt.reshard`.
+A checkpoint holds the state as it was sharded over the devices of its run. With the
+same number of devices and the same placement it is read onto them directly. Otherwise
+the curvature state is read whole and resharded by ``lbopt.reshard``.
 """
 
 from typing import Any
@@ -24,20 +24,20 @@ def restore(
     state: training.TrainState,
     place: checkpoints.Place,
 ) -> checkpoints.Restored | None:
-    """Reads the newest whole checkpoint.
+    """Restores the newest whole checkpoint.
 
     Args:
-        store: The checkpoints.
-        program: The program of the run.
-        state: The state before the first step, which tells where arrays shall lie.
-        place: The present devices and placement.
+      store: the checkpoints.
+      program: the program of the run.
+      state: the state before the first step, with the shardings to restore to.
+      place: the present devices and placement.
 
     Returns:
-        The checkpoint, its state laid out as `state` is; `None` if there is none.
+      The checkpoint, its state sharded as ``state`` is; None if there is none.
 
     Raises:
-        ValueError: If it holds a state of another structure or shape, or if there are
-            checkpoints, but all of them are damaged.
+      ValueError: if it holds a state of another structure or shape, or if all
+        checkpoints are damaged.
     """
 
     def like(then: checkpoints.Place) -> training.TrainState:
@@ -50,12 +50,12 @@ def restore(
     if found is None or _same_layout(program, found.place, place):
         return found
     shapes = program.state_shapes(place.devices, place.placement).opt_state
-    assert program.layers is not None  # else any layout is the same
+    assert program.layers is not None  # without curvature all layouts are the same
     host = jax.tree.map(np.asarray, found.state.opt_state)
     opt_state: Any = lbopt.reshard(host, shapes, program.layers)
     if program.mesh is not None:
         opt_state = lbopt.sharding.place(opt_state, program.mesh, AXIS)
-    # Buffers of their own, which steps may donate.
+    # Steps donate the state: it must not share buffers with the restored arrays.
     opt_state = jax.tree.map(jnp.copy, opt_state)
     return found._replace(state=found.state._replace(opt_state=opt_state))
 
@@ -69,7 +69,7 @@ def _same_layout(
 
 
 def _on_every_device(shapes: Any, program: Program) -> Any:
-    """The same shapes, to be read whole by each device."""
+    """Returns the same shapes, replicated on every device."""
     whole: Any = SingleDeviceSharding(jax.devices()[0])
     if program.mesh is not None:
         whole = NamedSharding(program.mesh, PartitionSpec())

@@ -1,14 +1,15 @@
 """The settings of a run, checked before anything is compiled."""
 
 import dataclasses
-import math
 import pathlib
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
 from experiments.data import virtual_batch
 from experiments.data.splits import Recipe
 from experiments.models.registry import ModelName
+from lbopt import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Kfac:
     weight_decay: float = 0.0
     kl_clip: float | None = 0.01
     kl_clip_decay: float = 1.0
-    """What `kl_clip` is multiplied by after each half of an epoch."""
+    """Factor on `kl_clip` after each half of an epoch."""
     factor_decay: float = 0.95
     stats_period: int = 1
     inverse_period: int = 5
@@ -107,10 +108,11 @@ class Nlcg:
 _POSITIVE = (
     *("batch_size", "epochs", "eval_batch_size", "eval_epochs", "checkpoint_epochs"),
     *("log_period", "num_threads", "keep_checkpoints"),
-    *("start_timeout", "heartbeat_timeout"),
+    *("start_timeout", "heartbeat_timeout", "micro_batch_size", "doubly_factored"),
 )
+_NOT_NEGATIVE = ("l2", "warmup_start", "devices", "num_workers", "mixup_alpha")
 
-# What only one schedule reads, and the value that asks for nothing.
+# Settings that only one schedule reads, and the values that ask for nothing.
 _OF_SCHEDULE = {
     "decay_epochs": ("staircase", ()),
     "decay_rate": ("exponential", 1.0),
@@ -168,6 +170,11 @@ class Config:
     doubly_factored: int | None = None
     """Rows of the input factor beyond which a dense layer on a flattened map has three
     factors, as for `lbopt.trace_layers`; none: never."""
+    statistics_fraction: float = 1.0
+    """Share of the batch that the curvature's statistics are of, in the words of
+    `lbopt.training.make_train_step`."""
+    parallel: Literal["shard_map", "pmap"] = "shard_map"
+    """How a step runs on several devices, in the words of `make_train_step`."""
     placement: Literal["comm", "memory"] = "comm"
     """Where inverses live on several devices, in the words of `lbopt.kfac`."""
     epochs: float = 8.0
@@ -182,7 +189,7 @@ class Config:
     decay_epochs: tuple[float, ...] = ()
     """Epochs after which a staircase falls to a tenth."""
     decay_rate: float = 1.0
-    """What schedule=exponential multiplies by after each half of an epoch."""
+    """Factor of schedule=exponential after each half of an epoch."""
     warmup_epochs: float = 0.8
     """Epochs in which the learning rate rises."""
     warmup_start: float = 0.0
@@ -202,8 +209,6 @@ class Config:
     """One mixing weight a step, or one an image and at least 1/2, as in the code."""
     random_erasing: float = 0.0
     """Probability that a rectangle of a training image is erased; 0 for never."""
-    reader: Literal["array_record", "tf_data"] = "array_record"
-    """Format of the prepared data set; tf_data reads TFRecords and needs TensorFlow."""
     num_threads: int = 16
     """Threads that read and decode images which are not in memory."""
     num_workers: int = 0
@@ -231,68 +236,64 @@ class Config:
     """Continue the run in the directory from its newest checkpoint."""
 
     def __post_init__(self):
-        """Refuses what no run could use, naming the argument."""
-        chosen = dataclasses.asdict(getattr(self, self.optimizer))
-        values = vars(self) | {f"{self.optimizer}.{k}": v for k, v in chosen.items()}
-        values.setdefault(f"{self.optimizer}.momentum", 0.0)
-        self._check_ranges(values)
+        """Raises ValueError for settings that no run could use."""
+        self._check_ranges()
         self._check_choices()
-        self._check_schedule(values[f"{self.optimizer}.learning_rate"])
+        self._check_schedule(getattr(self, self.optimizer).learning_rate)
 
-    def _check_ranges(self, values: dict[str, Any]) -> None:
-        """Refuses numbers out of range."""
-        rate, momentum = f"{self.optimizer}.learning_rate", f"{self.optimizer}.momentum"
-        for name in (*_POSITIVE, rate):
-            if not values[name] > 0:
-                raise ValueError(f"{name} must be positive, got {values[name]}")
-        for name in ("micro_batch_size", "doubly_factored"):
-            if values[name] is not None and not values[name] > 0:
-                raise ValueError(f"{name} must be positive or none, got {values[name]}")
-        below = {"warmup_epochs": self.epochs, "label_smoothing": 1, "seed": 2**32}
-        below |= dict.fromkeys(("l2", "warmup_start"), math.inf)
-        below |= dict.fromkeys(("devices", "num_workers"), math.inf)
-        for name, bound in {**below, momentum: 1}.items():
+    def _check_ranges(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        own, chosen = self.optimizer, getattr(self, self.optimizer)
+        values = vars(self) | {f"{own}.{k}": v for k, v in vars(chosen).items()}
+        defaults = vars(type(self)) | {
+            f"{own}.{k}": v for k, v in vars(type(chosen)()).items()
+        }
+
+        def check(test: Callable[[str, Any, str], None], *names: str) -> None:
+            for name in names:
+                if (value := values.get(name)) is not None:
+                    test(name, value, f"the default is {defaults[name]}")
+
+        of_optimizer = ("learning_rate", "stats_period", "inverse_period")
+        check(checks.positive, *_POSITIVE, *(f"{own}.{name}" for name in of_optimizer))
+        check(checks.not_negative, *_NOT_NEGATIVE)
+        check(checks.below_one, "label_smoothing", "weight_average", f"{own}.momentum")
+        check(checks.share, "decay_rate", f"{own}.kl_clip_decay", "weight_average")
+        check(checks.share, "statistics_fraction")
+        if self.random_erasing:
+            check(checks.share, "random_erasing")
+        for name, bound in {"warmup_epochs": self.epochs, "seed": 2**32}.items():
             if not 0 <= values[name] < bound:
-                raise ValueError(f"{name} must be in [0, {bound}), got {values[name]}")
-        if not 0 < (self.weight_average or 0.5) < 1:
-            raise ValueError(
-                f"weight_average must be in (0, 1) or none, got {self.weight_average}"
-            )
-        for name in ("decay_rate", f"{self.optimizer}.kl_clip_decay"):
-            if not 0 < values.get(name, 1.0) <= 1:
                 raise ValueError(
-                    f"{name} must be in (0, 1] (1: off), got {values[name]}"
+                    f"{name}={values[name]} must lie in [0, {bound}); "
+                    f"the default is {defaults[name]}"
                 )
-        if not 0 <= (p := self.random_erasing) <= 1:
-            raise ValueError(f"random_erasing must be in [0, 1] (0: off), got {p}")
-        if not 0 <= (alpha := self.mixup_alpha) < math.inf:
-            raise ValueError(f"mixup_alpha must be in [0, inf) (0: off), got {alpha}")
 
     def _check_choices(self) -> None:
-        """Refuses settings that contradict each other."""
+        """Raises ValueError for settings that contradict each other."""
         if self.schedule == "staircase" and not self.decay_epochs:
-            raise ValueError("decay_epochs must name the epochs of schedule=staircase")
+            raise ValueError(
+                "decay_epochs=() must name the epochs of schedule=staircase; "
+                "pass some, or another schedule"
+            )
         if self.doubly_factored is not None and not self.has_curvature:
             raise ValueError(
                 f"doubly_factored={self.doubly_factored} needs an optimizer with "
                 f"curvature, got optimizer={self.optimizer}; pass optimizer=kfac, or "
                 "doubly_factored=None"
             )
-        if self.reader == "tf_data" and (self.num_workers or self.bad_images != "stop"):
-            raise ValueError(
-                f"reader=tf_data has threads of its own and stops at bad images; leave "
-                f"out num_workers={self.num_workers} and bad_images={self.bad_images}"
-            )
 
     def _check_schedule(self, peak_value: float) -> None:
-        """Refuses schedules that are none, and settings that the schedule ignores."""
+        """Raises ValueError for impossible schedules and settings that are ignored."""
         falls = tuple(self.decay_epochs)
         if not all(before < epoch for before, epoch in pairwise((0, *falls))):
-            raise ValueError(f"decay_epochs must be positive and ascend, got {falls}")
+            raise ValueError(
+                f"decay_epochs={falls} must be positive and ascend; sort them"
+            )
         if not 0 <= self.end_value < peak_value:
             raise ValueError(
-                f"end_value must be in [0, {self.optimizer}.learning_rate="
-                f"{peak_value}), got {self.end_value}"
+                f"end_value={self.end_value} must lie in [0, {self.optimizer}."
+                f"learning_rate={peak_value}); pass a smaller one"
             )
         for name, (schedule, off) in _OF_SCHEDULE.items():
             if self.schedule != schedule and (value := getattr(self, name)) != off:
@@ -310,16 +311,17 @@ class Config:
             self._check_sp_ngd()
 
     def _check_sp_ngd(self) -> None:
-        """Refuses what SP-NGD would do nothing with."""
+        """Raises ValueError for settings that SP-NGD would ignore."""
         start, end = self.sp_ngd.decay_start, self.sp_ngd.decay_end
         if not 0 <= start < self.epochs:
             raise ValueError(
-                f"sp_ngd.decay_start must be in [0, epochs={self.epochs}), got {start}"
+                f"sp_ngd.decay_start={start} must lie in [0, epochs={self.epochs}); "
+                "pass an earlier epoch"
             )
         if end is not None and end < self.epochs:
             raise ValueError(
-                f"sp_ngd.decay_end must be at least epochs={self.epochs}, got {end}: "
-                "the learning rate would be zero after it; pass a later epoch, or none"
+                f"sp_ngd.decay_end={end} must be at least epochs={self.epochs}, as the "
+                "learning rate is zero after it; pass a later epoch, or none"
             )
         if self.fisher == "sampled" and self.sp_ngd.fisher == "empirical":
             raise ValueError(
@@ -328,16 +330,16 @@ class Config:
             )
 
     def accumulate(self, devices: int) -> int:
-        """The micro-batches that each of so many devices evaluates one by one.
+        """Returns the number of micro-batches that each device evaluates in turn.
 
         Args:
-            devices: How many share a batch.
+            devices: The number of devices that share a batch.
 
         Returns:
-            Their number, which makes the batch up exactly.
+            The number; all micro-batches together are the batch.
 
         Raises:
-            ValueError: If no number does.
+            ValueError: If the batch cannot be divided so.
         """
         share = devices * (self.micro_batch_size or 1)
         if self.batch_size % share:
@@ -345,13 +347,14 @@ class Config:
             if self.micro_batch_size:
                 of += f" × micro_batch_size={self.micro_batch_size}"
             raise ValueError(
-                f"batch_size must be a multiple of {of}, got {self.batch_size}"
+                f"batch_size={self.batch_size} must be a multiple of {of}; pass "
+                "another of them"
             )
         return self.batch_size // share if self.micro_batch_size else 1
 
     @property
     def has_curvature(self) -> bool:
-        """Whether the optimizer takes curvature statistics."""
+        """Whether the optimizer needs curvature statistics."""
         if self.optimizer == "lars":
             return self.lars.after_kfac
         if self.optimizer == "nlcg":

@@ -1,13 +1,10 @@
-"""Several optimizers on the same batches, taking turns at every step.
+"""Several optimizers trained on the same batches, alternating at every step.
 
-What else the machine is doing then falls on all of them, so that the ratio of their
-step times means something, and their accuracies differ by nothing but the optimizer.
+Other work of the machine then slows all of them down alike, so that the ratio of their
+step times is meaningful, and their accuracies differ by the optimizer alone.
 """
 
-import contextlib
 import dataclasses
-import io
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -18,24 +15,25 @@ import numpy as np
 import optax
 
 import lbopt
+from experiments import study
 from experiments.classifier import build_program, evaluate, open_data
 from experiments.settings import Config
 
-# What the contestants must have in common.
+# Settings that the contestants must have in common.
 _SHARED = ("dataset", "data_dir", "batch_size", "epochs", "seed", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one contestant did.
+    """The outcome of one contestant.
 
     Attributes:
-        accuracy: Test accuracy at the end.
-        losses: Training loss before each step.
-        seconds: Wall time of each step; the first compiles.
-        renewals: For each statistic, as `layer path.name`, the steps that renewed it.
-        statistic_bytes: What each device sent for statistics at each step.
-        curve: Steps done and the test accuracy then, every `eval_epochs`.
+      accuracy: test accuracy at the end.
+      losses: training loss before each step.
+      seconds: wall time of each step; the first compiles.
+      renewals: for each statistic, as ``layer path.name``, the steps that renewed it.
+      statistic_bytes: bytes that each device sent for statistics at each step.
+      curve: steps done and the test accuracy then, every ``eval_epochs``.
     """
 
     accuracy: float
@@ -46,31 +44,27 @@ class Outcome:
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     def refreshed(self) -> float:
-        """The share of all statistics, over the run, that were renewed."""
+        """Returns the share of all statistics, over the run, that were renewed."""
         possible = len(self.renewals) * len(self.losses)
         return sum(map(len, self.renewals.values())) / max(possible, 1)
 
 
 def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
-    """Trains every contestant on the same batches, a step of each in turn.
+    """Trains every contestant on the same batches, one step of each in turn.
 
-    Args:
-        configs: The contestants by name; they may differ in optimizer, devices and
-            accumulation. Nothing is written.
-
-    Returns:
-        What each did.
+    They may differ in optimizer, devices and accumulation. Nothing is written.
 
     Raises:
-        ValueError: If they differ in the data or the length of the run.
+      ValueError: if they differ in the data or the length of the run.
     """
     first = next(iter(configs.values()))
     for name, config in configs.items():
         for key in _SHARED:
             if getattr(config, key) != getattr(first, key):
                 raise ValueError(
-                    f"{key}: {name!r} has {getattr(config, key)!r}, the first "
-                    f"contestant {getattr(first, key)!r}; they train on the same data"
+                    f"{key}={getattr(config, key)!r} of {name!r} must be "
+                    f"{getattr(first, key)!r}, as of the first contestant; all train "
+                    "on the same data"
                 )
     data = open_data(first)
     programs = {name: build_program(c, data) for name, c in configs.items()}
@@ -105,34 +99,17 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
 def outcomes_in(
     path: pathlib.Path, contestants: Mapping[str, Config]
 ) -> dict[str, Outcome]:
-    """What the contestants did, from a file if they have run before.
-
-    Args:
-        path: The file; made, with its directory, when all have run.
-        contestants: As for `train_together`.
-
-    Returns:
-        What each did.
-    """
-    if not path.exists():
-        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            outcomes = train_together(contestants)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        kept = {key: dataclasses.asdict(x) for key, x in outcomes.items()}
-        aside.write_text(json.dumps(kept), encoding="utf-8")
-        aside.replace(path)
-    return {k: Outcome(**x) for k, x in json.loads(path.read_text("utf-8")).items()}
+    """Returns the outcomes, from a file if the contestants have run before."""
+    return study.outcomes_in(path, contestants, train_together, Outcome)
 
 
 def steps_to(outcome: Outcome, accuracy: float) -> int | None:
-    """The first step after which the test accuracy was reached."""
+    """Returns the first step after which the test accuracy was reached."""
     return next((step for step, value in outcome.curve if value >= accuracy), None)
 
 
 def _due(config: Config, state: Any) -> list[str]:
-    """The statistics that the coming step renews."""
+    """Returns the names of the statistics that the coming step renews."""
     if not config.has_curvature:
         return []
     flags = jax.device_get(lbopt.refresh(state.opt_state))

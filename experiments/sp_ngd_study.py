@@ -1,4 +1,4 @@
-"""What SP-NGD and its parts are worth: staleness, an ablation, and tuned SGD.
+"""The parts of SP-NGD measured: stale statistics, an ablation, and tuned SGD.
 
     python -m experiments.sp_ngd_study
 
@@ -19,6 +19,7 @@ import jax
 import matplotlib.figure
 import numpy as np
 
+from experiments import study
 from experiments.settings import Config, Sgd, SpNgd
 from experiments.side_by_side import Outcome, outcomes_in, steps_to
 
@@ -32,9 +33,8 @@ ONE_DEVICE_BATCH = 512
 """Of the ablation and the comparison with tuned SGD, which run on one device."""
 
 RUNS = pathlib.Path("runs/sp_ngd_study")
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "sp_ngd_study.json"
-FIGURE = ROOT / "docs" / "figures" / "refresh.png"
+RESULTS = study.RESULTS / "sp_ngd_study.json"
+FIGURE = study.FIGURES / "refresh.png"
 
 FRESH = SpNgd(stale_threshold=None)
 Outcomes = dict[str, Outcome]
@@ -51,7 +51,7 @@ SP_NGD_GRID = [
 
 
 def configure(batch_size: int, seed: int, devices: int, micro_batch: int) -> Config:
-    """A run of `STEPS` steps with SGD."""
+    """Returns the settings of a run of `STEPS` steps with SGD."""
     return Config(
         optimizer="sgd",
         sgd=Sgd(),
@@ -66,12 +66,12 @@ def configure(batch_size: int, seed: int, devices: int, micro_batch: int) -> Con
 
 
 def with_sp_ngd(config: Config, settings: SpNgd) -> Config:
-    """The same run with SP-NGD."""
+    """Returns the settings of the same run with SP-NGD."""
     return dataclasses.replace(config, optimizer="sp_ngd", sp_ngd=settings)
 
 
 def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
-    """SGD, SP-NGD that renews everything at every step, and SP-NGD.
+    """Returns SGD, SP-NGD that renews everything at every step, and SP-NGD.
 
     Micro-batches are of one size, so that BatchNorm is the same whatever the batch.
     Convolutions in a loop are slow on a CPU: the last seed's largest batch goes
@@ -87,13 +87,13 @@ def stale_contestants(batch_size: int, seed: int) -> dict[str, Config]:
 
 
 def on_one_device(seed: int) -> Config:
-    """A run with SGD on one device, without accumulation."""
+    """Returns the settings of SGD on one device, without accumulation."""
     batch = ONE_DEVICE_BATCH
     return configure(batch, seed, devices=1, micro_batch=batch)
 
 
 def ablation_contestants(seed: int) -> dict[str, Config]:
-    """SGD, and SP-NGD with every choice of Fisher matrix, norm blocks, staleness."""
+    """Returns SGD, and SP-NGD by Fisher matrix, norm blocks and staleness."""
     sgd = on_one_device(seed)
     contestants = {"sgd": sgd}
     for fisher, norm_blocks, stale in itertools.product(
@@ -110,7 +110,7 @@ def ablation_contestants(seed: int) -> dict[str, Config]:
 def tuning_contestants(
     sgd: Sequence[Sgd], sp_ngd: Sequence[SpNgd], seed: int
 ) -> dict[str, Config]:
-    """Settings of both optimizers; their test accuracy is read every fourth step."""
+    """Returns both optimizers' settings; accuracy is read every fourth step."""
     base = on_one_device(seed)
     base = dataclasses.replace(
         base,
@@ -131,7 +131,7 @@ def tuning_contestants(
 
 
 def tuned() -> list[dict[str, Any]]:
-    """The best setting of each optimizer with every seed: steps to SGD's end."""
+    """Returns the steps to SGD's end of each optimizer's best setting, by seed."""
     first = outcomes_of("tuning-0", tuning_contestants(SGD_GRID, SP_NGD_GRID, 0))
     sgd = [x for name, x in first.items() if name.startswith("sgd")]
     sp_ngd = [x for name, x in first.items() if name.startswith("sp_ngd")]
@@ -159,12 +159,12 @@ def tuned() -> list[dict[str, Any]]:
 
 
 def outcomes_of(name: str, contestants: Mapping[str, Config]) -> Outcomes:
-    """What they did, from the file if they have run before."""
+    """Returns the outcomes, from the file if the contestants have run before."""
     return outcomes_in(RUNS / f"{name}.json", contestants)
 
 
 def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:
-    """The lines of a table: one for each contestant, its seeds put together."""
+    """Returns the lines of a table: one for each contestant, with all its seeds."""
     rows = []
     for name in seeds[0]:
         own = [outcomes[name] for outcomes in seeds if name in outcomes]
@@ -193,7 +193,7 @@ def rows_of(seeds: Sequence[Outcomes]) -> list[dict[str, Any]]:
 
 
 def share_of_statistics(outcome: Outcome) -> np.ndarray:
-    """The share of the statistics that each step renewed."""
+    """Returns the share of the statistics that each step renewed."""
     renewed = np.zeros(len(outcome.losses))
     for steps in outcome.renewals.values():
         renewed[steps] += 1
@@ -201,7 +201,7 @@ def share_of_statistics(outcome: Outcome) -> np.ndarray:
 
 
 def share_of_bytes(outcome: Outcome) -> float:
-    """What was sent for statistics, over what sending all at every step would be."""
+    """Returns the bytes sent for statistics over those of sending all at every step."""
     most = outcome.statistic_bytes[0]  # at the first step all are due
     return statistics.mean(outcome.statistic_bytes) / most
 
@@ -241,8 +241,7 @@ def draw(stale: Mapping[int, Outcome]) -> matplotlib.figure.Figure:
 def main() -> None:
     """Runs the study, writes its record and its picture, prints its tables."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    # Seeds share their programs.
-    jax.config.update("jax_compilation_cache_dir", str(RUNS.resolve() / "compiled"))
+    study.share_programs(RUNS)
     stale = {
         size: [
             outcomes_of(f"stale-{size}-{seed}", stale_contestants(size, seed))
@@ -262,7 +261,7 @@ def main() -> None:
         "ablation": rows_of(ablation),
         "tuned": tuned(),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    study.write_record(RESULTS, record)
     print(json.dumps(record, indent=1))
 
 

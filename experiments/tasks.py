@@ -1,4 +1,4 @@
-"""Independent tasks carried out by several processes, and news of how far they are."""
+"""Independent tasks in several processes, and reports of their progress."""
 
 import concurrent.futures
 import multiprocessing
@@ -19,19 +19,18 @@ _LINE_SECONDS = 30.0
 def completed(
     function: Callable[..., Any], tasks: Sequence[tuple], workers: int
 ) -> Iterator[tuple[tuple, Any]]:
-    """Carries out tasks in any order and yields each as it ends.
+    """Runs tasks in any order, and yields their arguments and results as they end.
 
-    When the iteration is left early, by an error or by the caller, tasks that run are
+    When the iteration is left early, by an error or by the caller, running tasks are
     waited for and the others dropped. Worker processes end when this process is killed.
 
     Args:
         function: Called with each task's arguments; importable, for the workers.
         tasks: The arguments, one tuple a task.
-        workers: Processes, of which no more are started than there are tasks; this
-            one alone if that is one.
+        workers: The number of processes; 1 for this one alone.
 
     Yields:
-        The arguments and what `function` returned.
+        The arguments of a task, and its result.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -56,9 +55,9 @@ class Progress:
 
     Args:
         what: Begins the line.
-        total: How many there are.
-        done: How many were done before.
-        unit: What is counted, in the plural.
+        total: The number of all units.
+        done: The number of units that were done before.
+        unit: The unit, in the plural.
     """
 
     def __init__(self, what: str, total: int, done: int, unit: str):
@@ -84,11 +83,7 @@ class Progress:
         self._bar.close()
 
     def update(self, count: int) -> None:
-        """Reports more that is done.
-
-        Args:
-            count: How many more.
-        """
+        """Reports `count` more units as done."""
         self._done += count
         self._bar.update(count)
         late = time.monotonic() - self._last_line > _LINE_SECONDS
@@ -101,7 +96,7 @@ class Progress:
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends when the parent does, however it ends."""
+    """Leaves Ctrl-C to the parent, and ends whenever the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

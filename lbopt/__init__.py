@@ -14,6 +14,7 @@ from lbopt.optimizers.sp_ngd import sp_ngd
 from lbopt.settings import Periods, Placement
 from lbopt.transforms.average import average_params, averaged_params
 from lbopt.transforms.kfac import scale_by_kfac
+from lbopt.transforms.kfac_state import curvature_state
 from lbopt.transforms.lars import scale_by_lars
 from lbopt.transforms.nlcg import scale_by_nlcg
 from lbopt.transforms.norm_constraint import clip_by_kl
@@ -29,6 +30,7 @@ __all__ = [
     "averaged_params",
     "clip_by_kl",
     "curvature_only",
+    "curvature_state",
     "distributed_kfac",
     "fisher_products",
     "inverse_age",

@@ -1,18 +1,19 @@
-"""The words that signatures share: array types, trees and the names of their axes.
+"""Type aliases that signatures share, and the axis names that shapes use.
 
-Axis names used in shape annotations all over the library:
+Axis names in shape annotations:
 
 * ``batch``: examples; ``shared``: locations, tokens or uses that share one kernel;
 * ``in``, ``out``: rows and columns of a layer's kernel matrix (``in`` includes the
-  homogeneous coordinate when the layer has a bias);
+  homogeneous coordinate if the layer has a bias);
 * ``stack``: independent copies of a layer (convolution groups, scanned layers);
 * ``c``: channels of a normalisation layer.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree
 
 Array: TypeAlias = jax.Array
@@ -20,13 +21,22 @@ Params: TypeAlias = PyTree
 """A tree of parameters as Flax makes it: nested mappings with arrays as leaves."""
 
 Updates: TypeAlias = PyTree
-"""A tree of the structure of the parameters: gradients or parameter updates."""
+"""A tree shaped like the parameters: gradients or parameter updates."""
 
-OptState: TypeAlias = Any
+OptState: TypeAlias = Any  # optax gives the states of its chains no type
 """The state of any optax transformation."""
 
-Scalar: TypeAlias = Float[Array, ""] | float | int
-Count: TypeAlias = Int[Array, ""]
+# NumPy scalars are accepted everywhere, but optax's annotations, to which these values
+# are passed on, leave them out.
+if TYPE_CHECKING:
+    Number: TypeAlias = float | int
+    Whole: TypeAlias = int
+else:
+    Number = float | int | np.floating | np.integer
+    Whole = int | np.integer
+
+Scalar: TypeAlias = Float[Array, ""] | Number
+Count: TypeAlias = Int[Array, ""] | Whole
 Due: TypeAlias = Bool[Array, ""] | bool
 """Whether a statistic is wanted: a traced flag, or a bool fixed at trace time."""
 

@@ -19,40 +19,44 @@ from lbopt import checks, inversion_worker, sharding
 from lbopt.curvature.registry import Layers
 from lbopt.inversion_worker import Job
 from lbopt.transforms import outside, unit_classes
-from lbopt.transforms.kfac_state import KfacState, plain
+from lbopt.transforms.kfac_state import (
+    KfacState,
+    curvature_state,
+    is_curvature_state,
+    plain,
+)
 from lbopt.transforms.reshard import owners_in
 
 T = TypeVar("T")
 
-# So often in a row may inversion fail before it is given up.
+# Failures in a row after which no new process is started.
 _PATIENCE = 3
 
 
 class BackgroundInversion:
-    """Renews an optimizer's inverses from another process; training never waits.
+    """Renews an optimizer's inverses in another process, so that training never waits.
 
-    Called between steps with the training state: it hands the latest factors over as
-    soon as the process is idle, and puts inverses into the state as soon as they have
-    come.  Each inverse in effect is then of factors of some steps ago, as old as
-    ``lbopt.inverse_age`` says.
+    Call it between steps with the training state: it sends the latest factors to the
+    process whenever that is idle, and puts the inverses into the state as soon as they
+    have arrived.  ``lbopt.inverse_age`` tells how old the inverses in effect are.
 
-    The state is whole at every moment: it may be saved whenever one likes, and what is
-    under way in the process is only lost time.  Where inversion fails, or the process
-    dies, a warning says so, training goes on with the last good inverses, and a new
-    process tries again, three times in a row at most.
+    The state is complete at all times: it may be saved between any two steps, and only
+    the inversion in progress is lost.  If inversion fails or the process dies, a
+    warning is issued, training continues with the last good inverses, and a new process
+    tries again, at most three times in a row.
 
     Args:
-      layers: what ``trace_layers`` found.
-      block_size: what the optimizer was made with.
-      delay: steps after which inverses have effect: those of the factors of step t at
-        step t + delay, as with ``Periods.delay``.  If they have not come by then, they
-        are waited for, so that a run's numbers do not depend on its speed.  None for as
-        soon as possible.
-      cores: CPU cores that the process stays on; None for any.
+      layers: the result of ``trace_layers``.
+      block_size: the ``block_size`` of the optimizer.
+      delay: steps after which inverses take effect: those of the factors of step t at
+        step t + delay, as with ``Periods.delay``.  Inverses that have not arrived by
+        then are waited for, so that a run's numbers do not depend on its speed.  None
+        for as soon as possible.
+      cores: CPU cores on which the process may run; None for all.
 
     Raises:
-      ValueError: for settings out of range, and, when called, for a state without a
-        curvature transform, or one that lies on several hosts.
+      ValueError: for settings out of range, and, when called, for a state without
+        exactly one curvature transform, or one that is spread over several hosts.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -72,9 +76,10 @@ class BackgroundInversion:
       >>> int(lbopt.inverse_age(state)["layers_0"].a)  # of step 2; the last is 3
       1
 
-    Source: Ba, Grosse & Martens 2017, §3.  Of the authors' code one inverts block after
-    block (tensorflow/kfac), one all with a queue of one (baselines), as here.  There
-    the first steps go without curvature; here the step itself makes the first inverses.
+    Source: Ba, Grosse & Martens 2017, §3.  Of the authors' two implementations one
+    inverts block after block (tensorflow/kfac), the other everything with a queue of
+    one (baselines), as here.  Their first steps are without curvature; here the step
+    itself computes the first inverses.
     """
 
     def __init__(
@@ -97,26 +102,29 @@ class BackgroundInversion:
         self._under_way: Future[Any] | None = None
         self._calls = self._sent = self._failures = 0
         self._take_out = jax.jit(
-            lambda state: outside.take_out(self._own(state), state)
+            lambda state: outside.export_factors(self._layers(state), state)
         )
         self._bring_in = jax.jit(
-            lambda state, *made: outside.bring_in(self._own(state), state, *made),
+            lambda state, *made: outside.import_inverses(
+                self._layers(state), state, *made
+            ),
             donate_argnums=0,
         )
 
     def __call__(self, state: T) -> T:
-        """The state with new inverses, if there are; the old one is donated.
+        """Exchanges factors and inverses with the process after a step.
 
         Args:
-          state: a training state or an optimizer's, after a step.
+          state: a training state or an optimizer's; its curvature is donated.
 
         Returns:
-          The state for the next step.
+          The state for the next step, with new inverses if some have arrived.
         """
         self._calls += 1
         state = self._receive(state)
         if self._under_way is None and self._failures < _PATIENCE:
             self._send(state)
+        # With a delay of 1 the inverses just begun are the next step's.
         return self._receive(state) if self._delay == 1 else state
 
     def __enter__(self) -> "BackgroundInversion":
@@ -126,14 +134,14 @@ class BackgroundInversion:
         self.close()
 
     def wait(self) -> None:
-        """Waits until what is under way has come; the next call puts it in."""
+        """Waits until the inversion in progress ends; the next call uses its result."""
         if self._under_way is not None:
             wait([self._under_way])
 
     def close(self) -> None:
-        """Ends the process; what is under way is dropped."""
+        """Ends the process; the inversion in progress is dropped."""
         if self._process is not None:
-            self._process.kill()  # and the thread waits for it no longer
+            self._process.kill()  # which ends the thread's wait for it
         self._thread.shutdown()
         self._stop()
         self._folder.cleanup()
@@ -141,17 +149,17 @@ class BackgroundInversion:
     # ------------------------------------------------------------------ between steps
 
     def _send(self, state: Any) -> None:
-        """Lets the thread hand a copy of the factors over."""
+        """Lets the thread send a copy of the factors to the process."""
         kfac_state = _curvature_state(state)
-        # A copy, because the next step may reuse the memory of the state's own.
+        # A copy, because the next step may donate the state's arrays.
         order = self._take_out(kfac_state)
-        own = self._own(kfac_state)
-        classes = unit_classes.classes_of(owners_in(own, kfac_state))
+        layers = self._layers(kfac_state)
+        classes = unit_classes.classes_of(owners_in(layers, kfac_state))
         self._sent = self._calls
         self._under_way = self._thread.submit(self._invert, order, classes)
 
     def _receive(self, state: Any) -> Any:
-        """The state with the inverses that have come, or whose time it is."""
+        """Returns the state with inverses that have arrived or are due by the delay."""
         if self._under_way is None:
             return state
         if self._delay is None and not self._under_way.done():
@@ -161,18 +169,18 @@ class BackgroundInversion:
         under_way, self._under_way = self._under_way, None
         try:
             made = under_way.result()
-        except Exception as error:  # of any kind: training goes on
+        except Exception as error:  # of any kind, because training must go on
             self._note_failure(error)
             return state
         self._failures = 0
         shardings = jax.tree.map(lambda x: x.sharding, _curvature_state(state))
 
         def renewed(node: Any) -> Any:
-            if not isinstance(node, KfacState):
+            if not is_curvature_state(node):
                 return node
             return jax.device_put(self._bring_in(node, *made), shardings)
 
-        return jax.tree.map(renewed, state, is_leaf=_is_curvature_state)
+        return jax.tree.map(renewed, state, is_leaf=is_curvature_state)
 
     def _note_failure(self, error: Exception) -> None:
         self._stop()
@@ -187,14 +195,14 @@ class BackgroundInversion:
             stacklevel=4,
         )
 
-    def _own(self, state: KfacState) -> dict[str, Any]:
+    def _layers(self, state: KfacState) -> dict[str, Any]:
         return {path: self._known[path] for path in sorted(plain(state.factors))}
 
     # ------------------------------------------------------------------- in the thread
 
-    def _invert(self, order: outside.Order, classes: Sequence[Any]) -> Any:
-        """What the process makes of factors."""
-        # Waits until the step is done and the numbers are here.
+    def _invert(self, order: outside.ExportedFactors, classes: Sequence[Any]) -> Any:
+        """Sends the factors to the worker process and returns their inverses."""
+        # Waits until the step is done and its results are on the host.
         factors, damping = jax.device_get((order.factors, order.damping))
         job = Job(
             [units.factor.invert for units in classes],
@@ -215,9 +223,10 @@ class BackgroundInversion:
         inputs = inversion_worker.views(
             job.factors, inversion_worker.input_shapes(job), job.dtype, "r+"
         )
+        # Through a file that both processes map: pipes would copy every number twice.
         for place, numbers in zip(inputs, (*factors, *damping), strict=True):
             place[:] = numbers
-        process.stdin.write(b".")
+        process.stdin.write(b".")  # one byte for each job
         process.stdin.flush()
         try:
             error = pickle.load(process.stdout)
@@ -226,11 +235,11 @@ class BackgroundInversion:
             raise RuntimeError(f"the process ended with status {status}") from end
         if error is not None:
             raise RuntimeError(error)
-        wires = inversion_worker.views(
-            job.inverses, [wire for _, wire in job.shapes], job.dtype, "r"
+        inverses = inversion_worker.views(
+            job.inverses, [packed for _, packed in job.shapes], job.dtype, "r"
         )
-        # Copies: the process writes the next ones into the same file.
-        return [np.array(x) for x in wires], order.known, order.made
+        # Copies, because the process writes the next inverses to the same file.
+        return [np.array(x) for x in inverses], order.known, order.made
 
     def _stop(self) -> None:
         process, self._process = self._process, None
@@ -239,19 +248,21 @@ class BackgroundInversion:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
+            # Closing flushes what the dead process will not read.
             with contextlib.suppress(BrokenPipeError):
                 if pipe is not None:
                     pipe.close()
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    """A process that waits for its first command."""
+    """Starts a worker process, which waits for its first job."""
     itemsize = np.dtype(job.dtype).itemsize
     for path, shapes in (
         (job.factors, inversion_worker.input_shapes(job)),
-        (job.inverses, [wire for _, wire in job.shapes]),
+        (job.inverses, [packed for _, packed in job.shapes]),
     ):
         with open(path, "wb") as file:
+            # Before the process maps it; a map cannot grow.
             file.truncate(itemsize * sum(int(np.prod(shape)) for shape in shapes))
     process = subprocess.Popen(
         [sys.executable, "-c", inversion_worker.PROGRAM],
@@ -267,36 +278,30 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 
 def _check_cores(cores: Sequence[int]) -> None:
     if not hasattr(os, "sched_setaffinity"):
-        raise ValueError(f"cores={list(cores)} cannot be chosen on {sys.platform}")
-    there = os.cpu_count() or 1
-    if not cores or not all(0 <= core < there for core in cores):
-        raise ValueError(f"cores={list(cores)} must be among the {there} of this host")
-
-
-def _is_curvature_state(node: Any) -> bool:
-    return isinstance(node, KfacState)
+        raise ValueError(
+            f"cores={list(cores)} must be None on {sys.platform}, which cannot bind "
+            "processes to cores; leave it out"
+        )
+    count = os.cpu_count() or 1
+    if not cores or not all(0 <= core < count for core in cores):
+        raise ValueError(
+            f"cores={list(cores)} must be among the {count} of this host, numbered "
+            "from 0; None for all"
+        )
 
 
 def _curvature_state(state: Any) -> KfacState:
-    """The one state of a curvature transform in a training state."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_curvature_state)
-    found = [node for node in nodes if isinstance(node, KfacState)]
-    if len(found) != 1:
+    """Returns a training state's curvature, if another process can invert it."""
+    found = curvature_state(state)
+    if found.moments:
         raise ValueError(
-            f"state={type(state).__name__} holds {len(found)} curvature transforms, "
-            "not one; pass the state of an optimizer made with "
-            "lbopt.scale_by_kfac(..., periods=lbopt.Periods(inverses=None))"
+            "eigenvalues='corrected' must not be used with BackgroundInversion, whose "
+            "new bases would not fit the second moments in the state; invert in the "
+            "step, with Periods(delay=) to take it off the critical path"
         )
-    if found[0].moments:
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(found)):
         raise ValueError(
-            "the state has second moments in its eigenbases (eigenvalues='corrected'), "
-            "which new bases would leave behind; invert in the step, with "
-            "Periods(delay=) to take it off the critical path"
+            "opt_state must be on devices of this process alone; on several, invert in "
+            "the step, with Periods(delay=) to take it off the critical path"
         )
-    if not all(x.is_fully_addressable for x in jax.tree.leaves(found[0])):
-        raise ValueError(
-            "the state lies on devices of several processes, of which each sees its "
-            "own; invert in the step, with Periods(delay=) to take it off the critical "
-            "path"
-        )
-    return found[0]
+    return found

@@ -1,4 +1,4 @@
-"""Functions of one step's batch, over all its micro-batches and devices."""
+"""Functions of one step's whole batch: all its micro-batches on all devices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ from lbopt.curvature.fisher_products import fisher_products
 
 
 class StepBatch(NamedTuple):
-    """What one device evaluates at a step.
+    """What a device needs to evaluate its part of a step's batch again.
 
     Attributes:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``.
       axis: the devices.
-      accumulate: micro-batches that a device's examples are cut into.
-      statistics_devices: how many devices have no share of the loss's batch.
+      accumulate: number of micro-batches on each device.
+      statistics_devices: number of devices that evaluate no part of the loss.
       model_state: the model's other collections before the step.
       batch: this device's examples.
-      rng: the keys of this device's micro-batches, from which the same numbers are
-        drawn as in the step.
+      rng: the keys of this device's micro-batches; the same keys as in the step, so
+        that dropout and the like draw the same numbers.
       per_example: collections of the model state whose arrays lie along the batch.
     """
 
@@ -38,11 +38,11 @@ class StepBatch(NamedTuple):
     per_example: Sequence[str] = ()
 
 
-def mean_loss(own: StepBatch, params: Params) -> Float[Array, ""]:
+def mean_loss(step: StepBatch, params: Params) -> Float[Array, ""]:
     """The loss of a step's batch at any parameters.
 
     Args:
-      own: the device's share of it.
+      step: this device's part of the batch.
       params: the parameters.
 
     Returns:
@@ -51,23 +51,24 @@ def mean_loss(own: StepBatch, params: Params) -> Float[Array, ""]:
     Raises:
       ValueError: if some devices evaluate statistics alone.
     """
-    _require_all_devices("value_fn", own)
+    _require_all_devices("value_fn", step)
 
     def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
+        # Split as in the gradient pass: the loss sees the key that it saw there.
         loss_rng, _ = jax.random.split(rng)
-        loss, (model_state, _) = own.loss_fn(params, model_state, batch, loss_rng)
+        loss, (model_state, _) = step.loss_fn(params, model_state, batch, loss_rng)
         return model_state, loss
 
-    return _mean_over_all(one, own)
+    return _mean_over_all(one, step)
 
 
 def mean_products(
-    own: StepBatch, params: Params, vectors: Sequence[Params]
+    step: StepBatch, params: Params, vectors: Sequence[Params]
 ) -> Float[Array, "k k"]:
-    """What the exact Fisher matrix of a step's batch makes of pairs of vectors.
+    r"""Products :math:`v_i^\top F v_j` with the exact Fisher matrix of a step's batch.
 
     Args:
-      own: the device's share of the batch.
+      step: this device's part of the batch.
       params: the parameters before the step.
       vectors: k trees shaped like them.
 
@@ -77,31 +78,32 @@ def mean_products(
     Raises:
       ValueError: if some devices evaluate statistics alone.
     """
-    _require_all_devices("fisher_products", own)
+    _require_all_devices("fisher_products", step)
 
     def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
         loss_rng, _ = jax.random.split(rng)
         products = fisher_products(
-            own.loss_fn, params, vectors, model_state, batch, loss_rng, has_aux=True
+            step.loss_fn, params, vectors, model_state, batch, loss_rng, has_aux=True
         )
         return model_state, products
 
-    return _mean_over_all(one, own)
+    return _mean_over_all(one, step)
 
 
 def keys_of_parts(rng: Array, axis: Axis, accumulate: int) -> Array:
-    """The keys of a device's micro-batches: those of their numbers in the whole batch.
-
-    However many devices share the micro-batches of a batch, each has the same key.
+    """The keys of this device's micro-batches.
 
     Args:
       rng: the step's key.
       axis: the devices.
-      accumulate: micro-batches of each.
+      accumulate: number of micro-batches on each device.
 
     Returns:
-      Keys ``[accumulate]``; for one micro-batch, its key; for the only one, ``rng``.
+      Keys ``[accumulate]``, or a single key for one micro-batch; ``rng`` itself if the
+      whole batch is one micro-batch.
     """
+    # Numbered through over all devices: a micro-batch has the same key however many
+    # devices share the batch.
     if accumulate > 1:
         numbers = axis.position() * accumulate + jnp.arange(accumulate)
         return jax.vmap(lambda number: jax.random.fold_in(rng, number))(numbers)
@@ -116,77 +118,64 @@ def accumulated(
     rng: Array,
     per_example: Sequence[str] = (),
 ) -> tuple[Any, Any]:
-    """The model state after, and the mean results of ``one`` over the micro-batches.
+    """Evaluates micro-batches one after another and averages their results.
 
-    Each micro-batch begins with the model state before the step, as it would on a
-    device of its own, and running averages are the means of what each makes of them.
+    Each starts from the model state before the step, as if it were on a device of its
+    own; running averages are averaged over the micro-batches afterwards.
 
     Args:
       one: ``(model_state, batch, rng) -> (model_state, results)``.
-      accumulate: how many micro-batches.
+      accumulate: number of micro-batches.
       model_state: the model's other collections before the step.
       batch: this device's examples.
       rng: what ``keys_of_parts`` returned.
-      per_example: collections whose arrays lie along the batch; each micro-batch has
-        its part of them.
+      per_example: collections whose arrays lie along the batch; they are cut like it.
 
     Returns:
-      The model state; numbers that are no floating point ones are those of the last
-      micro-batch.  The mean results.
+      The model state after the step, in which arrays of integers, booleans and keys are
+      the last micro-batch's; and the mean results.
     """
     if accumulate == 1:
         return one(model_state, batch, rng)
-    lies_along = _lies_along(model_state, per_example)
-    treedef = jax.tree.structure(model_state)
-    leaves = jax.tree.leaves(model_state)
-    along = [x for x, own in zip(leaves, lies_along, strict=True) if own]
+    is_cut = [
+        in_collections(path, per_example) and x.ndim > 0
+        for path, x in jax.tree_util.tree_leaves_with_path(model_state)
+    ]
+    leaves, treedef = jax.tree.flatten(model_state)
 
-    def cut(tree: Any) -> Any:
+    def parts_of(tree: Any) -> Any:
+        # [batch, ...] to [accumulate, batch / accumulate, ...]
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), tree)
 
-    def evaluate(own: Any, batch: Any, rng: Array) -> Any:
-        rest = iter(own)
-        state = [
-            next(rest) if o else x for x, o in zip(leaves, lies_along, strict=True)
-        ]
+    def evaluate(part: Any, batch: Any, rng: Array) -> Any:
+        state = _merged(is_cut, part, _where(is_cut, leaves, False))
         state, results = one(jax.tree.unflatten(treedef, state), batch, rng)
         new = jax.tree.leaves(state)
-        kept = [x for x, o in zip(new, lies_along, strict=True) if o]
-        shared = [x for x, o in zip(new, lies_along, strict=True) if not o]
-        return kept, shared, results
+        return _where(is_cut, new, True), _where(is_cut, new, False), results
 
-    parts = (cut(along), cut(batch), rng)
+    parts = (parts_of(_where(is_cut, leaves, True)), parts_of(batch), rng)
     shapes = jax.eval_shape(evaluate, *jax.tree.map(lambda x: x[0], parts))[1:]
 
     def add(sums: Any, part: Any) -> Any:
-        kept, shared, results = evaluate(*part)
-        shared = [_added(*pair) for pair in zip(sums[0], shared, strict=True)]
-        return (shared, jax.tree.map(jnp.add, sums[1], results)), kept
+        cut, whole, results = evaluate(*part)
+        whole = [
+            total + x if _has_mean(x) else x
+            for total, x in zip(sums[0], whole, strict=True)
+        ]
+        return (whole, jax.tree.map(jnp.add, sums[1], results)), cut
 
-    (shared, results), kept = jax.lax.scan(add, zeros_of(shapes), parts)
-    shared = [x / accumulate if _has_mean(x) else x for x in shared]
+    # Sums are carried instead of a list of results: one micro-batch's memory.
+    (whole, results), cut = jax.lax.scan(add, zeros_of(shapes), parts)
+    whole = [x / accumulate if _has_mean(x) else x for x in whole]
     results = jax.tree.map(lambda x: x / accumulate, results)
-    whole = iter([x.reshape(-1, *x.shape[2:]) for x in kept])
-    rest = iter(shared)
-    state = [next(whole) if own else next(rest) for own in lies_along]
+    state = _merged(is_cut, [x.reshape(-1, *x.shape[2:]) for x in cut], whole)
     return jax.tree.unflatten(treedef, state), results
 
 
-def _lies_along(model_state: Any, per_example: Sequence[str]) -> list[bool]:
-    """Of each array of the model state, whether it lies along the batch."""
-    return [
-        bool(path) and getattr(path[0], "key", None) in per_example and x.ndim > 0
-        for path, x in jax.tree_util.tree_leaves_with_path(model_state)
-    ]
-
-
-def _has_mean(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _added(total: Array, new: Array) -> Array:
-    """A sum; of numbers that have no mean, the last."""
-    return total + new if _has_mean(new) else new
+def in_collections(path: Any, names: Sequence[str]) -> bool:
+    """Whether a path of the model state leads into one of the named collections."""
+    # A model state that is a single array has an empty path.
+    return bool(path) and getattr(path[0], "key", None) in names
 
 
 def zeros_of(shapes: Any) -> Any:
@@ -194,17 +183,33 @@ def zeros_of(shapes: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _mean_over_all(one: Callable[..., Any], own: StepBatch) -> Any:
-    mine = accumulated(
-        one, own.accumulate, own.model_state, own.batch, own.rng, own.per_example
-    )[1]
-    return collectives.mean(mine, own.axis)
+def _where(flags: Sequence[bool], values: Sequence[Any], wanted: bool) -> list[Any]:
+    """The values whose flags are as wanted."""
+    return [x for x, flag in zip(values, flags, strict=True) if flag == wanted]
 
 
-def _require_all_devices(name: str, own: StepBatch) -> None:
-    if own.statistics_devices:
+def _merged(flags: Sequence[bool], true: Sequence[Any], false: Sequence[Any]) -> list:
+    """Undoes ``_where``: takes each value from one of two sequences, by its flag."""
+    values = {True: iter(true), False: iter(false)}
+    return [next(values[flag]) for flag in flags]
+
+
+def _has_mean(x: Array) -> bool:
+    # Counters, flags and random keys have no mean.
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _mean_over_all(one: Callable[..., Any], step: StepBatch) -> Any:
+    _, results = accumulated(
+        one, step.accumulate, step.model_state, step.batch, step.rng, step.per_example
+    )
+    return collectives.mean(results, step.axis)
+
+
+def _require_all_devices(name: str, step: StepBatch) -> None:
+    if step.statistics_devices:
         raise ValueError(
-            f"{name} is refused with statistics_devices={own.statistics_devices}, "
-            "which have no share of the loss's batch; use statistics_fraction or a "
-            "statistics_batch instead"
+            f"{name} cannot be evaluated with statistics_devices="
+            f"{step.statistics_devices}, because these devices evaluate no part of the "
+            "loss; use statistics_fraction or a statistics_batch instead"
         )

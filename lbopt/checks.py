@@ -1,7 +1,7 @@
-"""Checks of settings: each refuses a value by name, with a way out.
+"""Checks of settings: each raises ValueError with the setting's name and a way out.
 
-Arrays of JAX pass unread: ``optax.inject_hyperparams`` makes one of every number, and
-under ``jit`` its value is not known.  NumPy's numbers are numbers.
+JAX arrays pass unread: ``optax.inject_hyperparams`` turns every number into one, whose
+value is unknown under ``jit``.  NumPy scalars count as numbers.
 """
 
 import math
@@ -15,13 +15,13 @@ import numpy as np
 
 
 def positive(name: str, value: Any, way_out: str, *, schedule: bool = False) -> None:
-    """Refuses a number that is not positive and finite.
+    """Raises ValueError unless a number is positive and finite.
 
     Args:
       name: the argument's name.
-      value: what was passed for it.
-      way_out: a value that serves, or what to do instead; ends the message.
-      schedule: whether a function of the step may stand in place of the number.
+      value: its value.
+      way_out: a value that works, or what to do instead; the message ends with it.
+      schedule: whether a function of the step is accepted too.
 
     Raises:
       ValueError: ``name=value must be positive; way_out``.
@@ -38,7 +38,7 @@ def positive(name: str, value: Any, way_out: str, *, schedule: bool = False) -> 
 def not_negative(
     name: str, value: Any, way_out: str, *, schedule: bool = False
 ) -> None:
-    """Refuses a number that is negative or not finite; see ``positive``.
+    """Raises ValueError if a number is negative or not finite; see ``positive``.
 
     Raises:
       ValueError: ``name=value must be 0 or positive; way_out``.
@@ -47,7 +47,7 @@ def not_negative(
 
 
 def below_one(name: str, value: Any, way_out: str) -> None:
-    """Refuses a number outside [0, 1), such as a decay or a momentum.
+    """Raises ValueError unless a number, such as a decay, lies in [0, 1).
 
     Raises:
       ValueError: ``name=value must lie in [0, 1); way_out``.
@@ -55,24 +55,42 @@ def below_one(name: str, value: Any, way_out: str) -> None:
     _require(lambda x: 0 <= x < 1, "in [0, 1)", name, value, way_out)
 
 
-def share(name: str, value: Any, way_out: str) -> None:
-    """Refuses a number outside (0, 1].
+def share(name: str, value: Any, way_out: str, *, zero: bool = False) -> None:
+    """Raises ValueError unless a number lies in (0, 1], or in [0, 1] with ``zero``.
 
     Raises:
       ValueError: ``name=value must lie in (0, 1]; way_out``.
     """
-    _require(lambda x: 0 < x <= 1, "in (0, 1]", name, value, way_out)
+    if zero:
+        _require(lambda x: 0 <= x <= 1, "in [0, 1]", name, value, way_out)
+    else:
+        _require(lambda x: 0 < x <= 1, "in (0, 1]", name, value, way_out)
 
 
-def whole(name: str, value: Any, way_out: str, *, least: int = 1) -> None:
-    """Refuses what is not a whole number of at least ``least``.
+def whole(
+    name: str, value: Any, way_out: str, *, least: int = 1, static: bool = False
+) -> None:
+    """Raises ValueError unless a value is a whole number of at least ``least``.
+
+    Args:
+      name: the argument's name.
+      value: its value.
+      way_out: see ``positive``.
+      least: the smallest number accepted.
+      static: whether shapes depend on the number, so that no JAX array is accepted.
 
     Raises:
       ValueError: ``name=value must be a whole number, ≥ least; way_out``.
     """
     if isinstance(value, jax.Array):
+        if static:
+            raise ValueError(
+                f"{name}={value} must be a Python int, because shapes depend on it; "
+                "name it in static_args= of optax.inject_hyperparams"
+            )
         return
     try:
+        # Booleans have an index, but no setting of ours means one by a number.
         sound = not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         sound = False
@@ -83,10 +101,10 @@ def whole(name: str, value: Any, way_out: str, *, least: int = 1) -> None:
 
 
 def one_of(name: str, value: Any, options: Iterable[Any]) -> None:
-    """Refuses what is not among a few strings or None.
+    """Raises ValueError unless a value is one of a few strings, or None.
 
     Raises:
-      ValueError: ``name=value must be one of …``.
+      ValueError: ``name=value must be … or …``.
     """
     options = list(options)
     if not any(value is option or _same_string(value, option) for option in options):
@@ -95,7 +113,7 @@ def one_of(name: str, value: Any, options: Iterable[Any]) -> None:
 
 
 def _same_string(value: Any, option: Any) -> bool:
-    # An array in the place of a string would compare entry by entry.
+    # An array passed instead of a string would compare entry by entry.
     return isinstance(value, str) and value == option
 
 
@@ -109,11 +127,12 @@ def _require(
 ) -> None:
     if isinstance(value, jax.Array) or (schedule and callable(value)):
         return
+    # NumPy scalars are registered as numbers, its arrays without axes are not.
     number = value
     if isinstance(value, np.ndarray) and value.ndim == 0:
         number = value.item()
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    # NaN fails every comparison, infinity is no setting.
+    # NaN fails every comparison; infinity would pass some.
     if not real or not math.isfinite(number) or not sound(number):
         verb = "lie" if wanted.startswith("in ") else "be"
         raise ValueError(f"{name}={value!r} must {verb} {wanted}; {way_out}")

@@ -1,17 +1,16 @@
-"""Arrays cut into equal shares over the devices of one mesh axis, and what moves them.
+"""Equal shares of arrays over the devices of one mesh axis, and their collectives.
 
 A row of numbers (a packed factor, an inverse, a gradient) is cut into as many *shares*
-as there are devices, padded with zeros to a multiple.  Three moves are all that the
-optimizers need:
+as there are devices, padded with zeros to a multiple.  The optimizers need three
+collectives:
 
 * ``scatter_mean``: every device has its own rows; each receives its share of the mean;
-* ``exchange``: each device, the owner of one row, receives all shares of it; and, the
-  other way round, hands out the shares of a row that it has whole;
-* ``gather``: each device receives the other shares of all rows.
+* ``exchange``: each device owns one row and receives all shares of it; or, the other
+  way round, sends the shares of a row that it has whole;
+* ``gather``: each device receives the other devices' shares of all rows.
 
-The first moves each number once over each link, whatever the sizes of the rows, and the
-second no more than one row a device.  The last moves one row for each device, with or
-without an owner's row in it.
+``scatter_mean`` sends each number once over each link, whatever the sizes of the rows;
+``exchange`` sends at most one row per device, and ``gather`` one row for each device.
 """
 
 from collections.abc import Sequence
@@ -26,34 +25,34 @@ from lbopt._typing import Array
 
 
 class Axis(NamedTuple):
-    """The mesh axis that an optimizer works along.
+    """The mesh axis over which an optimizer distributes its work.
 
     Attributes:
       name: its name under ``shard_map`` or ``pmap``; None for one device (or for
         ``jit`` alone, where the compiler places the work).
-      size: its devices.
+      size: its number of devices.
     """
 
     name: str | None
     size: int
 
     def share(self, size: int) -> int:
-        """The numbers of a row of ``size`` that a device holds."""
-        return -(-size // self.size)
+        """How many numbers of a row of ``size`` each device holds."""
+        return -(-size // self.size)  # rounded up: collectives need equal shares
 
     def position(self) -> Array | int:
-        """This device's number along the axis."""
+        """This device's index along the axis."""
         return 0 if self.name is None else lax.axis_index(self.name)
 
     def require(self) -> None:
-        """Raises ValueError unless this axis of this size is mapped over here."""
+        """Raises ValueError unless an axis of this name and size is mapped here."""
         if self.name is None:
             return
         try:
             found = lax.axis_size(self.name)
         except NameError as error:
             raise ValueError(
-                f"axis_name={self.name!r} is no mapped axis here; call the update "
+                f"axis_name={self.name!r} is not a mapped axis here; call the update "
                 "inside jax.shard_map or jax.pmap over it (training.make_train_step "
                 "does), or leave placement= out"
             ) from error
@@ -65,7 +64,7 @@ class Axis(NamedTuple):
 
 
 def cut(rows: Float[Array, "m size"], axis: Axis) -> Float[Array, "m devices share"]:
-    """Rows as their shares."""
+    """Cuts rows into their shares."""
     m, size = rows.shape
     share = axis.share(size)
     padded = jnp.pad(rows, ((0, 0), (0, axis.size * share - size)))
@@ -83,7 +82,7 @@ def scatter_mean(arrays: Sequence[Array], axis: Axis) -> list[Array]:
     """This device's shares of the mean over devices (one reduce-scatter).
 
     Args:
-      arrays: rows ``[m, size]``, of any number and size each.
+      arrays: rows ``[m, size]``, any number and size of them in each array.
       axis: the devices.
 
     Returns:
@@ -91,7 +90,8 @@ def scatter_mean(arrays: Sequence[Array], axis: Axis) -> list[Array]:
     """
     if axis.name is None:
         return list(arrays)
-    pieces = [jnp.moveaxis(cut(x, axis), 1, 0) for x in arrays]
+    pieces = [jnp.moveaxis(cut(x, axis), 1, 0) for x in arrays]  # [devices, m, share]
+    # Joined, so that all arrays travel in one collective and pay its latency once.
     joined = jnp.concatenate([x.reshape(axis.size, -1) for x in pieces], 1)
     mean = lax.psum_scatter(joined, axis.name, scatter_dimension=0) / axis.size
     ends = np.cumsum([x.shape[1] * x.shape[2] for x in pieces])
@@ -102,7 +102,7 @@ def scatter_mean(arrays: Sequence[Array], axis: Axis) -> list[Array]:
 def exchange(
     shares: Float[Array, "devices share"], axis: Axis
 ) -> Float[Array, "devices share"]:
-    """Row i goes to device i, whose result has this device's row (one all-to-all).
+    """Sends row i to device i and receives this device's row (one all-to-all).
 
     Args:
       shares: this device's share of each owner's row; or all shares of its own row.
@@ -113,6 +113,7 @@ def exchange(
     """
     if axis.name is None:
         return shares
+    # A transposition of devices and rows, and so its own inverse.
     return lax.all_to_all(shares, axis.name, 0, 0, tiled=True)
 
 

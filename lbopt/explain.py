@@ -1,22 +1,21 @@
-"""What an optimizer with curvature would do to a model, before anything is trained.
+"""A report, before any training, of how K-FAC would treat a model.
 
 This command ::
 
     python -m lbopt.explain my_package.models:Net --input 256x32x32x3 --devices 8
 
-prints which layer gets which curvature block and why, what each device would keep in
-memory, and which device would invert what. ``Net`` is a Flax (linen) module, or a class
-or function that makes one, with literal arguments if it needs some:
-``'my_package.models:Net(width=64)'``; ``--input`` is an array that the model is
-called with, the whole batch of all devices. The model is traced, and nothing computed:
-the devices need not be there.
+prints each layer's curvature block and the reason for it, the memory that each device
+would need, and the inversions that it would own.  ``Net`` is a Flax (linen) module, or
+a class or function that returns one, with literal arguments if it needs any:
+``'my_package.models:Net(width=64)'``.  ``--input`` is the shape of an array that the
+model is called with, for the batch of all devices.  The model is only traced: nothing
+is computed, and the devices need not exist.
 """
 
 import argparse
 import ast
 import functools
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lbopt import memory_plan, sharding, training
+from lbopt import checks, memory_plan, sharding, training
 from lbopt.curvature.registry import Layers, trace_layers
 from lbopt.optimizers.kfac import kfac
 from lbopt.settings import Periods, Placement
@@ -44,20 +43,20 @@ def report(
 
     Args:
       model: the model.
-      inputs: what it is called with, arrays or their shapes; the batch of all devices
-        along the first axis.
+      inputs: the arrays that it is called with, or their shapes; the batch of all
+        devices along the first axis.
       arguments: keyword arguments of the call, such as ``{"train": True}``.
-      devices: how many devices share batch and curvature.
+      devices: number of devices that share batch and curvature.
       placement: where inverses live, as in ``lbopt.Placement``.
-      block_size: likewise.
-      inverse_period: steps from one inversion to the next, staggered.
+      block_size: as for ``scale_by_kfac``.
+      inverse_period: steps from one inversion to the next, staggered over the units.
 
     Returns:
       The text.
 
     Raises:
-      ValueError: if the model cannot be called with the inputs, or the devices cannot
-        share the batch.
+      ValueError: if the model cannot be called with the inputs, or the batch cannot be
+        divided evenly among the devices.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -68,13 +67,13 @@ def report(
       >>> print(memory.splitlines()[0])
       1,994 parameters; memory per device: parameters 7.98 kB, ...
     """
-    _check_batch(inputs, devices)
+    _check_batch(inputs, devices)  # first, or the failure would be the model's
     layers, params, model_state = _traced(model, inputs, dict(arguments or {}))
     spread = Placement()
     if devices > 1:
         spread = Placement("data", devices, placement)
     tx = kfac(
-        0.1,
+        0.1,  # any rate: only the shapes of the state matter
         layers,
         block_size=block_size,
         periods=Periods(inverses=inverse_period, stagger=inverse_period > 1),
@@ -90,33 +89,34 @@ def report(
         inverse_period=inverse_period,
         placement=placement,
     )
-    numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    numbers = sum(x.size for x in jax.tree.leaves(params))
     return "\n\n".join(
         [
             repr(layers),
             f"{numbers:,} parameters; {memory_plan.plan(state, inputs, devices)}\n"
-            "(K-FAC with momentum; gradients and activations come on top, as XLA "
-            "counts them once it has compiled your step)",
+            "(K-FAC with momentum; gradients and activations come on top: XLA counts "
+            "them when it compiles your step)",
             repr(owners),
         ]
     )
 
 
+# A shape: making a key at import would start the backend.
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _traced(
     model: nn.Module, inputs: Sequence[Any], arguments: dict[str, Any]
 ) -> tuple[Layers, Any, dict[str, Any]]:
-    """The layers of a model, and the shapes of its parameters and other collections."""
+    """A model's layers, and the shapes of its parameters and other collections."""
     init = functools.partial(model.init, **arguments)
     try:
         variables = dict(jax.eval_shape(init, _KEY, *inputs))
-    except Exception as error:  # whatever the user's model raises
+    except Exception as error:  # of any kind: it is the user's model that is called
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in inputs)
         raise ValueError(
             f"model={type(model).__name__} cannot be called with {shapes}"
-            f"{f' and {arguments}' if arguments else ''}: {error}. Give each array of "
+            f"{f' and {arguments}' if arguments else ''}: {error}. Pass each array of "
             "the call as --input, and other arguments as --set NAME=VALUE"
         ) from error
     params = variables.pop("params", {})
@@ -126,16 +126,16 @@ def _traced(
             {"params": params, **model_state},
             *inputs,
             rngs={"params": rng, "dropout": rng},
-            mutable=list(model_state),
+            mutable=list(model_state),  # normalisation updates its averages in training
             **arguments,
         )
-        # Any loss that depends on all outputs has the same layers.
+        # Stands in for the user's loss: any loss of all outputs has the same layers.
         means = [
             jnp.mean(x, dtype=jnp.float32)
             for x in jax.tree.leaves(outputs)
             if jnp.issubdtype(x.dtype, jnp.floating)
         ]
-        return sum(means, jnp.float32(0))
+        return sum(means, jnp.float32(0))  # a scalar even if no output is a float
 
     layers = trace_layers(
         loss_fn, params, variables, _KEY, *inputs, batch_size=inputs[0].shape[0]
@@ -148,52 +148,56 @@ def _check_batch(inputs: Sequence[Any], devices: int) -> None:
         raise ValueError(
             f"inputs={list(inputs)} must be at least one array with a batch axis"
         )
-    if devices < 1:
-        raise ValueError(f"devices={devices} must be at least 1")
-    if batch := inputs[0].shape[0] % devices:
+    checks.whole("devices", devices, "1 is a run without a mesh")
+    batch = inputs[0].shape[0]
+    if batch % devices:
         raise ValueError(
-            f"devices={devices} cannot share a batch of {inputs[0].shape[0]}: "
-            f"{batch} examples are left over; choose a multiple"
+            f"devices={devices} must divide the batch of {batch} examples; choose a "
+            "multiple"
         )
 
 
 def _model(text: str) -> nn.Module:
-    """The model that `MODULE:ATTR`, or `MODULE:ATTR(ARGUMENTS)`, names."""
+    """Imports the model named `MODULE:ATTR` or `MODULE:ATTR(ARGUMENTS)`."""
     module, _, attribute = text.partition(":")
     try:
         name, positional, named = _call(attribute)
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"model={text!r} must be MODULE:ATTR, as my_package.models:Net or, with "
-            "literals, 'my_package.models:Net(width=64)'"
-        ) from None
+            f"model={text!r} must be MODULE:ATTR, such as my_package.models:Net or, "
+            "with literals, 'my_package.models:Net(width=64)'"
+        ) from None  # the parser's error says nothing about the argument
     try:
         found = functools.reduce(
             getattr, name.split("."), importlib.import_module(module)
         )
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model={text!r} cannot be had: {error}") from error
+        raise ValueError(f"model={text!r} cannot be imported: {error}") from error
+    # An instance is callable too, but calling it would be a forward pass.
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found(*positional, **named)
         except TypeError as error:
             raise ValueError(
-                f"model={text!r} cannot be made: {error}. Give arguments as in "
+                f"model={text!r} cannot be made: {error}. Pass arguments as in "
                 "'my_package.models:Net(width=64)', or name an instance"
             ) from error
     if not isinstance(found, nn.Module):
         raise ValueError(
-            f"model={text!r} is a {type(found).__name__}, not a Flax (linen) module"
+            f"model={text!r} must be a Flax (linen) module, not a "
+            f"{type(found).__name__}"
         )
     return found
 
 
 def _call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """A dotted name, and the literals it is called with if it is."""
+    """Parses a dotted name and the literal arguments of its call, if it is called."""
+    # Literals only: a command line must not run code of its own.
     node = ast.parse(text, mode="eval").body
     positional, named = [], {}
     if isinstance(node, ast.Call):
         positional = [ast.literal_eval(argument) for argument in node.args]
+        # An unpacked mapping has no name; "**" is no identifier and refused below.
         named = {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}
         node = node.func
     name = ast.unparse(node)
@@ -203,20 +207,20 @@ def _call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def _input(text: str) -> jax.ShapeDtypeStruct:
-    """An array from text such as `256x32x32x3` or `256x128:int32`."""
+    """Parses an array's shape, such as `256x32x32x3` or `256x128:int32`."""
     shape, _, dtype = text.partition(":")
     try:
         sizes = tuple(int(size) for size in shape.split("x"))
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype or "float32"))
     except (ValueError, TypeError):
         raise ValueError(
-            f"input={text!r} must be sizes and perhaps a type, as 256x32x32x3 or "
-            "256x128:int32"
+            f"input={text!r} must be sizes and, optionally, a type, such as "
+            "256x32x32x3 or 256x128:int32"
         ) from None
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    """A keyword argument from text such as `train=True`."""
+    """Parses a keyword argument, such as `train=True`."""
     name, equals, value = text.partition("=")
     try:
         if not (name.isidentifier() and equals):
@@ -224,12 +228,12 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         raise ValueError(
-            f"set={text!r} must be NAME=VALUE with a Python literal, as train=True"
+            f"set={text!r} must be NAME=VALUE with a Python literal, such as train=True"
         ) from None
 
 
 def _placement(text: str) -> float | str:
-    """A placement: a name, or a share."""
+    """Parses a placement: a share, or else a name."""
     try:
         return float(text)
     except ValueError:
@@ -237,27 +241,27 @@ def _placement(text: str) -> float | str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what `report` says.
+    """Prints the report of a model named on the command line.
 
     Args:
-      arguments: of the command line; None for the process's own.
+      arguments: the command line's arguments; None for the process's own.
 
     Raises:
-      SystemExit: if something of it is wrong.
+      SystemExit: if an argument is invalid.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lbopt.explain",
         description="Prints a Flax model's curvature blocks, memory and owners.",
     )
     parser.add_argument(
-        "model", metavar="MODULE:ATTR", help="the model, or what makes it"
+        "model", metavar="MODULE:ATTR", help="a model, or a function that makes one"
     )
     parser.add_argument(
         "--input",
         action="append",
         required=True,
         metavar="SHAPE",
-        help="an array of the call: 256x32x32x3, 256x128:int32; once for each",
+        help="an array of the call: 256x32x32x3, 256x128:int32; repeat for each",
     )
     parser.add_argument(
         "--set",
@@ -283,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             block_size=options.block_size,
             inverse_period=options.inverse_period,
         )
-    except ValueError as error:
+    except ValueError as error:  # an argument's: one line, without a traceback
         raise SystemExit(f"error: {error}") from error
     print(text)
 

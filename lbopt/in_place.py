@@ -1,4 +1,4 @@
-"""State that is changed only now and then, and not copied in between."""
+"""Conditional updates that leave unchanged state where it is."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,10 +12,7 @@ T = TypeVar("T")
 
 
 def update_if(flag: Due, update: Callable[[T], T], state: T) -> T:
-    """``update(state)`` if the flag is set, else ``state``, in the same memory.
-
-    A loop of one turn or none.  XLA copies state that passes unchanged through nested
-    conditionals; what a loop carries stays where it is.
+    """Returns ``update(state)`` if the flag is set, else ``state`` in the same memory.
 
     Args:
       flag: whether to update.
@@ -35,6 +32,8 @@ def update_if(flag: Due, update: Callable[[T], T], state: T) -> T:
       2.0
     """
 
+    # A loop of at most one iteration: XLA copies state that passes unchanged through
+    # nested conditionals, but keeps the carry of a loop in place.
     def body(carry: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
         return jnp.zeros_like(carry[0]), update(carry[1])
 

@@ -27,15 +27,15 @@ _LEAF = 256
 
 
 def packed_size(n: int) -> int:
-    """The numbers kept of a symmetric ``n × n`` matrix: ``n (n + 1) / 2``."""
+    """Size of a packed symmetric ``n × n`` matrix: ``n (n + 1) / 2``."""
     return n * (n + 1) // 2
 
 
 def matrix_size(packed: int) -> int:
-    """The ``n`` of which ``packed`` is the packed size.
+    """Number of rows of a matrix whose packed size is given.
 
     Args:
-      packed: how many numbers are kept.
+      packed: the packed size, ``n (n + 1) / 2``.
 
     Returns:
       n.
@@ -43,21 +43,22 @@ def matrix_size(packed: int) -> int:
     Raises:
       ValueError: if no ``n`` has that packed size.
     """
+    # n < √(2 packed) < n + 1, so that truncation needs no exact root.
     n = int((2 * packed) ** 0.5)
     if packed_size(n) != packed:
         raise ValueError(
-            f"packed={packed} numbers are not n (n + 1) / 2 for any n; pass the last "
-            "axis of an array made by lbopt.linalg.pack"
+            f"packed={packed} must be n (n + 1) / 2 for some n; pass the last axis of "
+            "an array made by lbopt.linalg.pack"
         )
     return n
 
 
 def pack(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack packed"]:
-    """The lower triangle of a symmetric matrix in rectangular full packed order.
+    """Packs symmetric matrices in rectangular full packed order.
 
     Args:
-      matrix: symmetric matrices; what stands above the diagonal of the two diagonal
-        blocks is not read.
+      matrix: symmetric matrices; the upper triangles of the two diagonal blocks are
+        not read.
 
     Returns:
       ``[*stack, n (n + 1) / 2]``.
@@ -71,8 +72,8 @@ def pack(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack packed"]:
     """
     n = matrix.shape[-1]
     half, even = (n + 1) // 2, 1 - n % 2
-    lower = matrix[..., :half, :half]
-    upper = jnp.swapaxes(matrix[..., half:, half:], -1, -2)
+    lower = matrix[..., :half, :half]  # M₁₁
+    upper = jnp.swapaxes(matrix[..., half:, half:], -1, -2)  # M₂₂ᵀ
     edges = [(0, 0)] * (matrix.ndim - 2)
     # Even n: the first triangle moves one row down; odd n: the second one column right.
     lower = jnp.pad(lower, [*edges, (even, 0), (0, 0)])
@@ -89,10 +90,10 @@ def _blocks(
     Float[Array, "*stack rest half"],
     Float[Array, "*stack rest rest"],
 ]:
-    """The blocks ``M₁₁``, ``M₂₁`` and ``M₂₂`` of a packed matrix, each whole."""
+    """The full blocks ``M₁₁``, ``M₂₁`` and ``M₂₂`` of a packed matrix."""
     n = matrix_size(packed.shape[-1])
     half, rest, even = (n + 1) // 2, n // 2, 1 - n % 2
-    rectangle = packed.reshape(*packed.shape[:-1], n + even, half)
+    rectangle = packed.reshape(*packed.shape[:-1], n + even, half)  # as in ``pack``
     top, m21 = rectangle[..., : half + even, :], rectangle[..., half + even :, :]
     lower = top[..., even:, :]
     upper = jnp.swapaxes(top[..., :rest, 1 - even :], -1, -2)
@@ -100,7 +101,7 @@ def _blocks(
 
 
 def unpack(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n n"]:
-    """The full symmetric matrices that ``pack`` packed.
+    """Restores the full symmetric matrices from their packed form.
 
     Args:
       packed: packed symmetric matrices.
@@ -116,10 +117,10 @@ def unpack(packed: Float[Array, "*stack packed"]) -> Float[Array, "*stack n n"]:
 
 
 def packed_multiplicity(n: int) -> Float[Array, " packed"]:
-    """How often each packed number stands in the ``n × n`` matrix: 1 or 2.
+    """How often each packed number occurs in the ``n × n`` matrix.
 
-    With it the squared Frobenius norm is ``Σ multiplicity · packed²``, and where it is
-    1 stands the diagonal.
+    1 on the diagonal and 2 elsewhere: the squared Frobenius norm of the matrix is
+    ``Σ multiplicity · packed²``.
 
     Args:
       n: rows of the matrix.
@@ -143,15 +144,14 @@ def packed_multiplicity(n: int) -> Float[Array, " packed"]:
 def diagonal_blocks(
     matrix: Float[Array, "*stack n n"], parts: int
 ) -> Float[Array, "*stack parts block block"]:
-    """The diagonal blocks of equal size that a matrix is cut into.
+    """The diagonal blocks of square matrices, all of the same size.
 
     Args:
       matrix: any square matrices.
-      parts: how many blocks; where they do not divide n, the last rows and columns are
-        padded with zeros.
+      parts: number of blocks; if they do not divide n, the matrix is padded with zeros.
 
     Returns:
-      The blocks, ``block = ceil(n / parts)``.
+      The blocks, of ``block = ⌈n / parts⌉`` rows.
     """
     n = matrix.shape[-1]
     size = -(-n // parts)
@@ -164,7 +164,7 @@ def diagonal_blocks(
 def block_matmul(
     blocks: Float[Array, "*stack parts block block"], x: Float[Array, "*stack n m"]
 ) -> Float[Array, "*stack n m"]:
-    """The product of what ``diagonal_blocks`` cut, as one matrix, with ``x``."""
+    """Multiplies the block-diagonal matrix of ``diagonal_blocks`` with ``x``."""
     parts, size = blocks.shape[-3:-1]
     *stack, n, m = x.shape
     padded = jnp.pad(x, [*[(0, 0)] * len(stack), (0, parts * size - n), (0, 0)])
@@ -175,7 +175,7 @@ def block_matmul(
 def pi_damping(
     damping: Scalar, *mean_eigenvalues: Float[Array, "*stack"]
 ) -> tuple[Float[Array, "*stack"], ...]:
-    r"""The part of the damping that each Kronecker factor takes.
+    r"""Splits the damping between Kronecker factors.
 
     .. math::
       \lambda_i = \pi_i\, \lambda^{1/n}, \qquad
@@ -183,8 +183,8 @@ def pi_damping(
       \nu_i = \operatorname{tr} M_i / \dim M_i
 
     For two factors this is :math:`\pi\sqrt\lambda` and :math:`\sqrt\lambda / \pi` with
-    :math:`\pi^2 = \nu_A / \nu_G`.  Where some :math:`\nu_i` is not positive and
-    finite, every :math:`\pi_i` is 1.
+    :math:`\pi^2 = \nu_A / \nu_G`.  If some :math:`\nu_i` is not positive and finite,
+    every :math:`\pi_i` is 1.
 
     Args:
       damping: λ, in units of the curvature.
@@ -200,6 +200,7 @@ def pi_damping(
     sound = jnp.asarray(True)
     for nu in mean_eigenvalues:
         sound &= jnp.isfinite(nu) & (nu > 0)
+    # In logarithms: products of traces overflow float32 long before their ratios do.
     logs = [jnp.log(jnp.where(sound, nu, 1.0)) for nu in mean_eigenvalues]
     mean = sum(logs) / n
     root = jnp.asarray(damping) ** (1 / n)
@@ -209,7 +210,7 @@ def pi_damping(
 def damped_inverse(
     packed: Float[Array, "*stack packed"], damping: Float[Array, "*stack"]
 ) -> Float[Array, "*stack n n"]:
-    r"""The inverse :math:`(M + \lambda I)^{-1}`, whole, by a blocked Cholesky.
+    r"""The full inverse :math:`(M + \lambda I)^{-1}`, by a blocked Cholesky.
 
     With ``M + λI = [[M₁₁, ·], [M₂₁, M₂₂]]`` and the inverse factor ``A = L₁₁⁻¹``,
 
@@ -242,17 +243,17 @@ def damped_inverse(
 
 
 def one_by_one(function: Callable[[Any], Any], *arrays: Array) -> Any:
-    """Applies a function of one matrix to stacked ones, in turn.
+    """Applies a function of one matrix to stacked matrices, one after another.
 
     Args:
-      function: from a tuple of one entry of each array to an array or several.
-      *arrays: arrays of any number of leading axes, those of the last array.
+      function: takes a tuple of one entry of each array; returns a tree of arrays.
+      *arrays: arrays that share their leading axes; the last one has no other axes.
 
     Returns:
-      The results, leading axes first.
+      The results, stacked along the leading axes.
     """
-    # In turn rather than batched: jaxlib's batched LAPACK kernels wait for the very
-    # threads that run them, and two at once stop a program on a CPU with few cores.
+    # Not batched: jaxlib's batched LAPACK kernels wait for the very threads that run
+    # them, and two at once deadlock on a CPU with few cores.
     leading = arrays[-1].shape
     if not leading:
         return function(arrays)
@@ -267,6 +268,7 @@ def _inverse_factor(
     """The inverse Cholesky factor ``L⁻¹`` and the inverse ``L⁻ᵀ L⁻¹``."""
     n = m.shape[-1]
     if n <= _LEAF:
+        # Reads the lower triangle only; symmetrizing would be another pass over m.
         factor = lax.linalg.cholesky(m, symmetrize_input=False)
         eye = jnp.eye(n, dtype=m.dtype)
         a = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
@@ -288,7 +290,7 @@ def _inverse_factor(
 def eigendecompose(
     packed: Float[Array, "*stack packed"],
 ) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
-    """Eigenvalues (clipped at 0, ascending) and eigenvectors as columns.
+    """Eigenvalues, clipped at 0 and ascending, and eigenvectors as columns.
 
     Args:
       packed: packed positive semi-definite matrices.
@@ -302,19 +304,20 @@ def eigendecompose(
 
     def decompose(one: tuple[Array, ...]) -> tuple[Array, Array]:
         vectors, values = lax.linalg.eigh(unpack(one[0]))
+        # Rounding makes the zero eigenvalues of a low-rank factor slightly negative.
         return jnp.maximum(values, 0), vectors
 
     return one_by_one(decompose, packed, jnp.zeros(packed.shape[:-1]))
 
 
 def all_finite(*arrays: Array) -> Array:
-    """Whether every number of every array is finite, as one flag."""
+    """Whether all numbers of all arrays are finite."""
     flags = [jnp.all(jnp.isfinite(x)) for x in arrays]
     return jnp.all(jnp.stack(flags))
 
 
 def matmul(x: Array, y: Array) -> Array:
-    """The matrix product at the highest precision, over leading axes."""
+    """The matrix product at the highest precision, broadcast over leading axes."""
     return jnp.matmul(x, y, precision=_HIGHEST)
 
 
@@ -331,12 +334,12 @@ def _columns(x: Array) -> Array:
 
 
 def _from_lower(x: Array) -> Array:
-    """The symmetric matrix whose lower triangle is that of ``x``."""
+    """The symmetric matrix with the lower triangle of ``x``."""
     return jnp.where(_rows(x) >= _columns(x), x, jnp.swapaxes(x, -1, -2))
 
 
 def _join(m11: Array, m21: Array, m22: Array) -> Array:
-    """The symmetric matrix of three blocks."""
+    """Joins three blocks into a symmetric matrix."""
     m12 = jnp.swapaxes(m21, -1, -2)
     return jnp.concatenate(
         [jnp.concatenate([m11, m12], -1), jnp.concatenate([m21, m22], -1)], -2

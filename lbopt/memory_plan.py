@@ -1,7 +1,7 @@
-"""What a step needs of each device's memory: from shapes alone, and as XLA counts it.
+"""Memory per device for state and batch, from shapes alone, and XLA's own count.
 
-State and batch are known before anything is compiled. What a step needs besides, above
-all activations, only the compiler knows::
+State and batch are known before anything is compiled.  Only the compiler knows what a
+step needs besides, above all for activations::
 
     state = jax.eval_shape(program.init)
     needed = memory_plan.plan(state, batch, devices=8)
@@ -19,21 +19,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lbopt import sharding, sizes, training
 from lbopt.transforms.kfac_state import KfacState
 
+__all__ = [
+    "MemoryPlan",
+    "on_mesh",
+    "plan",
+    "with_xla",
+]
+
 
 class MemoryPlan(NamedTuple):
-    """Bytes on each device; ``str`` of it is one line for the start of a run.
+    """Bytes on each device; ``str`` returns one line for the start of a run.
 
     Attributes:
-      parameters: of the model.
-      model_state: the model's other collections, and what mixup carries.
-      factors: curvature: running averages, and what adaptive refreshing keeps of
-        earlier statistics.
-      inverses: their inverses, also those that have no effect yet, and corrected
+      parameters: the model's parameters.
+      model_state: the model's other collections, and the batch that mixup carries.
+      factors: running averages of the curvature factors, and the earlier statistics
+        that adaptive refreshing compares them with.
+      inverses: inverses, including those still being computed, and corrected
         eigenvalues.
       optimizer: the rest of the optimizer's state, such as momentum.
       batch: the device's share of a batch.
-      arguments: what XLA counts for all of these; ``None`` before it compiled the step.
-      temporaries: what XLA needs besides: activations, gradients, statistics.
+      arguments: XLA's count of all of these; None before the step is compiled.
+      temporaries: XLA's count of activations, gradients and statistics.
     """
 
     parameters: int
@@ -48,10 +55,10 @@ class MemoryPlan(NamedTuple):
     @property
     def total(self) -> int:
         """State and batch, from shapes alone."""
-        return sum(self[:6])
+        return sum(self[:6])  # not XLA's two, which count the same bytes again
 
     def __str__(self) -> str:
-        """The parts that are not empty, and XLA's count if there is one."""
+        """Lists the parts that are not empty, and XLA's count if there is one."""
         parts = zip(self._fields[:6], self[:6], strict=True)
         named = [(name.replace("_", " "), size) for name, size in parts if size]
         line = f"memory per device: {_listed(named)}"
@@ -68,19 +75,19 @@ def plan(
     *,
     per_example: Sequence[str] = (),
 ) -> MemoryPlan:
-    """The bytes of a run's state and batch.
+    """Counts the bytes of a run's state and batch on each device.
 
     Args:
-      state: the state or its shapes, as ``jax.eval_shape`` of ``init`` returns them.
+      state: the state, or its shapes from ``jax.eval_shape``.
       batch: the batch of all devices, or its shapes.
-      devices: how many devices share the batch.
+      devices: number of devices that share the batch.
       per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
       The plan, without XLA's count.
 
     Raises:
-      ValueError: if the number of devices is not the one that the state was made for.
+      ValueError: if the state was made for another number of devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -100,6 +107,7 @@ def plan(
             found["inverses"] += _own(inverses, devices)
     collections = dict(state.model_state)
     along = [collections.pop(name) for name in per_example]
+    # Batches and what lies along them are cut like ``Sharded`` arrays, but not marked.
     return MemoryPlan(
         parameters=_own(state.params, devices),
         model_state=_own(collections, devices) + _own(along, devices, split=True),
@@ -110,17 +118,17 @@ def plan(
 
 
 def with_xla(needed: MemoryPlan, step: jax.stages.Compiled) -> MemoryPlan:
-    """A plan with what the compiler says about the step.
+    """Adds the compiler's count of a step to a plan.
 
     Args:
       needed: the plan.
       step: the compiled step.
 
     Returns:
-      The plan; unchanged on a platform whose compiler says nothing.
+      The plan; unchanged on platforms whose compiler does not count.
     """
     counted = step.memory_analysis()
-    if counted is None:
+    if counted is None:  # not every backend implements it
         return needed
     return needed._replace(
         arguments=counted.argument_size_in_bytes,
@@ -135,12 +143,12 @@ def on_mesh(
     *,
     per_example: Sequence[str] = (),
 ) -> tuple[training.TrainState, Any]:
-    """Shapes of state and batch as they lie on the mesh, to lower a step for.
+    """Shapes of state and batch with their shardings, to lower a step for.
 
     Args:
       state: the state's shapes.
-      batch: those of the batch of all devices.
-      mesh: the devices, along its only axis; ``None`` for one.
+      batch: the shapes of the batch of all devices.
+      mesh: the devices, with a single axis; None for one device.
       per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
@@ -148,32 +156,28 @@ def on_mesh(
     """
     if mesh is None:
         return state, batch
-    (axis_name,) = mesh.axis_names
+    (axis_name,) = mesh.axis_names  # on more axes it would be a guess which is split
 
     def placed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
         )
 
-    def along(tree: Any) -> Any:
-        spec = PartitionSpec(axis_name)
-        return jax.tree.map(
-            lambda x: placed(x, spec if x.ndim else PartitionSpec()), tree
-        )
-
-    state = jax.tree.map(placed, state, sharding.specs(state, axis_name))
-    carried = {name: along(state.model_state[name]) for name in per_example}
-    if carried:
-        state = state._replace(model_state={**state.model_state, **carried})
-    return state, along(batch)
+    return (
+        jax.tree.map(
+            placed, state, training.state_specs(state, axis_name, per_example)
+        ),
+        jax.tree.map(placed, batch, sharding.batch_specs(batch, axis_name)),
+    )
 
 
 def _own(tree: Any, devices: int, *, split: bool = False) -> int:
-    """Bytes of a tree on each device; ``split`` if all arrays lie along the devices."""
+    """Bytes of a tree on each device; ``split`` if all arrays lie along the batch."""
 
     def size(node: Any) -> int:
         shared = devices if split or _is_sharded(node) else 1
         return sum(
+            # A scalar cannot be cut: every device has it.
             math.ceil(x.size / (shared if x.ndim else 1)) * x.dtype.itemsize
             for x in jax.tree.leaves(node)
         )
@@ -192,10 +196,10 @@ def _is_sharded(node: Any) -> bool:
 def _check_devices(state: training.TrainState, devices: int) -> None:
     for node in jax.tree.leaves(state.opt_state, is_leaf=_is_sharded):
         for x in jax.tree.leaves(node) if _is_sharded(node) else []:
-            if x.shape[0] != devices:
+            if x.shape[0] != devices:  # the first axis of a sharded array
                 raise ValueError(
-                    f"devices={devices}, but the optimizer's state was made for "
-                    f"{x.shape[0]}; pass that many, or make the state anew"
+                    f"devices={devices} must be {x.shape[0]}, the number that the "
+                    "optimizer's state was made for; pass it, or make another state"
                 )
 
 

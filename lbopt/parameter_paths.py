@@ -1,4 +1,4 @@
-"""Parameters named by regular expressions that are found in their paths."""
+"""Parameters selected by regular expressions on their paths."""
 
 import re
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ from lbopt._typing import Params
 
 
 class Matching(NamedTuple):
-    """Which parameters an argument's regular expression names.
+    """Selects the parameters in whose paths a regular expression is found.
 
     Attributes:
-      argument: the argument's name.
+      argument: name of the argument that the expression was passed as.
       expression: the expression; None matches nothing.
     """
 
@@ -26,15 +26,17 @@ class Matching(NamedTuple):
         )
 
     def inverted(self, params: Params) -> Any:
-        """An optax mask: everything else."""
+        """An optax mask of all parameters that do not match."""
         self.require(params)
         return tree_map_with_path(lambda path, _: not self(path), params)
 
     def require(self, params: Params) -> None:
-        """Refuses an expression that is found nowhere."""
+        """Raises ValueError if the expression matches no parameter."""
+        # A misspelt name would otherwise change nothing, silently.
         paths = [path for path, _ in tree_leaves_with_path(params)]
         if self.expression is None or any(map(self, paths)):
             return
+        # A few paths show how they are written; a large model has thousands.
         shown = ", ".join(_named(path) for path in paths[:5])
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         raise ValueError(
@@ -44,18 +46,18 @@ class Matching(NamedTuple):
 
 
 def matching(argument: str, expression: str | None) -> Matching:
-    """Reads an argument's expression.
+    """Compiles the regular expression that was passed as an argument.
 
     Args:
-      argument: the argument's name.
-      expression: a regular expression to be found in the paths of parameters, such as
+      argument: the argument's name, for messages.
+      expression: a regular expression to search for in the paths of parameters, such as
         ``"Conv_0/kernel"``; None matches nothing.
 
     Returns:
-      What tells whether a path matches.
+      A function that tells whether a path matches.
 
     Raises:
-      ValueError: if it is no regular expression.
+      ValueError: if ``expression`` is not a valid regular expression.
     """
     if expression is None:
         return Matching(argument, None)
@@ -63,9 +65,10 @@ def matching(argument: str, expression: str | None) -> Matching:
         return Matching(argument, re.compile(expression))
     except re.error as error:
         raise ValueError(
-            f"{argument}={expression!r} is no regular expression: {error}"
+            f"{argument}={expression!r} must be a regular expression: {error}"
         ) from error
 
 
 def _named(path: Any) -> str:
+    # Slashes, as layers are named: "Conv_0/kernel" instead of "['Conv_0']['kernel']".
     return keystr(path, simple=True, separator="/")

@@ -1,11 +1,11 @@
-"""Convolution inputs in the weight-sharing format, and their second moment.
+"""Patches of convolution inputs, and their second moment.
 
 A convolution is a dense layer shared by the output locations: with the input
 patches ``p_{n,t}`` (one row per example n and output location t) and the kernel as
-a matrix ``K[in, out]``, the output is ``p K``.  This module turns a channels-last
-input into those rows, ordered ``(kernel position, channel)`` exactly as
-``kernel.reshape(-1, out)``, and sums their outer products without building them
-where that is cheaper.
+a matrix ``K[in, out]``, the output is ``p K``.  This module turns channels-last
+inputs into these rows, ordered ``(kernel position, channel)`` like
+``kernel.reshape(-1, out)``, and sums their outer products, without building the rows
+if that is cheaper.
 """
 
 import itertools
@@ -25,11 +25,11 @@ class Window(NamedTuple):
     """The geometry of a convolution: one entry per spatial dimension.
 
     Attributes:
-      size: kernel positions.
+      size: number of kernel positions.
       strides: step between output locations, in padded input positions.
-      padding: ``(low, high)`` zeros added (negative: positions removed), counted
-        after the input was dilated.
-      input_dilation: 1 + zeros put between neighbouring inputs.
+      padding: ``(low, high)`` zeros added to the dilated input (negative: positions
+        removed).
+      input_dilation: 1 + number of zeros inserted between neighbouring inputs.
       kernel_dilation: distance between neighbouring kernel positions.
     """
 
@@ -41,14 +41,14 @@ class Window(NamedTuple):
 
     @property
     def span(self) -> tuple[int, ...]:
-        """Input positions from a kernel's first tap to its last, in each dimension."""
+        """Distance from a kernel's first tap to its last, in each dimension."""
         return tuple(
             d * (k - 1) for k, d in zip(self.size, self.kernel_dilation, strict=True)
         )
 
 
 def output_size(window: Window, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    """Output locations ``T`` in each dimension, for an input of size ``spatial``."""
+    """Number of output locations per dimension, for an input of size ``spatial``."""
     padded = (
         (s - 1) * dilation + 1 + low + high
         for s, dilation, (low, high) in zip(
@@ -111,10 +111,10 @@ def outer_sum(
     Args:
       rows: vectors in the last axis.
       dtype: type in which the sum is accumulated and returned.
-      stack: how many leading axes are kept apart; the others are summed over.
+      stack: number of leading axes that are kept; the others are summed over.
 
     Returns:
-      One matrix for each position of the leading axes.
+      One matrix for each position of the kept axes.
     """
     kept = tuple(range(stack))
     summed = tuple(range(stack, rows.ndim - 1))
@@ -133,12 +133,12 @@ def patch_moment(
 ) -> Float[Array, "features features"]:
     r"""The second moment :math:`\sum_{n,t} p_{n,t}\, p_{n,t}^\top` of all patches.
 
-    With stride 1 the block of kernel positions (δ, δ′) depends on its displacement
-    δ′−δ alone, but for the locations where a kernel hangs over the edge.  So the
-    correlations of the input with itself at the distinct displacements, one
-    convolution, give every block; the patches at locations that the layer does not
-    have are then subtracted.  For a 3×3 kernel that is 15 correlations and four thin
-    products in place of 81 blocks.  Where it does not save arithmetic (strides, dilated
+    With stride 1 the block of kernel positions (δ, δ′) depends on the displacement
+    δ′−δ alone, except for locations where the kernel overlaps the edge.  A single
+    convolution, the autocorrelations of the input at the distinct displacements,
+    therefore gives every block; the patches at locations that the layer does not have
+    are then subtracted.  For a 3×3 kernel this is 15 correlations and four thin
+    products instead of 81 blocks.  If it does not save arithmetic (strides, dilated
     inputs, tiny maps), patches are built and multiplied.
 
     Args:
@@ -157,7 +157,7 @@ def patch_moment(
 def patch_sum(
     inputs: Float[Array, "batch *spatial channels"], window: Window
 ) -> Float[Array, "batch features"]:
-    r"""The sum :math:`\sum_t p_{n,t}` of an example's patches, without building them.
+    r"""The sum :math:`\sum_t p_{n,t}` of each example's patches, without building them.
 
     Args:
       inputs: layer inputs, channels last.
@@ -166,7 +166,7 @@ def patch_sum(
     Returns:
       ``[batch, features]``.
     """
-    # Locations and kernel positions change roles: a window of the size of the output
+    # Locations and kernel positions exchange roles: a window of the size of the output
     # map slides over the kernel positions.
     sums = lax.reduce_window(
         _pad(inputs, window),
@@ -177,7 +177,7 @@ def patch_sum(
         padding="VALID",
         window_dilation=(1, *window.strides, 1),
     )
-    kept = tuple(slice(k) for k in window.size)  # strides leave positions unread
+    kept = tuple(slice(k) for k in window.size)  # strides leave some positions unused
     return sums[:, *kept].reshape(inputs.shape[0], -1)
 
 
@@ -195,15 +195,15 @@ def _pad(
     return lax.pad(inputs, zero, [(0, 0, 0), *edges, (0, 0, 0)])
 
 
-# Putting one element of the moment together from displacements costs as much time as
-# about this many multiplications of a matrix product (measured on 2 CPU cores).
+# Assembling one element of the moment from displacements takes as long as about this
+# many multiplications of a matrix product (measured on 2 CPU cores).
 _ASSEMBLY = 256
 
 
 def _displacement_is_cheaper(
     window: Window, batch: int, spatial: tuple[int, ...]
 ) -> bool:
-    """Whether displacements take less work than patches, per pair of channels."""
+    """Whether displacements need less work than patches, per pair of channels."""
     if any(s != 1 for s in (*window.strides, *window.input_dilation)):
         return False
     kernel = math.prod(window.size)
@@ -217,10 +217,11 @@ def _displacement_is_cheaper(
 
 
 class _Strip(NamedTuple):
-    """Locations outside the layer's map whose patches still touch the input.
+    """Locations outside the layer's map whose patches still overlap the input.
 
-    All have the coordinate ``position`` along ``axis``, where the kernel positions
-    ``taps`` fall inside the input; the other axes run over ``padding``.
+    All of them have the coordinate ``position`` along ``axis``, at which the kernel
+    positions ``taps`` are inside the input; along the other axes they cover
+    ``padding``.
     """
 
     axis: int
@@ -231,9 +232,9 @@ class _Strip(NamedTuple):
 
 
 def _surplus_strips(window: Window, spatial: tuple[int, ...]) -> list[_Strip]:
-    """Every location that touches the input and is not the layer's, each once."""
-    # Axes before the strip's own are held to the layer's locations, axes after it run
-    # over all that touch the input.
+    """All locations that overlap the input and are not the layer's, each once."""
+    # Before the strip's axis the other axes cover the layer's own locations, after it
+    # all that overlap the input; otherwise corners would be counted twice.
     strips = []
     full = tuple((span, span) for span in window.span)
     for axis, (size, (low, high)) in enumerate(
@@ -260,7 +261,7 @@ def _surplus_strips(window: Window, spatial: tuple[int, ...]) -> list[_Strip]:
 def _moment_by_displacement(
     inputs: Float[Array, "batch *spatial channels"], window: Window, dtype: Any
 ) -> Float[Array, "features features"]:
-    """``patch_moment`` for stride 1: all touching locations, less the surplus."""
+    """``patch_moment`` for stride 1: all overlapping locations minus the surplus."""
     spatial, channels = inputs.shape[1:-1], inputs.shape[-1]
     size, rank = window.size, len(window.size)
     correlations = _correlations(inputs, window, dtype)
@@ -271,7 +272,7 @@ def _moment_by_displacement(
         first, taps = strip.taps[0], len(strip.taps)
         kernel = tuple(taps if i == strip.axis else k for i, k in enumerate(size))
         surplus = outer_sum(rows, dtype).reshape(*kernel, channels, *kernel, channels)
-        # Padded to the whole and subtracted: one fused pass over the moment, where a
+        # Padded to the full size and subtracted in one fused pass over the moment; a
         # scatter would be a loop.
         edges = [(0, 0, 0)] * (2 * rank + 2)
         edges[strip.axis] = edges[rank + 1 + strip.axis] = (
@@ -302,9 +303,9 @@ def _correlations(
     inputs = _no_wider(inputs, dtype)
     rank = len(window.size)
     letters = "HWD"[:rank]
-    # Examples are contracted and channels take their place.  The axes are moved by
-    # hand because XLA's CPU compiler finds its fast convolution for this layout only,
-    # wherever the convolution stands inside a conditional.
+    # Examples are contracted like channels, and channels take the place of examples.
+    # The axes are moved explicitly because, inside a conditional, XLA's CPU compiler
+    # uses its fast convolution for this layout only.
     channels_first = jnp.moveaxis(inputs, (-1, 0), (0, -1))  # [c, *spatial, batch]
     batch_inside = jnp.moveaxis(inputs, 0, rank)  # [*spatial, batch, c]
     half = lax.conv_general_dilated(
@@ -324,12 +325,13 @@ def _correlations(
 
 
 def _no_wider(x: Array, dtype: Any) -> Array:
-    """Narrowed to the type of its sum where it is wider, which XLA refuses."""
+    """Casts to the type of the sum if the input's type is wider."""
+    # XLA rejects products that accumulate in a narrower type than their operands'.
     return x if jnp.promote_types(x.dtype, dtype) == dtype else x.astype(dtype)
 
 
 def _block_displacement(size: tuple[int, ...]) -> Int[Array, "kernel kernel"]:
-    """For every block (δ, δ′) the position of its displacement in ``_correlations``."""
+    """Index in ``_correlations`` of the displacement of every block (δ, δ′)."""
     index = jnp.zeros([1] * (2 * len(size)), jnp.int32)
     for axis, k in enumerate(size):
         shape = [1] * (2 * len(size))
@@ -343,7 +345,7 @@ def _block_displacement(size: tuple[int, ...]) -> Int[Array, "kernel kernel"]:
 def _strip_patches(
     inputs: Float[Array, "batch *spatial channels"], window: Window, strip: _Strip
 ) -> Float[Array, "batch *locations features"]:
-    """The patches at a strip's locations, without the taps that read padding only."""
+    """Patches at a strip's locations, without taps that read nothing but padding."""
     axis, rank = strip.axis, len(window.size)
     dilation = window.kernel_dilation[axis]
     first = strip.position + strip.taps[0] * dilation
@@ -354,18 +356,19 @@ def _strip_patches(
         dilation,
         axis=1 + axis,
     )
-    # The strip's own axis becomes a kernel axis that is read once, whole.
-    keep = lambda per_axis, own: tuple(  # noqa: E731
-        own if i == axis else per_axis[i] for i in range(rank)
-    )
+
+    # The strip's axis becomes a kernel axis with one location, which reads all of it.
+    def replaced(per_axis: tuple[int, ...], value: int) -> tuple[int, ...]:
+        return tuple(value if i == axis else per_axis[i] for i in range(rank))
+
     padding = iter(strip.padding)
     return extract_patches(
         lines,
         Window(
-            size=keep(window.size, len(strip.taps)),
+            size=replaced(window.size, len(strip.taps)),
             strides=(1,) * rank,
             padding=tuple((0, 0) if i == axis else next(padding) for i in range(rank)),
             input_dilation=(1,) * rank,
-            kernel_dilation=keep(window.kernel_dilation, 1),
+            kernel_dilation=replaced(window.kernel_dilation, 1),
         ),
     )

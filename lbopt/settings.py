@@ -1,21 +1,21 @@
-"""Settings of an optimizer that belong together, checked where they are made."""
+"""Groups of optimizer settings that belong together, checked when constructed."""
 
 from dataclasses import dataclass
 
 import jax.core
 
 from lbopt import checks
-from lbopt._typing import Count
+from lbopt._typing import Count, Number, Whole
 
 
 @dataclass(frozen=True)
 class Periods:
-    """When curvature is renewed: periods in steps, and how inversions are spread.
+    """Steps between statistics and between inversions, and when inverses take effect.
 
     Attributes:
       statistics: steps from one statistic to the next.
-      inverses: steps from one inversion to the next; None where only the first
-        inverses are made in the step, and ``BackgroundInversion`` makes the others.
+      inverses: steps from one inversion to the next; None if the step computes only
+        the first inverses, and ``BackgroundInversion`` all later ones.
       stagger: whether each device spreads its inversions evenly over the steps of
         their period, instead of inverting everything at once.  The first step inverts
         everything.
@@ -26,8 +26,8 @@ class Periods:
         effect at once; with None or 0 all do.
 
     Raises:
-      ValueError: if a period is not a positive whole number, or if the delay exceeds
-        the period of the inverses.
+      ValueError: if a period is not a positive whole number, if the delay is longer
+        than the period of the inverses, or if there is no period to delay or stagger.
 
     Examples:
       >>> import lbopt
@@ -35,27 +35,29 @@ class Periods:
       Periods(statistics=2, inverses=20, stagger=True, delay=None)
     """
 
-    statistics: Count | int = 1
-    inverses: Count | int | None = 1
+    statistics: Count = 1
+    inverses: Count | None = 1
     stagger: bool = False
-    delay: int | None = None
+    delay: Whole | None = None
 
     def __post_init__(self) -> None:
         checks.whole("statistics", self.statistics, "1 renews them at every step")
         if self.delay is not None:
-            checks.whole("delay", self.delay, "None takes effect at once", least=0)
+            at_once = "None lets inverses take effect at once"
+            checks.whole("delay", self.delay, at_once, least=0, static=True)
+        # Only the first inversion is in the step, and that is not delayed.
         if self.inverses is None:
             if self.delay or self.stagger:
                 raise ValueError(
                     f"inverses=None must have neither delay={self.delay} nor "
-                    f"stagger={self.stagger}: lbopt.BackgroundInversion decides when "
-                    "inverses are made; leave both out, or give a period"
+                    f"stagger={self.stagger}, because lbopt.BackgroundInversion "
+                    "decides when to invert; leave both out, or give a period"
                 )
             return
         checks.whole(
             "inverses", self.inverses, "None leaves them to lbopt.BackgroundInversion"
         )
-        # Under jit the period may be traced, and then nothing is known of it here.
+        # The value of a period that optax.inject_hyperparams traces is unknown here.
         if isinstance(self.inverses, jax.core.Tracer):
             return
         if self.delay is not None and self.delay > self.inverses:
@@ -68,7 +70,7 @@ class Periods:
 
 @dataclass(frozen=True)
 class Placement:
-    """Over which devices examples are spread, and where inverses live.
+    """The devices over which examples are spread, and where inverses live.
 
     Attributes:
       axis_name: the mesh axis over which examples are spread, under ``jax.shard_map``
@@ -81,8 +83,8 @@ class Placement:
         device gets, smallest layers first.
 
     Raises:
-      ValueError: for an ``axis_size`` that is not a positive whole number or that has
-        no ``axis_name``, and for an unknown place of inverses.
+      ValueError: if ``axis_size`` is not a positive whole number or has no
+        ``axis_name``, or if ``inverses`` is none of the above.
 
     Examples:
       >>> import lbopt
@@ -94,11 +96,13 @@ class Placement:
     """
 
     axis_name: str | None = None
-    axis_size: int = 1
-    inverses: float | int | str = "comm"
+    axis_size: Whole = 1
+    inverses: Number | str = "comm"
 
     def __post_init__(self) -> None:
-        checks.whole("axis_size", self.axis_size, "pass mesh.shape[axis_name]")
+        of_mesh = "pass mesh.shape[axis_name]"
+        checks.whole("axis_size", self.axis_size, of_mesh, static=True)
+        # Without a name there is no collective, and a size would be ignored.
         if self.axis_name is None and self.axis_size != 1:
             raise ValueError(
                 f"axis_size={self.axis_size} must have axis_name, the mesh axis of "
@@ -107,7 +111,5 @@ class Placement:
         way_out = "'comm', 'memory', or the share of inverses that every device gets"
         if isinstance(self.inverses, str):
             checks.one_of("inverses", self.inverses, ["comm", "memory"])
-        elif self.inverses == 0:
-            checks.not_negative("inverses", self.inverses, way_out)
         else:
-            checks.share("inverses", self.inverses, way_out)
+            checks.share("inverses", self.inverses, way_out, zero=True)

@@ -1,8 +1,8 @@
-"""Where things live: meshes, the split of the optimizer's state, and who inverts what.
+"""Meshes, the placement of training state on them, and the owners of inversions.
 
-Factors (and their history) are cut into equal shares, one a device, whatever their
-sizes; see ``lbopt.collectives``.  Inversion is not cut: each *unit*, one copy or one
-diagonal block of a factor, belongs to one device, its owner.
+Factors and their history are cut into equal shares, one for each device, whatever their
+sizes; see ``lbopt.collectives``.  Inversions are not cut: each *unit*, one copy or one
+diagonal block of a factor, is inverted by one device, its *owner*.
 """
 
 import collections
@@ -14,30 +14,31 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lbopt import collectives
-from lbopt._typing import OptState, Updates
+from lbopt import checks, collectives
+from lbopt._typing import Number, OptState, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import discovery
+from lbopt.curvature import discovery, eigen_moments
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
+__all__ = ["Owners", "Sharded", "make_mesh", "owner_table", "place"]
+
 
 class Sharded(NamedTuple):
-    """Marks arrays of a state whose first axis numbers the devices."""
+    """Marks arrays of a state whose first axis is one row for each device."""
 
     shards: Any
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") -> Mesh:
-    """A mesh of one axis over the given devices, all of the machine's by default.
+    """A mesh with one axis over the given devices.
 
     Args:
-      devices: the devices in order.
+      devices: the devices in order; None for all of the machine's.
       axis_name: the axis's name.
 
     Returns:
-      The mesh, its axis of type Auto: under the Explicit type, which ``jax.make_mesh``
-      makes by default, products over a sharded batch have to name their sharding.
+      The mesh, with an axis of type Auto.
 
     Examples:
       >>> from lbopt import sharding
@@ -45,18 +46,19 @@ def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") 
       ('data',)
     """
     devices = jax.devices() if devices is None else devices
+    # Explicit axes, jax.make_mesh's default, want a sharding named for every product.
     return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
 
 
 def specs(tree: Any, axis_name: str) -> Any:
-    """How a state lies on the mesh: sharded arrays by their first axis, others whole.
+    """Partition specs of a state: ``Sharded`` arrays along the axis, others whole.
 
     Args:
       tree: a state, or its shapes.
-      axis_name: the axis of the optimizer.
+      axis_name: the optimizer's axis.
 
     Returns:
-      ``PartitionSpec`` for each array, in the state's structure.
+      A ``PartitionSpec`` for each array, in the structure of the state.
     """
 
     def spec(node: Any) -> Any:
@@ -67,26 +69,34 @@ def specs(tree: Any, axis_name: str) -> Any:
     return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Sharded))
 
 
+def batch_specs(tree: Any, axis_name: str) -> Any:
+    """Partition specs of arrays that lie along the batch; scalars are replicated."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(axis_name) if x.ndim else PartitionSpec(), tree
+    )
+
+
 def split_layers(opt_state: OptState) -> set[str]:
-    """The layers whose gradients and statistics the optimizer itself combines.
+    """Paths of the layers whose gradients and statistics the optimizer combines.
 
     Args:
       opt_state: the state of any optax chain.
 
     Returns:
-      The paths of the layers whose factors are split over devices.
+      The layers whose factors are split over devices.
     """
+    # Found by their mark, wherever in a chain the curvature transform is.
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Sharded))
     split = [node.shards for node in nodes if isinstance(node, Sharded)]
     return {path for shards in split if isinstance(shards, dict) for path in shards}
 
 
 def mean_of_others(tree: Updates, layers: Iterable[Layer], axis: Axis) -> Updates:
-    """The mean over devices of all arrays but those of some layers.
+    """Averages gradients over devices, except those of some layers.
 
     Args:
       tree: gradients.
-      layers: the layers whose arrays stay as they are.
+      layers: the layers whose gradients stay each device's own.
       axis: the devices.
 
     Returns:
@@ -104,15 +114,15 @@ def mean_of_others(tree: Updates, layers: Iterable[Layer], axis: Axis) -> Update
 
 
 def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
-    """Puts a state onto the mesh as ``specs`` says.
+    """Places a state on a mesh, with the layout of ``specs``.
 
     Args:
-      tree: the state; where the mesh spans several processes, the same on each.
+      tree: the state; on a mesh of several processes, the same in each of them.
       mesh: the devices.
-      axis_name: the axis of the optimizer.
+      axis_name: the optimizer's axis.
 
     Returns:
-      The same state, in place on the devices.
+      The same state, on the devices of the mesh.
     """
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s),
@@ -120,7 +130,7 @@ def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     if mesh.is_multi_process:
-        # Each process fills its own devices.
+        # device_put cannot reach other processes' devices: each fills its own.
         return jax.tree.map(
             lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: x[at]),
             tree,
@@ -134,10 +144,10 @@ class Unit(NamedTuple):
 
     Attributes:
       path: the layer.
-      layer: the layer's number in alphabetical order.
-      statistic: the number of its statistic, as the factors' leaves are numbered.
+      layer: the layer's index in alphabetical order.
+      statistic: the index of its statistic among the leaves of all factors.
       kind: the statistic's name, as in ``KroneckerFactors``.
-      row: which copy and diagonal block of the factor, counted through.
+      row: the index of the copy and diagonal block within the factor.
       factor: the kind of factor.
     """
 
@@ -150,23 +160,23 @@ class Unit(NamedTuple):
 
 
 def units_of(layers: Mapping[str, Layer]) -> list[Unit]:
-    """The units of all layers, numbered through.
+    """The units of all layers.
 
     Args:
-      layers: what ``scale_by_kfac`` preconditions, by path.
+      layers: the preconditioned layers by path.
 
     Returns:
       The units in the order of the factors' leaves.
     """
     units: list[Unit] = []
     statistic = 0
-    for number, path in enumerate(sorted(layers)):
+    for number, path in enumerate(sorted(layers)):  # the order of a dict's leaves
         layer = layers[path]
         shapes = layer.factor_shapes()
         for kind, leaf, factor in zip(
             shapes._fields, shapes, layer.block.factors, strict=True
         ):
-            rows = leaf.size // factor.size
+            rows = leaf.size // factor.size  # copies × diagonal blocks
             units += [
                 Unit(path, number, statistic, kind, row, factor) for row in range(rows)
             ]
@@ -175,16 +185,17 @@ def units_of(layers: Mapping[str, Layer]) -> list[Unit]:
 
 
 class Owners(NamedTuple):
-    """Which device inverts which unit, and at which step of the period.
+    """The device that inverts each unit, and the step of the period at which it does.
 
-    ``print`` shows the work and the units of each device.
+    ``print`` shows each device's units and work.
 
     Attributes:
       units: the units.
       owner: each unit's device.
-      phase: the step of the inversion period at which its turn is.
-      gathered: whether every device gets its inverse, or its owner alone keeps it.
-      devices: how many devices there are.
+      phase: the step of the inversion period at which the unit is inverted.
+      gathered: whether its inverse is replicated on every device, or stays on its
+        owner.
+      devices: number of devices.
       period: steps from one inversion of a unit to the next.
     """
 
@@ -196,38 +207,36 @@ class Owners(NamedTuple):
     period: int
 
     def work(self) -> np.ndarray:
-        """Multiplications (d³) of each device at each step of the period.
-
-        Returns:
-          ``[devices, period]``.
-        """
+        """Multiplications (d³) of each device at each step: ``[devices, period]``."""
         table = np.zeros((self.devices, self.period), np.int64)
         for unit, owner, phase in zip(self.units, self.owner, self.phase, strict=True):
             table[owner, phase] += unit.factor.work
         return table
 
     def balance(self) -> float:
-        """The longest device's work over max(total / devices, largest unit)."""
+        """The largest load of a device over max(total / devices, largest unit)."""
         loads = self.work().sum(1)
         largest = max(unit.factor.work for unit in self.units)
         return float(loads.max() / max(loads.sum() / self.devices, largest))
 
     def __repr__(self) -> str:
-        """The table: units, largest order and work of each device, and the totals."""
+        """A table of each device's units, largest matrix and work, and the totals."""
         work = self.work()
         lines = ["device  units  largest       work  share of the longest"]
-        longest = max(int(work.sum(1).max()), 1)
+        longest = max(int(work.sum(1).max()), 1)  # there may be no units at all
         for device in range(self.devices):
             own = [
                 u for u, o in zip(self.units, self.owner, strict=True) if o == device
             ]
-            largest = _rows(max(own, key=lambda u: u.factor.work).factor) if own else 0
+            largest = max((u.factor for u in own), key=lambda f: f.work, default=None)
+            # Rounded up, because the last diagonal block is padded.
+            rows = 0 if largest is None else -(-largest.order // largest.parts)
             load = int(work[device].sum())
             lines.append(
-                f"{device:6d}  {len(own):5d}  {largest:7d}  {load:9.3g}  "
+                f"{device:6d}  {len(own):5d}  {rows:7d}  {load:9.3g}  "
                 f"{load / longest:6.1%}"
             )
-        steps = work.max(0)
+        steps = work.max(0)  # a step takes as long as its longest device
         lines.append(
             f"{len(self.units)} units, work {int(work.sum()):.4g} in all, "
             f"{longest:.4g} on the longest device: {self.balance():.3f} × "
@@ -242,13 +251,9 @@ class Owners(NamedTuple):
         return "\n".join(lines)
 
     def step_bound(self) -> float:
-        """max(longest device's work / period, largest unit), a step's least work."""
+        """The least work of a step: max(longest device / period, largest unit)."""
         largest = max(unit.factor.work for unit in self.units)
         return max(float(self.work().sum(1).max()) / self.period, float(largest))
-
-
-def _rows(factor: Factor) -> int:
-    return -(-factor.order // factor.parts)
 
 
 def assign(
@@ -257,14 +262,14 @@ def assign(
     before: Sequence[int] | None = None,
     kinds: Sequence[Any] | None = None,
 ) -> list[int]:
-    """Longest first, each to the bin that has the least.
+    """Assigns items to bins, longest first, each to the bin with the least work.
 
     Args:
-      work: what each item costs.
-      bins: how many bins.
-      before: what the bins have from elsewhere, which decides between equals.
-      kinds: of which kind each item is; a bin gets at most half as many again of each
-        as an even split would give it, rounded up.  None for no such bound.
+      work: the cost of each item.
+      bins: number of bins.
+      before: earlier work of each bin, which decides between equals.
+      kinds: the kind of each item; a bin gets at most 3/2 of its even share of the
+        items of a kind, rounded up.  None for no such bound.
 
     Returns:
       Each item's bin.
@@ -273,7 +278,11 @@ def assign(
       >>> from lbopt import sharding
       >>> sharding.assign([5, 4, 3, 3], 2)
       [0, 1, 1, 0]
+
+    Source: Graham 1969 (longest processing time first).
     """
+    # (load, earlier load, count, bin): without the count, items that cost nothing would
+    # all go to one bin.
     heap = [(0, 0 if before is None else before[i], 0, i) for i in range(bins)]
     heapq.heapify(heap)
     kinds = list(range(len(work))) if kinds is None else kinds
@@ -281,7 +290,7 @@ def assign(
     filled: collections.Counter[Any] = collections.Counter()
     chosen = [0] * len(work)
     for item in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        kind, passed = kinds[item], []
+        kind, passed = kinds[item], []  # bins that are full of this kind
         while filled[kind, heap[0][-1]] == most[kind]:
             passed.append(heapq.heappop(heap))
         load, other, count, i = heapq.heappop(heap)
@@ -299,26 +308,26 @@ def owners_of(
     period: int = 1,
     gathered: Collection[str] | None = None,
 ) -> Owners:
-    """Splits units over the steps of a period, and over devices.
-
-    The split over steps does not depend on the number of devices, so that a run's
-    numbers do not either.
+    """Distributes units over the steps of a period and over devices.
 
     Args:
       units: the units.
-      devices: how many devices.
-      period: steps from one inversion to the next; 1 if all take turns together.
-      gathered: the layers whose inverses every device gets; None for all.  A layer that
-        is not among them has one owner, and a unit of any other may go anywhere.
+      devices: number of devices.
+      period: steps from one inversion to the next; 1 to invert all in the same step.
+      gathered: the layers whose inverses are replicated; None for all.  Each other
+        layer has a single owner.
 
     Returns:
       The owner table.
     """
     work = [unit.factor.work for unit in units]
+    # Steps before devices: a unit's step, and with it a run's numbers, must not depend
+    # on the number of devices.
     phase = assign(work, period)
     flags = [gathered is None or unit.path in gathered for unit in units]
     owner, loads = [0] * len(units), [0] * devices
 
+    # Layers with one owner are the largest pieces, and are placed first.
     kept: dict[str, list[int]] = {}
     for i, unit in enumerate(units):
         if not flags[i]:
@@ -329,9 +338,10 @@ def owners_of(
             owner[i] = device
             loads[device] += work[i]
 
-    for turn in range(period):
-        ids = [i for i in range(len(units)) if flags[i] and phase[i] == turn]
-        # Units of one kind are exchanged in rounds of one a device.
+    for step in range(period):
+        ids = [i for i in range(len(units)) if flags[i] and phase[i] == step]
+        # Units of one kind are exchanged in rounds of one for each device: a device
+        # with many of them would make many rounds.
         kinds = [(units[i].factor.invert, units[i].factor.shape) for i in ids]
         chosen = assign([work[i] for i in ids], devices, loads, kinds)
         for i, device in zip(ids, chosen, strict=True):
@@ -342,16 +352,13 @@ def owners_of(
     )
 
 
-def gathered_layers(
-    layers: Mapping[str, Layer], placement: float | int | str
-) -> list[str]:
-    """The layers whose inverses every device gets.
+def gathered_layers(layers: Mapping[str, Layer], placement: Number | str) -> list[str]:
+    """The layers whose inverses are replicated on every device.
 
     Args:
       layers: layers by path.
       placement: ``"comm"`` for all, ``"memory"`` for none, or the share of the bytes of
-        all inverses that each device may hold besides its own; the smallest first,
-        because they cost the least memory for the gradients that need not travel.
+        all inverses that each device may hold besides its own.
 
     Returns:
       Their paths.
@@ -362,6 +369,7 @@ def gathered_layers(
         for path, layer in layers.items()
     }
     left, chosen = float(share) * sum(sizes.values()), []
+    # The smallest first: they save the most communication for their memory.
     for path in sorted(sizes, key=lambda p: (sizes[p], p)):
         left -= sizes[path]
         if left < 0:
@@ -378,13 +386,13 @@ def owner_table(
     inverse_period: int = 1,
     placement: float | int | str = "comm",
 ) -> Owners:
-    """The owner table of a model, to look at before a run.
+    """The owner table that a model would have in a run.
 
     Args:
-      layers: what ``trace_layers`` found.
-      devices: how many devices.
+      layers: from ``trace_layers``.
+      devices: number of devices.
       block_size: as for ``scale_by_kfac``.
-      inverse_period: steps from one inversion to the next, staggered.
+      inverse_period: steps from one inversion to the next, staggered over the units.
       placement: where inverses live, as in ``lbopt.Placement``.
 
     Returns:
@@ -402,8 +410,7 @@ def owner_table(
       >>> lbopt.sharding.owner_table(layers, 2).owner  # A has 6 rows, G has 3
       (0, 1)
     """
-    if devices < 1:
-        raise ValueError(f"devices={devices} must be at least 1")
+    checks.whole("devices", devices, "1 is a run without a mesh")
     own = configured(layers.preconditioned, block_size=block_size)
     return owners_of(
         units_of(own),
@@ -419,23 +426,23 @@ def configured(
     block_size: int | None = None,
     corrected: bool = False,
 ) -> dict[str, Layer]:
-    """Layers with the variant of their blocks that an optimizer's settings ask for.
+    """Replaces the blocks of layers by the variants that an optimizer needs.
 
     Args:
       layers: layers by path.
       block_size: as for ``scale_by_kfac``.
-      corrected: whether blocks that may have eigenvalues of their own are to.
+      corrected: whether blocks with ``moments`` have eigenbases instead of inverses.
 
     Returns:
       The layers by path.
     """
 
     def one(layer: Layer) -> Layer:
-        make = layer.block.variant
-        if make is None:
-            return layer
-        in_bases = corrected and layer.block.moments is not None
-        block = make(in_bases, block_size)
+        block = layer.block
+        if block.cut is not None:
+            block = block.cut(block_size)
+        if corrected and block.moments is not None:
+            block = eigen_moments.in_eigenbases(block)
         return layer._replace(tapped=layer.tapped._replace(block=block))
 
     return {path: one(layer) for path, layer in layers.items()}

@@ -1,11 +1,11 @@
-"""What a device evaluates at one step, and which examples its statistics are of.
+"""The evaluation of one step on one device, and the examples its statistics are of.
 
-By default the statistics come out of the gradient's own forward pass.  They have a pass
-of their own, which is left out at a step where none is due, if they are to be those of
+By default the statistics come from the gradient's own pass.  They have a separate pass,
+which is skipped at steps at which none is due, if they are of
 
 * the first part of each device's examples,
 * another batch,
-* examples that devices of their own see, while the others evaluate gradients.
+* the examples of some devices, while the others evaluate gradients.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.batch_functions import accumulated, zeros_of
 from lbopt.collectives import Axis
@@ -29,13 +30,13 @@ from lbopt.curvature.registry import Layers
 
 
 class Evaluated(NamedTuple):
-    """What a device evaluated: means over its micro-batches.
+    """The results of a device: means over its micro-batches.
 
     Attributes:
       model_state: the model's other collections after the step.
       loss: the loss.
       metrics: the loss function's metrics.
-      grads: the gradient, like the parameters.
+      grads: the gradient, shaped like the parameters.
       curvature: the statistics of each layer by its path; empty without layers.
     """
 
@@ -57,31 +58,31 @@ def make_evaluate(
     devices: int,
     per_example: Sequence[str],
 ) -> Callable[..., Evaluated]:
-    """The evaluation of one step on one device.
+    """Makes the function that evaluates one step on one device.
 
     Args:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``.
-      layers: what ``trace_layers`` found; None for no curvature.
+      layers: from ``trace_layers``; None for no curvature.
       axis: the devices.
-      fisher: which Fisher matrix.
-      accumulate: micro-batches that a device's examples are cut into.
-      fraction: the share of each micro-batch, its first examples and at least one, that
-        the statistics are of.
-      devices: how many devices, the last ones, evaluate statistics and nothing else.
+      fisher: the Fisher matrix that the statistics are of.
+      accumulate: number of micro-batches on each device.
+      fraction: the fraction of each micro-batch, its first examples and at least one,
+        that the statistics are of.
+      devices: number of devices, the last ones, that evaluate nothing but statistics.
       per_example: collections of the model state whose arrays lie along the batch.
 
     Returns:
-      ``evaluate(params, model_state, batch, statistics_batch, rng, due)`` with the
-      device's examples, the keys of its micro-batches (see ``keys_of_parts``), and the
-      mask from ``refresh``.  Of devices of their
-      own the results are scaled so that their means over all devices are the means over
-      those that evaluated them.
+      ``evaluate(params, model_state, batch, statistics_batch, rng, due)``, which takes
+      the device's examples, the keys of its micro-batches (see ``keys_of_parts``) and
+      the mask from ``refresh``.  If only some devices evaluate a result, it is scaled
+      so that the mean over all devices is the mean over these.
 
     Raises:
-      ValueError: for settings out of range or at odds with each other; at a call, for
-        a ``statistics_batch`` that they leave no use for.
+      ValueError: for settings out of range or in conflict with each other; at a call,
+        for a ``statistics_batch`` that they leave unused.
     """
     _check_settings(layers, axis, fraction, devices, per_example)
+    # Without layers all three are the plain gradient: nothing is due then.
     alone = together = plain = _without_curvature(loss_fn)
     if layers is not None:
         kind: Any = {"has_aux": True, "fisher": fisher}
@@ -103,6 +104,7 @@ def make_evaluate(
         if statistics_batch is not None:
             _check_use(layers, fraction, devices, per_example)
         elif fraction == 1 and not devices:
+            # One pass for both: the statistics cost no forward pass of their own.
             return _gradients(
                 together, over_parts, params, model_state, batch, rng, due
             )
@@ -133,7 +135,7 @@ def require_no_collectives(
     parts: int,
     devices: int,
 ) -> None:
-    """Refuses a loss that waits for devices which do not evaluate it.
+    """Raises ValueError if a loss would wait for devices that do not evaluate it.
 
     To be called outside ``shard_map`` and ``pmap``, where its collectives have no axis.
 
@@ -143,32 +145,33 @@ def require_no_collectives(
       model_state: the model's other collections.
       batch: the examples of all devices.
       rng: a key.
-      parts: how many micro-batches they are, of all devices together.
-      devices: how many evaluate statistics alone, for the message.
+      parts: number of micro-batches on all devices together.
+      devices: number of devices that evaluate statistics alone, for the message.
 
     Raises:
-      ValueError: if it names a mesh axis.
-      NameError: of the loss's own.
+      ValueError: if the loss uses a mesh axis.
+      NameError: if it has an undefined name of its own.
     """
+    # Shapes of one micro-batch are enough: tracing finds the collectives.
     part = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype), batch
     )
     try:
         jax.eval_shape(loss_fn, params, model_state, part, rng)
     except NameError as error:
-        if "unbound axis name" not in str(error):
+        if "unbound axis name" not in str(error):  # jax's words; it has no own type
             raise
         raise ValueError(
-            f"statistics_devices={devices}, but the loss combines numbers over devices "
-            f"itself ({str(error).split('.')[0]}), and would wait for those that "
-            "evaluate something else. Make its layers without axis_name (BatchNorm "
-            "then sees a device's examples alone), or use statistics_fraction or a "
+            f"statistics_devices={devices}, but the loss itself combines numbers over "
+            f"devices ({str(error).split('.')[0]}) and would wait for those that do "
+            "not evaluate it. Make its layers without axis_name (BatchNorm then sees "
+            "a device's own examples), or use statistics_fraction or a "
             "statistics_batch instead"
         ) from error
 
 
 def _without_curvature(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.value_and_grad`` with the signature of the function with curvature."""
+    """``jax.value_and_grad`` with the signature of ``value_grad_and_curvature``."""
     with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
@@ -187,9 +190,10 @@ def _gradients(
     rng: Array,
     due: Any = None,
 ) -> Evaluated:
-    """Loss and gradients, and the statistics of the same pass if it has any."""
+    """Loss and gradients, with the statistics of the same pass if it has any."""
 
     def one(model_state: Any, batch: Any, rng: Array) -> Any:
+        # Two keys, so that sampled labels are independent of dropout.
         loss_rng, label_rng = jax.random.split(rng)
         (loss, (model_state, metrics)), grads, curvature = evaluate(
             params, model_state, batch, loss_rng, rng=label_rng, due=due
@@ -210,10 +214,10 @@ def _statistics(
     rng: Array,
     due: Any,
 ) -> Curvature:
-    """The statistics of a pass of their own; zeros without one where none is due."""
+    """The statistics of a separate pass, or zeros without a pass if none is due."""
 
     def one(model_state: Any, batch: Any, rng: Array) -> Any:
-        # The first of the two is the key of the loss in the gradient pass.
+        # The first of the two is the key of the loss in the gradient's pass.
         _, own_rng = jax.random.split(rng)
         loss_rng, label_rng = jax.random.split(own_rng)
         few = shortened(model_state, batch)
@@ -223,6 +227,8 @@ def _statistics(
     def run() -> Curvature:
         return over_parts(one, model_state, batch, rng)[1]
 
+    # The mask is the same on all devices, so that the model's own collectives may stand
+    # inside the conditional.
     some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
     return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
 
@@ -234,10 +240,12 @@ def _apart(
     axis: Axis,
     devices: int,
 ) -> Evaluated:
-    """Statistics on the last devices, gradients on the others."""
+    """Evaluates statistics on the last devices and gradients on the others."""
     others = axis.size - devices
     is_other = axis.position() < others
 
+    # Both branches of the conditional return the same shapes: zeros for what is not
+    # evaluated, so that sums over devices are those of the devices that evaluate it.
     def only_gradients() -> Evaluated:
         return gradients()._replace(curvature=zeros_of(jax.eval_shape(statistics)))
 
@@ -247,11 +255,12 @@ def _apart(
             model_state=model_state, curvature=statistics()
         )
 
+    # The mean over all devices divides by axis.size instead of ``evaluating``.
     def scaled(tree: Any, evaluating: int) -> Any:
         return jax.tree.map(lambda x: x * (axis.size / evaluating), tree)
 
     def state_of_others(x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jnp.inexact):
+        if jnp.issubdtype(x.dtype, jnp.inexact):  # a running average
             return scaled(jnp.where(is_other, x, 0), others)
         return _first_of_devices(x, axis)
 
@@ -266,7 +275,8 @@ def _apart(
 
 
 def _first_of_devices(x: Array, axis: Axis) -> Array:
-    """The first device's array, on all of them."""
+    """The first device's array, on all devices."""
+    # Keys cannot be gathered, only their data.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _first_of_devices(jax.random.key_data(x), axis)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
@@ -276,9 +286,10 @@ def _first_of_devices(x: Array, axis: Axis) -> Array:
 def _shortened(
     fraction: float, per_example: Sequence[str], model_state: Any, batch: Any
 ) -> tuple[Any, Any]:
-    """The model state and the batch of the first examples."""
+    """Model state and batch of the first examples."""
 
     def first(tree: Any) -> Any:
+        # At least one example: a mean over none is NaN.
         return jax.tree.map(
             lambda x: x[: max(1, round(fraction * len(x)))] if x.ndim else x, tree
         )
@@ -298,29 +309,28 @@ def _check_settings(
     devices: int,
     per_example: Sequence[str],
 ) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(
-            f"statistics_fraction={fraction!r} must be above 0 and at most 1, the "
-            "share of the batch that the statistics are of"
-        )
+    way_out = "1 takes the statistics from all examples"
+    checks.share("statistics_fraction", fraction, way_out)
+    way_out = "0 evaluates statistics and gradients on all devices"
+    checks.whole("statistics_devices", devices, way_out, least=0)
     if layers is None and (fraction < 1 or devices):
         raise ValueError(
             f"statistics_fraction={fraction!r} and statistics_devices={devices!r} need "
             "layers; pass what lbopt.trace_layers returns, or leave them out"
         )
-    if not isinstance(devices, int) or not 0 <= devices < axis.size:
-        if devices and axis.name is None:
-            raise ValueError(f"statistics_devices={devices!r} needs a mesh; pass mesh=")
+    if devices and axis.name is None:
+        raise ValueError(f"statistics_devices={devices!r} needs a mesh; pass mesh=")
+    if devices >= axis.size:
         raise ValueError(
-            f"statistics_devices={devices!r} must be a number of devices from 0 to "
-            f"{axis.size - 1}, below the {axis.size} of the mesh axis {axis.name!r}"
+            f"statistics_devices={devices!r} must be below {axis.size}, the size of "
+            f"axis {axis.name!r}; the other devices evaluate the gradient"
         )
     if devices and (fraction < 1 or per_example):
         raise ValueError(
-            f"statistics_devices={devices} goes neither with "
-            f"statistics_fraction={fraction!r} (those devices use all their examples) "
-            f"nor with per_example={tuple(per_example)!r} collections (they would not "
-            "be renewed there); leave out one or the other"
+            f"statistics_devices={devices} excludes statistics_fraction={fraction!r} "
+            "(these devices use all their examples) and per_example="
+            f"{tuple(per_example)!r} (such collections would not be updated there); "
+            "leave out one or the other"
         )
 
 
@@ -328,7 +338,7 @@ def _check_use(
     layers: Layers | None, fraction: float, devices: int, per_example: Sequence[str]
 ) -> None:
     if layers is None:
-        raise ValueError("statistics_batch is given, but layers=None: nobody uses it")
+        raise ValueError("statistics_batch is given, but layers=None; pass layers")
     if fraction < 1 or devices:
         raise ValueError(
             f"statistics_batch is given, but statistics_fraction={fraction!r} and "
@@ -337,7 +347,6 @@ def _check_use(
         )
     if per_example:
         raise ValueError(
-            "statistics_batch is given, but the model state has "
-            f"per_example={tuple(per_example)!r} collections, which lie along the "
-            "batch; use statistics_fraction instead"
+            f"statistics_batch is given, but per_example={tuple(per_example)!r} "
+            "collections lie along the batch; use statistics_fraction instead"
         )

@@ -1,15 +1,40 @@
-"""The one place that compiles: training state and the steps over it."""
+"""Training state, and compiled training and evaluation steps.
+
+**Bad numbers.** A step in which the loss or the norm of the gradient is not finite
+changes nothing but the counters ``step`` and ``skipped``.
+
+**Devices.** On a mesh each device evaluates the loss on its share of the batch, and
+each micro-batch with a key of its own.  An optimizer made with ``placement`` combines
+the gradients and statistics of its layers itself; transformations before it in a chain
+see each device's own.  All others are averaged before the update.  Normalisation layers
+see one micro-batch, or, if they were made with ``axis_name``, the micro-batches that
+all devices evaluate at the same time; their running averages are averaged over devices.
+
+**Statistics** come from the gradient's own pass, unless they are of a part of the batch
+(``statistics_fraction``), of another batch (``statistics_batch``), or evaluated by
+other devices (``statistics_devices``).  They then have a separate pass with its own
+keys, which changes no model state and is skipped at steps at which no statistic is due.
+
+With ``statistics_devices=m`` of N devices, m / N of the examples are for statistics
+alone.  Transformations before an optimizer with ``placement`` then see gradients times
+N / (N − m), and zeros on the m devices.
+
+**Optimizers** get ``value``, the loss, and two functions that cost nothing unless
+called: ``value_fn``, the loss of this batch at other parameters, and
+``fisher_products``, products with its exact Fisher matrix.  Sources: Martens & Grosse
+2015 (a part of the batch); Ba, Grosse & Martens 2017, §3 (separate devices).
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from lbopt import batch_functions, collectives, sharding, statistics_pass
+from lbopt import batch_functions, checks, collectives, sharding, statistics_pass
 from lbopt._typing import Array, OptState, Params
 from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher
@@ -17,8 +42,16 @@ from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 
+__all__ = [
+    "TrainState",
+    "init_state",
+    "make_eval_step",
+    "make_train_step",
+    "opt_state_bytes",
+]
+
 Batch: TypeAlias = Any
-"""Any tree of arrays whose leading axis numbers the examples."""
+"""Any tree of arrays whose leading axis is over examples."""
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
 Parallel: TypeAlias = Literal["shard_map", "pmap"]
@@ -27,15 +60,15 @@ Step: TypeAlias = Callable[..., tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step.
+    """Everything that a run carries from step to step.
 
     Attributes:
-      step: steps taken.
+      step: number of steps taken.
       params: the parameters.
       model_state: the model's other collections, such as ``batch_stats``.
       opt_state: the optimizer's state.
-      rng: the key that each step's keys are folded from.
-      skipped: steps that changed nothing because a number was not finite.
+      rng: the key from which each step's keys are derived.
+      skipped: number of steps skipped because the loss or gradient was not finite.
     """
 
     step: Any
@@ -62,9 +95,9 @@ def init_state(
       params: the parameters.
       model_state: the model's other collections; ``{}`` if there are none.
       rng: a key.
-      mesh: the devices that the state is put on, as ``sharding.specs`` says; None for
-        the default device.
-      axis_name: the mesh axis over which examples are spread.
+      mesh: the devices on which ``sharding.place`` puts the state; None for the default
+        device.
+      axis_name: the mesh axis over which the batch is distributed.
 
     Returns:
       The state; no two of its arrays share a buffer, so that steps may donate it.
@@ -77,6 +110,7 @@ def init_state(
         rng=rng,
         skipped=jnp.zeros([], jnp.int32),
     )
+    # Optimizers may keep the parameters themselves, and a buffer is donated only once.
     state = jax.tree.map(jnp.copy, state)
     return state if mesh is None else sharding.place(state, mesh, axis_name)
 
@@ -95,59 +129,34 @@ def make_train_step(
     statistics_fraction: float = 1.0,
     statistics_devices: int = 0,
 ) -> Step:
-    """Compiles one training step.
-
-    A step in which the loss or the norm of the gradient is not finite changes nothing
-    but the counters ``step`` and ``skipped``.
-
-    On a mesh each device evaluates the loss on its share of the batch, and each
-    micro-batch with a key of its own.  An optimizer made with ``axis_name`` combines
-    the gradients and statistics of its layers itself (what stands before it in a chain
-    sees each device's own); all others are averaged before the update.  Normalisation
-    layers see a micro-batch alone, or, if they were made with ``axis_name``, those that
-    all devices evaluate at a time; their running averages are averaged over devices.
-
-    The statistics come out of the gradient's own pass, unless they are to be those of a
-    part of the batch, of a batch of their own, or of devices of their own.  A pass of
-    their own has keys of its own, changes no model state, and is left out at steps
-    where no statistic is due.
-
-    The optimizer is passed ``value``, the loss, and two functions of this batch on all
-    devices, which cost nothing unless they are called: ``value_fn``, the loss at other
-    parameters, and ``fisher_products``, products of vectors with the exact Fisher
-    matrix at these.
+    """Compiles one training step; see ``lbopt.training`` for all that it does.
 
     Args:
       loss_fn: ``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``;
-        the loss is a mean over the batch, and so are the metrics.
+        loss and metrics are means over the batch.
       tx: the optimizer.
-      layers: what ``trace_layers`` found; None for an optimizer without curvature.
+      layers: from ``trace_layers``; None for an optimizer without curvature.
       mesh: the devices; None for one, or where ``jit`` alone places the work.
-      fisher: which Fisher matrix the statistics are of.
-      axis_name: the mesh axis over which examples are spread.
-      accumulate: micro-batches that a device's share of the batch is cut into, for
-        batches beyond memory; loss, gradients, statistics and the model's running
-        averages are the means over all of them, so that only the number of all
-        micro-batches counts, not how many devices share them.
+      fisher: the Fisher matrix that the statistics are of.
+      axis_name: the mesh axis over which the batch is distributed.
+      accumulate: number of micro-batches on each device, for batches beyond memory;
+        results are means over all micro-batches, however many devices share them.
       parallel: ``"shard_map"``, or ``"pmap"`` for a mesh of one axis.
       per_example: collections of the model state whose arrays lie along the batch.
-      statistics_fraction: the share of the examples that the statistics are of, in
-        (0, 1]: the first of each device's (of each micro-batch), at least one.  It is a
-        random part if the data are shuffled.
-      statistics_devices: how many devices of the axis, the last ones, evaluate
-        statistics on their own examples, while the others evaluate loss and gradients:
-        of N · b examples m · b are for the m of them.  What stands before an optimizer
-        with ``axis_name`` sees gradients times N / (N − m), and zeros on the m.
+      statistics_fraction: the fraction of each micro-batch, its first examples and at
+        least one, that the statistics are of, in (0, 1]; shuffle the data.
+      statistics_devices: number of devices, the last ones of the axis, that evaluate
+        statistics on their examples, while the others evaluate loss and gradients.
 
     Returns:
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
-      it donates ``state`` (under ``"pmap"`` it does not).  The statistics are those of
-      ``statistics_batch`` where it is given, of any size that can be cut evenly.  The
-      metrics are those of the loss function, ``loss``, and ``skipped``.
+      it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
+      size that can be divided evenly.  ``metrics`` are those of the loss function,
+      ``loss``, and ``skipped``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
-        and, at the first call, for a batch that cannot be cut evenly.
+        and, at the first call, for a batch that cannot be divided evenly.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -166,72 +175,86 @@ def make_train_step(
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
       (1, ['loss', 'skipped'])
-
-    Source: a part of the batch for the statistics, Martens & Grosse 2015; workers that
-    evaluate statistics on independent examples, Ba, Grosse & Martens 2017, §3.  There
-    they push statistics whenever they are ready; here all devices keep step, and the
-    gradients' devices wait for the statistics' if these take longer.
     """
-    if mesh is not None and axis_name not in mesh.shape:
+    axis = _axis_of(mesh, axis_name)
+    checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
+    checks.one_of("parallel", parallel, get_args(Parallel))
+    subset = statistics_fraction, statistics_devices
+    job = _Job(loss_fn, tx, layers, axis, fisher, accumulate, per_example, *subset)
+    step = _step_on_device(job)
+    if mesh is None:
+        # Donated: the old and the new state are never in memory together.
+        return jax.jit(step, donate_argnums=0)
+    if parallel == "pmap":
+        return _by_pmap(step, job, mesh)
+    return _by_shard_map(step, job, mesh)
+
+
+class _Job(NamedTuple):
+    """The arguments of ``make_train_step``."""
+
+    loss_fn: LossFn
+    tx: optax.GradientTransformation
+    layers: Layers | None
+    axis: Axis
+    fisher: Fisher
+    accumulate: int
+    per_example: Sequence[str]
+    fraction: float
+    devices: int
+
+
+def _axis_of(mesh: Mesh | None, axis_name: str) -> Axis:
+    """The axis over which the batch is distributed."""
+    if mesh is None:
+        return Axis(None, 1)
+    if axis_name not in mesh.shape:
         raise ValueError(
-            f"axis_name={axis_name!r} is no axis of the mesh {dict(mesh.shape)}; make "
-            "it with lbopt.sharding.make_mesh(axis_name=...) or name one of its axes"
+            f"axis_name={axis_name!r} must be an axis of the mesh {dict(mesh.shape)}; "
+            "make one with lbopt.sharding.make_mesh(axis_name=...)"
         )
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r} must be a number of parts, ≥ 1")
-    if parallel not in ("shard_map", "pmap"):
-        raise ValueError(f"parallel={parallel!r} must be 'shard_map' or 'pmap'")
-    axis = Axis(None, 1) if mesh is None else Axis(axis_name, mesh.shape[axis_name])
-    tx = optax.with_extra_args_support(tx)
+    return Axis(axis_name, mesh.shape[axis_name])
+
+
+def _step_on_device(job: _Job) -> Step:
+    """The step of one device, not yet compiled."""
+    layers, axis, accumulate = job.layers, job.axis, job.accumulate
+    tx = optax.with_extra_args_support(job.tx)
     evaluate = statistics_pass.make_evaluate(
-        loss_fn,
+        job.loss_fn,
         layers,
         axis,
-        fisher=fisher,
+        fisher=job.fisher,
         accumulate=accumulate,
-        fraction=statistics_fraction,
-        devices=statistics_devices,
-        per_example=per_example,
+        fraction=job.fraction,
+        devices=job.devices,
+        per_example=job.per_example,
     )
 
     def train_step(
         state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
+        # By number, so that a run that is resumed draws the same keys.
         rng = jax.random.fold_in(state.rng, state.step)
         rng = batch_functions.keys_of_parts(rng, axis, accumulate)
-        if mesh is None:
-            _check_batch("statistics_batch", statistics_batch, axis, accumulate)
+        if axis.name is None:  # on a mesh it is checked before it is cut
+            _check_batch("statistics_batch", statistics_batch, job)
         due = None if layers is None else refresh(state.opt_state)
-        new_model_state, loss, metrics, grads, curvature = evaluate(
+        found = evaluate(
             state.params, state.model_state, batch, statistics_batch, rng, due
         )
-        loss, metrics = collectives.mean((loss, metrics), axis)
-        new_model_state = _combined(new_model_state, per_example, axis)
+        loss, metrics = collectives.mean((found.loss, found.metrics), axis)
+        new_model_state = _combined(found.model_state, job)
+        # The optimizer itself combines what belongs to these layers.
         split = sharding.split_layers(state.opt_state)
         known = [layers[path] for path in split] if layers is not None else []
-        grads = sharding.mean_of_others(grads, known, axis)
-        curvature = {
-            path: statistics if path in split else collectives.mean(statistics, axis)
-            for path, statistics in curvature.items()
-        }
-        extra: dict[str, Any] = {} if layers is None else {"curvature": curvature}
-        own = batch_functions.StepBatch(
-            loss_fn,
-            axis,
-            accumulate,
-            statistics_devices,
-            state.model_state,
-            batch,
-            rng,
-            per_example,
-        )
-        extra |= {
-            "value": loss,
-            "value_fn": functools.partial(batch_functions.mean_loss, own),
-            "fisher_products": functools.partial(
-                batch_functions.mean_products, own, state.params
-            ),
-        }
+        grads = sharding.mean_of_others(found.grads, known, axis)
+        extra = _functions_of(job, state, batch, rng) | {"value": loss}
+        if layers is not None:
+            extra["curvature"] = {
+                path: own if path in split else collectives.mean(own, axis)
+                for path, own in found.curvature.items()
+            }
 
         def update(old: Any) -> Any:
             params, opt_state, _ = old
@@ -239,48 +262,111 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
         # The norm, not each entry: a gradient whose square overflows is no use either.
+        # A sum over devices, because all must decide alike.
         square = collectives.total(optax.tree.norm(grads, squared=True), axis)
         sound = jnp.isfinite(loss) & jnp.isfinite(square)
         params, opt_state, model_state = update_if(
             sound, update, (state.params, state.opt_state, state.model_state)
         )
         skipped = state.skipped + ~sound
+        # The step counts skipped batches too, so that the next one has another key.
         state = TrainState(
             state.step + 1, params, model_state, opt_state, state.rng, skipped
         )
         return state, {**metrics, "loss": loss, "skipped": skipped}
 
-    if mesh is None:
-        return jax.jit(train_step, donate_argnums=0)
+    return train_step
 
-    def check_loss(state: TrainState, batch: Batch) -> None:
-        if statistics_devices:
-            statistics_pass.require_no_collectives(
-                loss_fn,
-                state.params,
-                state.model_state,
-                batch,
-                state.rng,
-                parts=axis.size * accumulate,
-                devices=statistics_devices,
-            )
 
-    if parallel == "pmap":
-        return _by_pmap(train_step, check_loss, mesh, axis, accumulate, per_example)
+def _functions_of(
+    job: _Job, state: TrainState, batch: Batch, rng: Array
+) -> dict[str, Any]:
+    """The functions of the step's batch that the optimizer may call."""
+    step = batch_functions.StepBatch(
+        job.loss_fn,
+        job.axis,
+        job.accumulate,
+        job.devices,
+        state.model_state,
+        batch,
+        rng,
+        job.per_example,
+    )
+    products = functools.partial(batch_functions.mean_products, step, state.params)
+    return {
+        "value_fn": functools.partial(batch_functions.mean_loss, step),
+        "fisher_products": products,
+    }
+
+
+def _combined(model_state: Any, job: _Job) -> Any:
+    """The model state after a step, with running averages averaged over devices."""
+
+    def mean(path: Any, x: Array) -> Array:
+        # Examples are each device's own; counters and keys are the same on all.
+        own = batch_functions.in_collections(path, job.per_example)
+        floating = jnp.issubdtype(x.dtype, jnp.inexact)
+        return collectives.mean(x, job.axis) if floating and not own else x
+
+    return jax.tree_util.tree_map_with_path(mean, model_state)
+
+
+def state_specs(
+    state: TrainState, axis_name: str, per_example: Sequence[str] = ()
+) -> TrainState:
+    """Partition specs of a training state.
+
+    Args:
+      state: the state, or its shapes.
+      axis_name: the axis of the optimizer and of the batch.
+      per_example: collections of the model state whose arrays lie along the batch.
+
+    Returns:
+      A ``PartitionSpec`` for each array, in the structure of the state.
+    """
+    found = sharding.specs(state, axis_name)
+    if not per_example:
+        return found
+    collections = {
+        name: sharding.batch_specs(state.model_state[name], axis_name)
+        if name in per_example
+        else spec
+        for name, spec in found.model_state.items()
+    }
+    return found._replace(model_state=collections)
+
+
+def _check_loss(job: _Job, state: TrainState, batch: Batch) -> None:
+    """Raises ValueError if devices with statistics alone would be waited for."""
+    if job.devices:
+        statistics_pass.require_no_collectives(
+            job.loss_fn,
+            state.params,
+            state.model_state,
+            batch,
+            state.rng,
+            parts=job.axis.size * job.accumulate,
+            devices=job.devices,
+        )
+
+
+def _by_shard_map(train_step: Step, job: _Job, mesh: Mesh) -> Step:
+    """The compiled step on a mesh."""
+    axis_name = str(job.axis.name)
 
     def sharded_step(
         state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch("batch", batch, axis, accumulate)
-        _check_batch("statistics_batch", statistics_batch, axis, accumulate)
-        check_loss(state, batch)
-        state_specs = _specs(state, axis_name, per_example)
+        _check_batch("batch", batch, job)
+        _check_batch("statistics_batch", statistics_batch, job)
+        _check_loss(job, state, batch)
+        specs = state_specs(state, axis_name, job.per_example)
         along = PartitionSpec(axis_name)
         return jax.shard_map(
             train_step,
             mesh=mesh,
-            in_specs=(state_specs, along, along),
-            out_specs=(state_specs, PartitionSpec()),
+            in_specs=(specs, along, along),
+            out_specs=(specs, PartitionSpec()),
             # Collectives are placed by hand; jax would add its own for what it takes
             # to vary over devices.
             check_vma=False,
@@ -289,67 +375,37 @@ def make_train_step(
     return jax.jit(sharded_step, donate_argnums=0)
 
 
-def _combined(model_state: Any, per_example: Sequence[str], axis: Axis) -> Any:
-    """The model state after a step: running averages as means over devices."""
-
-    def mean(path: Any, x: Array) -> Array:
-        own = path and getattr(path[0], "key", None) in per_example
-        floating = jnp.issubdtype(x.dtype, jnp.inexact)
-        return collectives.mean(x, axis) if floating and not own else x
-
-    return jax.tree_util.tree_map_with_path(mean, model_state)
-
-
-def _specs(state: TrainState, axis_name: str, per_example: Sequence[str]) -> TrainState:
-    """How a training state lies on the mesh."""
-    along = PartitionSpec(axis_name)
-    specs = sharding.specs(state, axis_name)
-    if per_example:
-        marked = {
-            key: jax.tree.map(lambda x: along if x.ndim else PartitionSpec(), value)
-            if key in per_example
-            else specs.model_state[key]
-            for key, value in state.model_state.items()
-        }
-        specs = specs._replace(model_state=marked)
-    return specs
-
-
-def _by_pmap(
-    train_step: Step,
-    check_loss: Callable[[TrainState, Batch], None],
-    mesh: Mesh,
-    axis: Axis,
-    accumulate: int,
-    per_example: Sequence[str],
-) -> Step:
-    """The step under ``jax.pmap``, with the same states and batches outside."""
-    if len(mesh.shape) > 1 or per_example:
+def _by_pmap(train_step: Step, job: _Job, mesh: Mesh) -> Step:
+    """The compiled step under ``jax.pmap``, called like the one on a mesh."""
+    if len(mesh.shape) > 1 or job.per_example:
         raise ValueError(
             f"parallel='pmap' needs a mesh of one axis, not {dict(mesh.shape)}, and no "
             "per_example collections; use parallel='shard_map'"
         )
+    axis_name = str(job.axis.name)
+    # pmap takes its in_axes as a tree, which is known once there is a state.
     compiled: dict[Any, Any] = {}
 
     def shares(batch: Batch) -> Batch:
-        return jax.tree.map(lambda x: x.reshape(axis.size, -1, *x.shape[1:]), batch)
+        # [batch, ...] to [devices, batch / devices, ...]
+        return jax.tree.map(lambda x: x.reshape(job.axis.size, -1, *x.shape[1:]), batch)
 
     def pmapped_step(
         state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch("batch", batch, axis, accumulate)
-        _check_batch("statistics_batch", statistics_batch, axis, accumulate)
+        _check_batch("batch", batch, job)
+        _check_batch("statistics_batch", statistics_batch, job)
         tree = jax.tree.structure(state)
         if tree not in compiled:
-            check_loss(state, batch)
+            _check_loss(job, state, batch)
             axes = jax.tree.map(
-                lambda spec: 0 if spec else None,
-                sharding.specs(state, str(axis.name)),
+                lambda spec: 0 if spec else None,  # an empty spec: replicated
+                sharding.specs(state, axis_name),
                 is_leaf=lambda x: isinstance(x, PartitionSpec),
             )
             compiled[tree] = jax.pmap(
                 train_step,
-                str(axis.name),
+                axis_name,
                 in_axes=(axes, 0, 0),
                 out_axes=(axes, None),
                 devices=list(mesh.devices.ravel()),
@@ -359,13 +415,14 @@ def _by_pmap(
     return pmapped_step
 
 
-def _check_batch(name: str, batch: Batch, axis: Axis, accumulate: int) -> None:
+def _check_batch(name: str, batch: Batch, job: _Job) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
-        if not x.ndim or x.shape[0] % (axis.size * accumulate):
+        # Uneven parts would need weights in every mean over them.
+        if not x.ndim or x.shape[0] % (job.axis.size * job.accumulate):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has shape {list(x.shape)}; its "
-                f"leading size must be a multiple of {axis.size} devices × "
-                f"accumulate={accumulate}"
+                f"leading size must be a multiple of {job.axis.size} devices × "
+                f"accumulate={job.accumulate}"
             )
 
 
@@ -375,8 +432,8 @@ def make_eval_step(
     """Compiles one evaluation step.
 
     Args:
-      eval_fn: ``(params, model_state, batch) -> sums`` over the batch, so that batches
-        of any size add up.
+      eval_fn: ``(params, model_state, batch) -> sums`` over the batch; sums, because
+        they add up over batches of different sizes.
 
     Returns:
       ``eval_step(state, batch) -> sums``, jitted.
@@ -385,7 +442,7 @@ def make_eval_step(
     def eval_step(state: TrainState, batch: Batch) -> Mapping[str, Array]:
         return eval_fn(state.params, state.model_state, batch)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step)  # donates nothing: training goes on with the state
 
 
 def opt_state_bytes(opt_state: OptState) -> int:

@@ -1,12 +1,20 @@
 """Functions that run once on each of several devices."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lbopt import sharding
 from tests.oracles import quick_jit
 
 AXIS = "data"
+
+
+def shares(rows, devices):
+    """``[rows, size]`` cut over devices and padded, ``[devices, rows, share]``."""
+    share = -(-rows.shape[1] // devices)
+    rows = jnp.pad(rows, ((0, 0), (0, devices * share - rows.shape[1])))
+    return jnp.moveaxis(rows.reshape(len(rows), devices, share), 1, 0)
 
 
 def on_devices(devices, function, *args, parallel="shard_map"):
@@ -23,3 +31,13 @@ def on_devices(devices, function, *args, parallel="shard_map"):
     return quick_jit(
         jax.shard_map(own, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
     )(*args)
+
+
+def mesh_of(devices):
+    """A mesh of so many devices; None for none."""
+    return None if devices is None else sharding.make_mesh(jax.devices()[:devices])
+
+
+def spread(devices):
+    """The arguments of an optimizer on so many devices."""
+    return {} if devices is None else {"axis_name": AXIS, "axis_size": devices}

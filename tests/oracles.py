@@ -184,6 +184,17 @@ def same_padding(size, kernel, stride, dilation):
     return total // 2, total - total // 2
 
 
+def convolved(x, kernel, stride=1, pad=0):
+    """A convolution of NHWC images by ``jax.lax``, with ``pad`` zeros on each side."""
+    padding = ((pad, pad), (pad, pad))
+    layout = ("NHWC", "HWIO", "NHWC")
+    return np.asarray(
+        jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=layout
+        )
+    )
+
+
 def conv_patches(x, size, strides, padding, input_dilation, kernel_dilation):
     """The input under every kernel position, by loops over every index.
 
@@ -263,3 +274,20 @@ def full_norm(x_hat, output_grads, names=("scale", "bias")):
         gradient = np.concatenate([own[name] for name in names])
         f += np.outer(gradient, gradient) / n
     return f
+
+
+# ------------------------------------------------------------------ comparisons
+
+
+def error(actual, expected):
+    """The relative error, in the Frobenius norm."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def cut(matrix, block_size):
+    """A matrix without the entries outside its equal diagonal blocks."""
+    parts = 1 if block_size is None else -(-len(matrix) // block_size)
+    block = np.arange(len(matrix)) // -(-len(matrix) // parts)
+    return np.where(block[:, None] == block, matrix, 0)

@@ -1,5 +1,6 @@
 """Small problems that several test modules share."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,12 @@ class Problem(NamedTuple):
         return jax.jit(lambda p, *args: f(p, *args, rng=rng, due=due))(
             self.params, *self.args
         )
+
+    def captured(self, layers=None, **options):
+        """The curvature, once loss and gradient are those without taps, bit for bit."""
+        loss, grads, curvature = self.evaluate(layers, **options)
+        assert_equal((loss, grads), self.untapped())
+        return curvature
 
     def untapped(self):
         f = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
@@ -97,5 +104,67 @@ def assert_close(actual, expected, rtol=2e-5, atol=1e-6):
     jax.tree.map(compare, actual, expected)
 
 
+def assert_near_largest(actual, expected, rounding):
+    """Close relative to the largest entry of each array."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        atol = rounding * np.abs(e).max()
+        np.testing.assert_allclose(a, e, rtol=rounding, atol=atol)
+
+
 def all_finite(tree):
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------- for the training step
+
+
+class NormNet(nn.Module):
+    """A dense layer, batch normalisation, a head."""
+
+    axis_name: str | None = None
+    width: int = WIDTH
+    classes: int = CLASSES
+    between: Any = nn.tanh
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, name="dense")(x)
+        norm = nn.BatchNorm(
+            use_running_average=False,
+            momentum=0.9,
+            axis_name=self.axis_name,
+            name="norm",
+        )
+        return nn.Dense(self.classes, name="head")(self.between(norm(x)))
+
+
+def noisy_loss(model):
+    """Cross entropy and a term like dropout: another key, another loss."""
+
+    def loss_fn(params, model_state, batch, rng):
+        logits, updated = model.apply(
+            {"params": params, **model_state}, batch["x"], mutable=["batch_stats"]
+        )
+        plain = cross_entropy(lbopt.likelihood(logits, "categorical"), batch["y"])
+        noise = jax.random.normal(rng)
+        return plain + noise, (updated, {"plain": plain, "noise": noise})
+
+    return loss_fn
+
+
+def batch_of(seed, size=BATCH):
+    return {"x": inputs(seed, batch=size), "y": labels(size)}
+
+
+@functools.cache
+def norm_net():
+    """``NormNet``'s noisy loss, parameters, model state and layers."""
+    loss_fn, variables = (
+        noisy_loss(NormNet()),
+        NormNet().init(jax.random.key(1), inputs()),
+    )
+    start = variables["params"], {"batch_stats": variables["batch_stats"]}
+    layers = lbopt.trace_layers(
+        loss_fn, *start, batch_of(0), jax.random.key(5), has_aux=True, strict=True
+    )
+    return loss_fn, *start, layers

@@ -19,9 +19,9 @@ from tests.problems import CLASSES, cross_entropy
 
 AXIS, DEVICES, BATCH, STEPS = "data", 4, 32, 6
 RUNS = {
-    "SP-NGD, comm": (lbopt.sp_ngd, {"stale_threshold": 0.5, "placement": "comm"}),
-    "SP-NGD, memory": (lbopt.sp_ngd, {"stale_threshold": 0.5, "placement": "memory"}),
-    "K-FAC": (lbopt.kfac, {"inverse_period": 2, "stagger": True, "placement": 0.5}),
+    "SP-NGD, comm": (lbopt.sp_ngd, "comm", {"stale_threshold": 0.5}),
+    "SP-NGD, memory": (lbopt.sp_ngd, "memory", {"stale_threshold": 0.5}),
+    "K-FAC": (lbopt.kfac, 0.5, {"periods": lbopt.Periods(inverses=2, stagger=True)}),
 }
 
 
@@ -74,11 +74,10 @@ def copies(x):
 
 def train(name, mesh, before_step):
     """Parameters, metrics and refresh decisions of a run, by name."""
-    optimizer, options = RUNS[name]
+    optimizer, inverses, options = RUNS[name]
     params, rng, layers = start()
-    tx = optimizer(
-        0.02, layers, damping=1e-2, axis_name=AXIS, axis_size=mesh.size, **options
-    )
+    placement = lbopt.Placement(AXIS, mesh.size, inverses)
+    tx = optimizer(0.02, layers, damping=1e-2, placement=placement, **options)
     state = training.init_state(tx, params, {}, rng, mesh)
     train_step = training.make_train_step(loss_fn, tx, layers, mesh)
     lies = NamedSharding(mesh, PartitionSpec(AXIS))

@@ -15,10 +15,12 @@ import pytest
 import lbopt
 from lbopt import background, sharding, training
 from lbopt.transforms.kfac_state import KfacState
-from tests.problems import assert_close, assert_equal
+from tests.problems import assert_equal
 from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
-from tests.transforms.test_kfac import numpy_natural
+from tests.transforms.test_kfac import assert_natural
 from tests.transforms.test_renewal import DAMPING, DECAY, STEPS, Course
+
+OUTSIDE = lbopt.Periods(inverses=None)
 
 
 class Training:
@@ -27,7 +29,7 @@ class Training:
     def __init__(self, course, damping=None):
         self.course, self.damping = course, damping
         tx = lbopt.scale_by_kfac(
-            course.layers, damping=DAMPING, factor_decay=DECAY, inverse_period=None
+            course.layers, damping=DAMPING, factor_decay=DECAY, periods=OUTSIDE
         )
         self.state, self.steps = tx.init(course.problem.params), 0
         self.update = jax.jit(
@@ -71,12 +73,8 @@ def test_a_delay_says_which_factors_a_step_uses(delay):
     period = max(delay - 1, 1)
     for t, updates in enumerate(results):
         made = max(k for k in range(0, t + 1, period) if k == 0 or k + delay <= t)
-        for path in course().layers:
-            expected = numpy_natural(
-                course().given[t][0][path], *course().averages[made][path], DAMPING
-            )
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        given, averages = course().given[t][0], course().averages[made]
+        assert_natural(updates, given, averages, DAMPING, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -134,12 +132,8 @@ def test_a_worker_that_raises_is_given_up_after_three_times(monkeypatch):
         updates = run.step(exchange)  # no warning any more
     # On with the inverses of the first step.
     assert run.ages() == [3]
-    path = next(iter(course().layers))
-    expected = numpy_natural(
-        course().given[3][0][path], *course().averages[0][path], DAMPING
-    )
-    actual = {name: updates[path][name] for name in expected}
-    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    given, averages = course().given[3][0], course().averages[0]
+    assert_natural(updates, given, averages, DAMPING, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -181,14 +175,12 @@ def test_a_checkpoint_at_any_moment():
 # ------------------------------------------------------------------ several devices
 
 
-def losses_of(steps, devices=None, **options):
-    mesh = None
+def losses_of(steps, devices=None, inverses="comm"):
+    mesh, options = None, {"periods": OUTSIDE}
     if devices is not None:
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        options |= {"axis_name": "data", "axis_size": devices}
-    tx = lbopt.kfac(
-        0.05, layers(), damping=1e-2, inverse_period=None, block_size=7, **options
-    )
+        options["placement"] = lbopt.Placement("data", devices, inverses)
+    tx = lbopt.kfac(0.05, layers(), damping=1e-2, block_size=7, **options)
     state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
     step = training.make_train_step(loss_fn, tx, layers(), mesh)
     where = jax.tree.map(lambda x: x.sharding, state) if devices else None
@@ -217,7 +209,7 @@ def alone():
     "placement", [pytest.param("memory", marks=pytest.mark.slow), 0.5]
 )
 def test_on_several_devices(placement):
-    spread = losses_of(6, 4, placement=placement)
+    spread = losses_of(6, 4, placement)
     np.testing.assert_allclose(spread, alone(), rtol=ROUNDING)
 
 
@@ -225,27 +217,24 @@ def test_on_several_devices(placement):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match=r"delay=0 must be a number of steps, ≥ 1"):
+    with pytest.raises(ValueError, match=r"delay=0 must be a whole number, ≥ 1"):
         lbopt.BackgroundInversion(layers(), delay=0)
     with pytest.raises(ValueError, match=r"cores=\[4096\] must be among the \d+ of"):
         lbopt.BackgroundInversion(layers(), cores=[4096])
-    message = r"inverse_period=None leaves inversion to lbopt.BackgroundInversion"
-    with pytest.raises(ValueError, match=message):
-        lbopt.scale_by_kfac(layers(), inverse_period=None, stagger=True)
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_state_without_one_curvature_transform(number):
     tx = optax.chain(*[lbopt.scale_by_kfac(layers())] * number, optax.scale(1.0))
     with lbopt.BackgroundInversion(layers()) as exchange:
-        message = rf"state=tuple holds {number} curvature transforms, not one"
+        message = rf"opt_state=tuple must hold one curvature transform, not {number}; "
         with pytest.raises(ValueError, match=message):
             exchange(tx.init(PARAMS))
 
 
 def test_nothing_is_left_behind():
     exchange = lbopt.BackgroundInversion(layers(), delay=1)
-    tx = lbopt.scale_by_kfac(layers(), inverse_period=None)
+    tx = lbopt.scale_by_kfac(layers(), periods=OUTSIDE)
     state = exchange(tx.init(PARAMS))
     assert isinstance(state, KfacState)
     process, folder = exchange._process, exchange._folder.name

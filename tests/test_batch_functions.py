@@ -1,4 +1,4 @@
-"""What an optimizer may ask of a step's batch, on one device and on several."""
+"""Functions of a step's batch that optimizers call, on one device and on several."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import pytest
 
 import lbopt
 from lbopt import batch_functions, training
+from tests.devices import mesh_of, spread
 from tests.problems import assert_close
 from tests.test_statistics_pass import (
     LAYERS,
@@ -18,9 +19,8 @@ from tests.test_statistics_pass import (
     gradient_by_hand,
     loss_fn,
     mean_of,
-    mesh_of,
     parts_of,
-    spread,
+    started,
 )
 
 ELSEWHERE = jax.tree.map(lambda x: x + 0.1, PARAMS)
@@ -41,12 +41,9 @@ def asking():
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(None, 1), (None, 2), (4, 2)])
 def test_the_functions_of_a_batch(devices, accumulate):
-    mesh = mesh_of(devices)
-    tx = asking()
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(loss_fn, tx, mesh=mesh, accumulate=accumulate)
+    state, step = started(asking(), devices, layers=None, accumulate=accumulate)
     batch = batch_of(0, size=32)
-    state, metrics = train_step(state, batch)
+    state, metrics = step(state, batch)
     value, here, elsewhere, products = state.opt_state
     parts = parts_of(batch, (devices or 1) * accumulate)
     expected = gradient_by_hand(ELSEWHERE, MODEL_STATE, parts)[0]
@@ -64,26 +61,22 @@ def test_the_functions_of_a_batch(devices, accumulate):
 
 
 def test_the_loss_is_refused_where_not_all_devices_have_a_share():
-    mesh = mesh_of(2)
     tx = optax.chain(lbopt.scale_by_kfac(LAYERS, **spread(2)), asking())
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_fn, tx, LAYERS, mesh, statistics_devices=1
+    state, step = started(tx, 2, statistics_devices=1)
+    message = (
+        r"fisher_products cannot be evaluated with statistics_devices=1.*_fraction or a"
     )
-    message = r"fisher_products is refused with statistics_devices=1.*_fraction or a"
     with pytest.raises(ValueError, match=message):
-        train_step(state, batch_of(0))
+        step(state, batch_of(0))
 
 
 def test_a_step_that_asks_for_both():
     tx = lbopt.scale_by_quadratic_model(
         lbopt.scale_by_kfac(LAYERS), damping=0.1, damping_period=2
     )
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG)
-    train_step = training.make_train_step(loss_fn, tx, LAYERS)
-    losses = []
+    (state, step), losses = started(tx), []
     for _ in range(8):
-        state, metrics = train_step(state, batch_of(0))
+        state, metrics = step(state, batch_of(0))
         losses.append(float(metrics["plain"]))
     assert losses[-1] < losses[0] / 4
     assert int(state.opt_state.rejected) == 0
@@ -129,17 +122,12 @@ def test_only_the_micro_batches_count_and_not_the_devices_that_share_them():
 def test_numbers_without_a_mean_are_those_of_the_last_micro_batch():
     def one(model_state, batch, rng):
         del rng
-        return {
-            "last": batch[0],
-            "mean": model_state["mean"] + batch.sum(),
-        }, batch.sum()
+        total = batch.sum()
+        return {"last": batch[0], "mean": model_state["mean"] + total}, total
 
+    start = {"last": jnp.int32(7), "mean": jnp.float32(1)}
     state, mean = batch_functions.accumulated(
-        one,
-        2,
-        {"last": jnp.int32(7), "mean": jnp.float32(1)},
-        jnp.arange(4),
-        jax.random.split(RNG),
+        one, 2, start, jnp.arange(4), jax.random.split(RNG)
     )
     assert (int(state["last"]), float(state["mean"])) == (2, 4.0)
     assert float(mean) == 3

@@ -61,6 +61,20 @@ def test_schedules_pass_only_where_they_may(check):
         check("x", schedule, WAY_OUT)
 
 
+def test_a_share_may_be_zero_where_that_is_said():
+    for value in (0, 1, np.float32(0.5)):
+        checks.share("x", value, WAY_OUT, zero=True)
+    for value in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"x=.* must lie in \[0, 1\]; 0.5 is us"):
+            checks.share("x", value, WAY_OUT, zero=True)
+
+
+def test_a_number_on_which_shapes_depend_is_no_array():
+    checks.whole("x", np.int64(3), WAY_OUT, static=True)
+    with pytest.raises(ValueError, match=r"x=3 must be a Python int, because shapes"):
+        checks.whole("x", jnp.asarray(3), WAY_OUT, static=True)
+
+
 def test_whole_numbers_are_whole():
     checks.whole("x", 0, WAY_OUT, least=0)
     for value in (1.0, np.float64(2), 0.5):

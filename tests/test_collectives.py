@@ -34,80 +34,41 @@ def shares(x, devices):
 
 @everywhere
 @some_devices
-def test_each_device_gets_its_share_of_the_mean(devices, parallel):
-    arrays = [rows(devices, *size) for size in SIZES]
+def test_every_collective_is_what_numpy_says(devices, parallel):
     axis = Axis(AXIS, devices)
-    found = on_devices(
-        devices,
-        lambda *x: collectives.scatter_mean(x, axis),
-        *arrays,
-        parallel=parallel,
-    )
-    for x, mine in zip(arrays, found, strict=True):
-        expected = shares(x.mean(0), devices)
-        np.testing.assert_allclose(mine, expected, rtol=1e-6, atol=1e-6)
+    arrays = [rows(devices, *size) for size in SIZES]  # each device's own
+    common = [np.stack([x[0]] * devices) for x in arrays]  # the same everywhere
+    x = rows(devices, devices, 10)
 
-
-@everywhere
-@some_devices
-def test_shares_are_gathered_again(devices, parallel):
-    axis = Axis(AXIS, devices)
-
-    def both(x):
-        mine = collectives.own_share(x, axis)
-        return mine, collectives.gather(mine, axis)
-
-    for size in SIZES:
-        x = rows(1, *size)[0]
-        everyone = np.stack([x] * devices)
-        mine, whole = on_devices(devices, both, everyone, parallel=parallel)
-        np.testing.assert_array_equal(mine, shares(x, devices))
-        for own in whole:
-            np.testing.assert_array_equal(own[:, : x.shape[1]], x)
-            assert not own[:, x.shape[1] :].any()
-
-
-@everywhere
-@some_devices
-def test_an_exchange_is_a_transposition_and_undoes_itself(devices, parallel):
-    axis = Axis(AXIS, devices)
-    x = rows(devices, devices, 3)
-
-    def both(x):
+    def run(arrays, common, x):
+        mine = [collectives.own_share(x, axis) for x in common]
         once = collectives.exchange(x, axis)
-        return once, collectives.exchange(once, axis)
+        return {
+            "position": jnp.asarray(axis.position()),
+            "scattered": collectives.scatter_mean(arrays, axis),
+            "shares": mine,
+            "whole": [collectives.gather(x, axis) for x in mine],
+            "exchanged": once,
+            "again": collectives.exchange(once, axis),
+            "total": collectives.total(arrays, axis),
+            "mean": collectives.mean(arrays, axis),
+        }
 
-    once, twice = on_devices(devices, both, x, parallel=parallel)
-    np.testing.assert_array_equal(once, np.swapaxes(x, 0, 1))
-    np.testing.assert_array_equal(twice, x)
-
-
-@some_devices
-def test_owners_get_their_whole_row(devices):
-    axis = Axis(AXIS, devices)
-    x = rows(1, devices, 10)[0]  # row i is device i's
-
-    def receive(mine):
-        return collectives.exchange(mine, axis).reshape(-1)[:10]
-
-    found = on_devices(devices, receive, shares(x, devices))
-    np.testing.assert_array_equal(found, x)
-
-
-@everywhere
-@some_devices
-def test_sums_and_means_of_trees(devices, parallel):
-    axis = Axis(AXIS, devices)
-    tree = {"a": rows(devices, 2, 3), "b": rows(devices, 1, 1)}
-
-    def both(x):
-        return collectives.total(x, axis), collectives.mean(x, axis)
-
-    total, mean = on_devices(devices, both, tree, parallel=parallel)
-    for name, x in tree.items():
+    found = on_devices(devices, run, arrays, common, x, parallel=parallel)
+    assert jax.device_get(found["position"]).tolist() == list(range(devices))
+    for i, own in enumerate(arrays):
+        mean, size = own.mean(0), own.shape[2]
+        expected = shares(mean, devices)
+        np.testing.assert_allclose(found["scattered"][i], expected, 1e-6, 1e-6)
+        np.testing.assert_array_equal(found["shares"][i], shares(own[0], devices))
         for d in range(devices):
-            np.testing.assert_allclose(total[name][d], x.sum(0), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(mean[name][d], x.mean(0), rtol=1e-5, atol=1e-6)
+            whole = found["whole"][i][d]
+            np.testing.assert_array_equal(whole[:, :size], own[0])
+            assert not whole[:, size:].any()
+            np.testing.assert_allclose(found["total"][i][d], own.sum(0), 1e-5, 1e-6)
+            np.testing.assert_allclose(found["mean"][i][d], mean, 1e-5, 1e-6)
+    np.testing.assert_array_equal(found["exchanged"], np.swapaxes(x, 0, 1))
+    np.testing.assert_array_equal(found["again"], x)
 
 
 def test_without_an_axis_nothing_moves():
@@ -133,7 +94,7 @@ def test_shares_are_rounded_up():
 
 def test_an_axis_that_is_not_there():
     message = (
-        "axis_name='rows' is no mapped axis here; call the update inside "
+        "axis_name='rows' is not a mapped axis here; call the update inside "
         "jax.shard_map or jax.pmap"
     )
     with pytest.raises(ValueError, match=message):
@@ -142,24 +103,14 @@ def test_an_axis_that_is_not_there():
 
 @everywhere
 def test_an_axis_of_another_size(parallel):
-    def run(x):
-        Axis(AXIS, 3).require()
-        return x
+    def run(size):
+        def require(x):
+            Axis(AXIS, size).require()
+            return x
 
-    message = r"axis_size=3, but the axis 'data' has 2 devices; pass axis_size=mesh"
+        return on_devices(2, require, jnp.zeros((2, 1)), parallel=parallel)
+
+    assert not run(2).any()
+    message = r"axis_size=3, but the axis 'data' has 2 devices; pass Placement"
     with pytest.raises(ValueError, match=message):
-        on_devices(2, run, jnp.zeros((2, 1)), parallel=parallel)
-
-
-@everywhere
-@some_devices
-def test_positions_count_the_devices(devices, parallel):
-    axis = Axis(AXIS, devices)
-
-    def run(x):
-        axis.require()
-        return x + axis.position()
-
-    zeros = jnp.zeros((devices, 1), jnp.int32)
-    found = on_devices(devices, run, zeros, parallel=parallel)
-    assert jax.device_get(found)[:, 0].tolist() == list(range(devices))
+        run(3)

@@ -32,28 +32,40 @@ class Optimizer(NamedTuple):
     """One line of the table.
 
     Attributes:
-      make: ``(learning rate, layers) -> optimizer``.
       factory: what ``optax.inject_hyperparams`` wraps.
       arguments: ``layers -> its arguments``.
       layerwise: whether a layer's update depends on that layer alone.
       has_curvature: whether it takes curvature statistics.
+      bound: its loss after a short training, as a multiple of gradient descent's; None
+        for what is not made to converge by itself.
     """
 
-    make: Any
     factory: Any
     arguments: Any
     layerwise: bool = True
     has_curvature: bool = True
+    bound: float | None = 0.5
+
+    def make(self, rate, layers):
+        arguments = self.arguments(layers)
+        rate = {"learning_rate": rate} if "learning_rate" in arguments else {}
+        return self.factory(**arguments | rate)
 
 
-def core(layers):
-    return lbopt.scale_by_kfac(layers, damping=DAMPING)
+def scaled(transform, learning_rate):
+    return optax.chain(transform, optax.scale_by_learning_rate(learning_rate))
 
 
-def stale(rate, layers, damping):
+def core(layers, damping=DAMPING, statistics=1):
+    periods = lbopt.Periods(statistics)
+    return lbopt.scale_by_kfac(layers, damping=damping, periods=periods)
+
+
+def stale(learning_rate, layers, damping):
     """With inverses that have effect later, and a bound that is not felt."""
+    periods = lbopt.Periods(inverses=2, delay=1)
     return lbopt.distributed_kfac(
-        rate, layers, kl_clip=1e3, damping=damping, inverse_period=2, inverse_delay=1
+        learning_rate, layers, kl_clip=1e3, damping=damping, periods=periods
     )
 
 
@@ -74,85 +86,91 @@ def corrected(layers, damping):
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def modelled(damping):
+    """Steps on a model whose Fisher matrix is the identity."""
+    inner = lbopt.scale_by_quadratic_model(
+        optax.identity(), damping=damping, damping_period=2
+    )
+    functions = {
+        "value_fn": lambda params: optax.tree.norm(params, squared=True),
+        "fisher_products": lambda vectors: jnp.stack(
+            [jnp.stack([optax.tree.vdot(u, v) for v in vectors]) for u in vectors]
+        ),
+    }
+
+    def update(grads, state, params=None, **extra):
+        return inner.update(grads, state, params, **extra | functions)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def damped(layers):
+    return {"learning_rate": RATE, "layers": layers, "damping": DAMPING}
+
+
+def rated(**settings):
+    return lambda layers: {"learning_rate": RATE} | settings
+
+
 OPTIMIZERS = {
-    "kfac": Optimizer(
-        lambda rate, layers: lbopt.kfac(rate, layers, damping=DAMPING),
-        lbopt.kfac,
-        lambda layers: {"learning_rate": RATE, "layers": layers, "damping": DAMPING},
-    ),
-    "distributed_kfac": Optimizer(
-        lambda rate, layers: stale(rate, layers, DAMPING),
-        lambda learning_rate, layers, damping: stale(learning_rate, layers, damping),
-        lambda layers: {"learning_rate": RATE, "layers": layers, "damping": DAMPING},
-        layerwise=False,
-    ),
-    "sp_ngd": Optimizer(
-        lambda rate, layers: lbopt.sp_ngd(rate, layers, damping=DAMPING),
-        lbopt.sp_ngd,
-        lambda layers: {"learning_rate": RATE, "layers": layers, "damping": DAMPING},
-    ),
+    "kfac": Optimizer(lbopt.kfac, damped),
+    "distributed_kfac": Optimizer(stale, damped, layerwise=False),
+    "sp_ngd": Optimizer(lbopt.sp_ngd, damped),
     "scale_by_kfac": Optimizer(
-        lambda rate, layers: optax.chain(
-            core(layers), optax.scale_by_learning_rate(rate)
+        lambda learning_rate, layers, damping, statistics: scaled(
+            core(layers, damping, statistics), learning_rate
         ),
-        lambda layers, damping, stats_period: optax.chain(
-            lbopt.scale_by_kfac(layers, damping=damping, stats_period=stats_period),
-            optax.scale_by_learning_rate(RATE),
-        ),
-        lambda layers: {"layers": layers, "damping": DAMPING, "stats_period": 1},
+        lambda layers: damped(layers) | {"statistics": 1},
     ),
     "ekfac": Optimizer(
-        lambda rate, layers: optax.chain(
-            corrected(layers, DAMPING), optax.scale_by_learning_rate(rate)
+        lambda learning_rate, layers, damping: scaled(
+            corrected(layers, damping), learning_rate
         ),
-        lambda layers, damping: optax.chain(
-            corrected(layers, damping), optax.scale_by_learning_rate(RATE)
-        ),
-        lambda layers: {"layers": layers, "damping": DAMPING},
+        damped,
     ),
-    "lars": Optimizer(
-        lambda rate, layers: lbopt.lars(rate),
-        lbopt.lars,
-        lambda layers: {"learning_rate": RATE},
-        has_curvature=False,
-    ),
-    "nlcg": Optimizer(
-        lambda rate, layers: lbopt.nlcg(rate),
-        lbopt.nlcg,
-        lambda layers: {"learning_rate": RATE},
-        layerwise=False,
-        has_curvature=False,
-    ),
+    # Steps as long as the weights do not settle.
+    "lars": Optimizer(lbopt.lars, rated(), has_curvature=False, bound=2.0),
+    "nlcg": Optimizer(lbopt.nlcg, rated(), layerwise=False, has_curvature=False),
+    # Polak-Ribière's are steepest descent wherever the gradient hardly changes.
     "nlcg_polak_ribiere": Optimizer(
-        lambda rate, layers: lbopt.scale_by_nlcg(
-            rate, beta="polak_ribiere", step_control="online", descent_guard=True
-        ),
         lbopt.scale_by_nlcg,
-        lambda layers: {
-            "learning_rate": RATE,
-            "beta": "polak_ribiere",
-            "step_control": "online",
-            "descent_guard": True,
-        },
+        rated(beta="polak_ribiere", step_control="online"),
         layerwise=False,
         has_curvature=False,
+        bound=1.0,
     ),
     "nlcg_kfac": Optimizer(
-        lambda rate, layers: lbopt.nlcg(rate, preconditioner=core(layers)),
         lbopt.nlcg,
         lambda layers: {"learning_rate": RATE, "preconditioner": core(layers)},
         layerwise=False,
     ),
     "clip_by_kl": Optimizer(
-        lambda rate, layers: optax.chain(
-            lbopt.clip_by_kl(core(layers), CLIP, rate),
-            optax.scale_by_learning_rate(rate),
-        ),
-        lambda inner, c: optax.chain(
-            lbopt.clip_by_kl(inner, c, RATE), optax.scale_by_learning_rate(RATE)
-        ),
+        lambda inner, c: scaled(lbopt.clip_by_kl(inner, c, RATE), RATE),
         lambda layers: {"inner": core(layers), "c": CLIP},
         layerwise=False,
+    ),
+    "scale_by_quadratic_model": Optimizer(
+        modelled,
+        lambda layers: {"damping": 1.0},
+        layerwise=False,
+        has_curvature=False,
+        bound=None,
+    ),
+    "rescale_weights": Optimizer(
+        lambda learning_rate, layers: optax.chain(
+            optax.scale_by_learning_rate(learning_rate), lbopt.rescale_weights(layers)
+        ),
+        lambda layers: {"learning_rate": RATE, "layers": layers},
+        has_curvature=False,
+        bound=None,
+    ),
+    "average_params": Optimizer(
+        lambda learning_rate: optax.chain(
+            optax.sgd(learning_rate), lbopt.average_params(0.5)
+        ),
+        rated(),
+        has_curvature=False,
+        bound=None,
     ),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -395,18 +413,23 @@ def test_inside_inject_hyperparams(setting, plain, name):
     results = setting.run(tx)
     assert_close(updates_of(results), updates_of(plain(name)), rtol=1e-3, atol=1e-5)
     state = tx.init(setting.problem.params)
-    number = next(
-        k for k in ("learning_rate", "damping", "c") if k in state.hyperparams
-    )
-    state.hyperparams[number] = state.hyperparams[number] / 16
     grads, extra = setting.given[0]
-    changed, _ = tx.update(grads, state, setting.problem.params, **extra)
-    # A bias: sp_ngd gives kernels their norm whatever the rate.
-    ratio = changed["first"]["bias"] / results[0][0]["first"]["bias"]
-    if number == "damping":  # less damping, longer steps
-        assert float(optax.tree.norm(changed)) > float(optax.tree.norm(results[0][0]))
-    else:  # the rate, or the square of the length
-        expected = 1 / 16 if number == "learning_rate" else 1 / 4
+    first = results[0][0]
+    for number in state.hyperparams.keys() & {"learning_rate", "damping", "c"}:
+        smaller = state.hyperparams | {number: state.hyperparams[number] / 16}
+        changed, _ = tx.update(
+            grads,
+            state._replace(hyperparams=smaller),
+            setting.problem.params,
+            **extra,
+        )
+        if number == "damping":  # less damping, longer steps
+            assert float(optax.tree.norm(changed)) > float(optax.tree.norm(first))
+            continue
+        # The rate, or the square of the length.
+        expected = {"learning_rate": 1 / 16, "c": 1 / 4}[number]
+        # A bias: rescaling gives kernels their norm whatever the rate.
+        ratio = changed["first"]["bias"] / first["first"]["bias"]
         np.testing.assert_allclose(ratio, expected, rtol=1e-3)
 
 
@@ -492,7 +515,9 @@ def test_converges_faster_than_gradient_descent(target):
 
     baseline = search(lambda rate: optax.with_extra_args_support(optax.sgd(rate)))
     assert baseline < start
-    contenders = {name: line.make for name, line in OPTIMIZERS.items()}
+    contenders = {
+        name: line.make for name, line in OPTIMIZERS.items() if line.bound is not None
+    }
     # The table's bound is for short steps, which would not arrive in time.
     contenders["clip_by_kl"] = lambda rate, layers: lbopt.kfac(
         rate, layers, damping=DAMPING, kl_clip=1.0
@@ -501,12 +526,10 @@ def test_converges_faster_than_gradient_descent(target):
     contenders["sp_ngd"] = lambda rate, layers: lbopt.sp_ngd(
         rate, layers, damping=DAMPING, rescale=None
     )
-    # Steps as long as the weights do not settle, and Polak-Ribière's are steepest
-    # descent wherever the gradient hardly changes.
-    bounds = {"lars": 2.0, "nlcg_polak_ribiere": 1.0}
     # Rates of LARS are usually a hundred times as large.
     contenders["lars"] = lambda rate, layers: lbopt.lars(rate, trust_coefficient=0.3)
     for name, make in contenders.items():
         due = {"due": lbopt.refresh} if name == "ekfac" else {}
         final = search(lambda rate, make=make: make(rate, layers), **due)
-        assert final < bounds.get(name, 0.5) * baseline, (name, start, baseline, final)
+        bound = OPTIMIZERS[name].bound
+        assert final < bound * baseline, (name, start, baseline, final)

@@ -37,6 +37,7 @@ class Words(nn.Module):
 
 net = Net(width=4)
 NOT_A_MODEL = 3.0
+TRAINED = [f"{HERE}:Net", "--input", "8x8x8x3", "--set", "train=True"]
 
 
 def run(capsys, *arguments):
@@ -45,29 +46,25 @@ def run(capsys, *arguments):
 
 
 def test_all_three_parts_are_printed(capsys):
-    arguments = ["--input", "32x8x8x3", "--set", "train=True", "--devices", "4"]
-    out = run(capsys, f"{HERE}:Net", *arguments)
+    out = run(capsys, *TRAINED, "--devices", "4")
     table, memory, owners = out.split("\n\n")
     kinds = {line.split()[0]: line.split()[2] for line in table.splitlines()[1:4]}
     assert kinds == {"conv": "kronecker", "norm": "unit_wise", "head": "kronecker"}
     parameters = 27 * 12 + 12 + 2 * 12 + 12 * 5 + 5
     assert f"{parameters} parameters; memory per device: parameters 1.7 kB" in memory
     assert "model state 96 B" in memory
-    assert f"batch {32 * 8 * 8 * 3 * 4 / 4 / 1e3:.3g} kB" in memory
+    assert f"batch {8 * 8 * 8 * 3 * 4 / 4 / 1e3:.3g} kB" in memory
     assert len(re.findall(r"^ +[0-3] ", owners, re.MULTILINE)) == 4
 
 
 def test_memory_is_that_of_the_state_and_what_placement_spreads_is_less(capsys):
-    arguments = ["--input", "32x8x8x3", "--set", "train=False", "--devices", "2"]
     comm, memory = (
-        re.search(r"inverses ([\d.]+) kB", run(capsys, f"{HERE}:Net", *arguments, *p))
-        for p in ([], ["--placement", "memory"])
+        float(re.findall(r"inverses ([\d.]+) kB", run(capsys, *TRAINED, *options))[0])
+        for options in (["--devices", "2"], ["--devices", "2", "--placement", "memory"])
     )
     inverses = 4 * (28**2 + 12**2 + 13**2 + 5**2 + 12 * 3) / 1e3
-    assert comm is not None
-    assert float(comm[1]) == pytest.approx(inverses, rel=5e-3)
-    assert memory is not None
-    assert float(memory[1]) < float(comm[1])
+    assert comm == pytest.approx(inverses, rel=5e-3)
+    assert memory < comm
 
 
 @pytest.mark.parametrize(
@@ -84,10 +81,9 @@ def test_several_inputs_and_their_types(capsys):
 
 
 def test_periods_and_blocks_reach_the_owner_table(capsys):
-    arguments = ["--input", "8x8x8x3", "--set", "train=True", "--devices", "2"]
-    out = run(capsys, f"{HERE}:Net", *arguments, "--inverse-period", "3")
+    out = run(capsys, *TRAINED, "--devices", "2", "--inverse-period", "3")
     assert "a step of the period of 3" in out
-    cut = run(capsys, f"{HERE}:Net", *arguments, "--block-size", "7")
+    cut = run(capsys, *TRAINED, "--devices", "2", "--block-size", "7")
     whole, blocks = (int(re.search(r"(\d+) units", o)[1]) for o in (out, cut))  # pyright: ignore
     assert blocks > whole
 
@@ -96,7 +92,7 @@ def test_the_report_is_of_what_training_would_use():
     x = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32)
     text = explain.report(net, [x], arguments={"train": True})
     init = functools.partial(net.init, train=True)
-    variables = jax.jit(init)(jax.random.key(0), jnp.zeros(x.shape))
+    stats = jax.eval_shape(init, jax.random.key(0), x)
 
     def loss_fn(params, stats, x):
         variables, rngs = {"params": params, **stats}, {"dropout": jax.random.key(1)}
@@ -105,12 +101,7 @@ def test_the_report_is_of_what_training_would_use():
         )
         return sum(output.mean() for output in outputs.values())
 
-    layers = lbopt.trace_layers(
-        loss_fn,
-        variables["params"],
-        {"batch_stats": variables["batch_stats"]},
-        jnp.zeros(x.shape),
-    )
+    layers = lbopt.trace_layers(loss_fn, stats.pop("params"), stats, x)
     assert text.startswith(repr(layers))
 
 
@@ -124,21 +115,15 @@ def test_the_report_is_of_what_training_would_use():
         (["no.such:Net", "--input", "4"], "No module named 'no'"),
         ([f"{HERE}:Nat", "--input", "4"], "has no attribute 'Nat'"),
         ([f"{HERE}:Net(depth=3)", "--input", "4"], "cannot be made: .*depth"),
-        ([f"{HERE}:NOT_A_MODEL", "--input", "4"], "is a float, not a Flax"),
+        ([f"{HERE}:NOT_A_MODEL", "--input", "4"], "must be a Flax .*not a float"),
         ([f"{HERE}:Net", "--input", "4x8x8x3"], r"called with float32\[4, 8.*--set"),
         ([f"{HERE}:net", "--input", "4 x"], "input='4 x' must be sizes"),
         ([f"{HERE}:net", "--input", "4:real"], "input='4:real' must be sizes"),
         ([f"{HERE}:net", "--input", "4", "--set", "train"], "must be NAME=VALUE"),
         ([f"{HERE}:net", "--input", "4", "--set", "train=yes"], "must be NAME=VALUE"),
-        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "4"], "2 examples are"),
-        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "0"], "at least 1"),
-        (
-            [
-                *(f"{HERE}:net", "--input", "8x8x8x3", "--set", "train=True"),
-                *("--devices", "2", "--placement", "both"),
-            ],
-            "placement='both'",
-        ),
+        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "4"], "batch of 6 examp"),
+        ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "0"], "whole number, ≥ 1"),
+        ([*TRAINED, "--devices", "2", "--placement", "both"], "placement='both'"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_by_name(arguments, message):

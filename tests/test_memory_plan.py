@@ -3,7 +3,6 @@
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,40 +11,24 @@ import pytest
 import lbopt
 from lbopt import memory_plan, sharding, training
 from lbopt.transforms.kfac_state import KfacState
-from tests.problems import cross_entropy
+from tests.devices import mesh_of, spread
+from tests.problems import NormNet, noisy_loss
 
 BATCH, FEATURES, WIDTH, CLASSES = 32, 24, 40, 10
 STATE = 6  # the plan's fields that come from shapes
 
 
-class Net(nn.Module):
-    """Two dense layers around a normalisation."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(WIDTH, name="first")(x)
-        x = nn.BatchNorm(use_running_average=False, name="norm")(x)
-        return nn.Dense(CLASSES, name="last")(nn.relu(x))
-
-
+NET = NormNet(width=WIDTH, classes=CLASSES)
+loss_fn = noisy_loss(NET)
 BATCH_SHAPES = {
     "x": jax.ShapeDtypeStruct((BATCH, FEATURES), jnp.float32),
     "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
 }
 
 
-def loss_fn(params, model_state, batch, rng):
-    del rng
-    carried = {k: v for k, v in model_state.items() if k == "carried"}
-    stats = {"batch_stats": model_state["batch_stats"]}
-    variables = {"params": params, **stats}
-    logits, stats = Net().apply(variables, batch["x"], mutable=["batch_stats"])
-    return cross_entropy(logits, batch["y"]), ({**stats, **carried}, {})
-
-
 @functools.cache
 def start() -> Any:
-    variables = dict(Net().init(jax.random.key(0), jnp.ones((2, FEATURES))))
+    variables = dict(NET.init(jax.random.key(0), jnp.ones((2, FEATURES))))
     return variables.pop("params"), variables, jax.random.key(1)
 
 
@@ -60,8 +43,8 @@ OPTIMIZERS = {
     "sgd": lambda **_: optax.sgd(0.1, momentum=0.9),
     "lars": lambda **_: lbopt.lars(0.1),
     "nlcg": lambda **_: lbopt.nlcg(0.1),
-    "kfac": lambda **spread: lbopt.kfac(0.1, layers(), **spread),
-    "sp_ngd": lambda **spread: lbopt.sp_ngd(0.1, layers(), **spread),
+    "kfac": lambda **options: lbopt.kfac(0.1, layers(), **options),
+    "sp_ngd": lambda **options: lbopt.sp_ngd(0.1, layers(), **options),
 }
 CURVATURE = {"kfac", "sp_ngd"}
 
@@ -74,12 +57,11 @@ class Case(NamedTuple):
     placement: str = "comm"
 
     def build(self):
-        """The optimizer, its mesh and whether it has curvature."""
+        """The optimizer and its mesh."""
         if self.devices == 1:
             return OPTIMIZERS[self.name](), None
-        mesh = sharding.make_mesh(jax.devices()[: self.devices])
-        spread = {"axis_name": "data", "axis_size": self.devices}
-        return OPTIMIZERS[self.name](**spread, placement=self.placement), mesh
+        options = {"placement": self.placement, **spread(self.devices)}
+        return OPTIMIZERS[self.name](**options), mesh_of(self.devices)
 
 
 CASES = [Case(name, devices) for name in OPTIMIZERS for devices in (1, 4)]
@@ -93,29 +75,27 @@ def shapes_of(tx):
     return jax.eval_shape(functools.partial(training.init_state, tx), *start())
 
 
-@pytest.mark.slow
-@case_of(CASES)
-def test_shapes_alone_come_near_the_compilers_count_of_a_step(case):
-    tx, mesh = case.build()
-    own = layers() if case.name in CURVATURE else None
-    assert_near(case, tx, mesh, training.make_train_step(loss_fn, tx, own, mesh))
-
-
-@case_of(CASES)
-def test_shapes_alone_come_near_the_compilers_count_of_arguments(case):
-    tx, mesh = case.build()
-    assert_near(case, tx, mesh, jax.jit(lambda *arguments: arguments))
-
-
-def assert_near(case, tx, mesh, program):
-    state = shapes_of(tx)
-    placed = memory_plan.on_mesh(state, BATCH_SHAPES, mesh)
-    plan = memory_plan.plan(state, BATCH_SHAPES, case.devices)
+def assert_near(plan, state, mesh, program, **options):
+    placed = memory_plan.on_mesh(state, BATCH_SHAPES, mesh, **options)
     with_xla = memory_plan.with_xla(plan, program.lower(*placed).compile())
     assert with_xla[:STATE] == plan[:STATE]
     assert with_xla.arguments == pytest.approx(plan.total, rel=0.02)
     assert with_xla.temporaries is not None
+
+
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["args", "step"]
+)
+@case_of(CASES)
+def test_shapes_alone_come_near_the_compilers_count(case, whole):
+    tx, mesh = case.build()
+    own = layers() if case.name in CURVATURE else None
+    step = training.make_train_step(loss_fn, tx, own, mesh)
+    state = shapes_of(tx)
+    plan = memory_plan.plan(state, BATCH_SHAPES, case.devices)
     assert (plan.factors > 0, plan.inverses > 0) == (case.name in CURVATURE,) * 2
+    arguments = jax.jit(lambda *arguments: arguments)
+    assert_near(plan, state, mesh, step if whole else arguments)
 
 
 @case_of([Case("sp_ngd", 1), Case("kfac", 4, "memory")])
@@ -125,20 +105,19 @@ def test_parts_are_the_bytes_of_the_first_devices_arrays(case):
     if mesh is not None:
         state = sharding.place(state, mesh, "data")
     plan = memory_plan.plan(shapes_of(tx), BATCH_SHAPES, case.devices)
+
+    def is_kfac(node):
+        return isinstance(node, KfacState)
+
     nodes = jax.tree.leaves(state.opt_state, is_leaf=is_kfac)
     (curvature,) = filter(is_kfac, nodes)
     factors = curvature.factors, curvature.before, curvature.traces
-    inverses = curvature.inverses, curvature.kept
     assert plan.parameters == on_first_device(state.params)
     assert plan.model_state == on_first_device(state.model_state)
     assert plan.factors == on_first_device(factors)
-    assert plan.inverses == on_first_device(inverses)
+    assert plan.inverses == on_first_device((curvature.inverses, curvature.kept))
     rest = on_first_device(state.opt_state) - plan.factors - plan.inverses
     assert plan.optimizer == rest
-
-
-def is_kfac(node):
-    return isinstance(node, KfacState)
 
 
 def on_first_device(tree):
@@ -172,12 +151,15 @@ def test_collections_along_the_batch_are_divided_too():
     plan = functools.partial(memory_plan.plan, batch=BATCH_SHAPES, devices=4)
     more = plan(full, per_example=("carried",)).model_state - plan(state).model_state
     assert more == BATCH * FEATURES * 4 // 4 + 4
-    mesh = sharding.make_mesh(jax.devices()[:4])
-    along = {"per_example": ("carried",)}
-    step = training.make_train_step(loss_fn, tx, None, mesh, **along)
-    placed = memory_plan.on_mesh(full, BATCH_SHAPES, mesh, **along)
-    with_xla = memory_plan.with_xla(plan(full, **along), step.lower(*placed).compile())
-    assert with_xla.arguments == pytest.approx(with_xla.total, rel=0.02)
+    mesh, along = mesh_of(4), {"per_example": ("carried",)}
+
+    def carrying(params, model_state, batch, rng):
+        own = {"batch_stats": model_state["batch_stats"]}
+        loss, (updated, metrics) = loss_fn(params, own, batch, rng)
+        return loss, ({**updated, "carried": model_state["carried"]}, metrics)
+
+    step = training.make_train_step(carrying, tx, None, mesh, **along)
+    assert_near(plan(full, **along), full, mesh, step, **along)
 
 
 def test_the_line_names_what_there_is():
@@ -190,5 +172,5 @@ def test_the_line_names_what_there_is():
 
 def test_a_state_of_other_devices_is_refused():
     tx, _ = Case("kfac", 4).build()
-    with pytest.raises(ValueError, match=r"devices=1, .* made for 4"):
+    with pytest.raises(ValueError, match=r"devices=1 must be 4, the number"):
         memory_plan.plan(shapes_of(tx), BATCH_SHAPES)

@@ -35,5 +35,5 @@ def test_an_expression_that_is_found_nowhere_is_refused():
 
 
 def test_what_is_no_expression_is_refused():
-    with pytest.raises(ValueError, match=r"skip='\(' is no regular expression: "):
+    with pytest.raises(ValueError, match=r"skip='\(' must be a regular expression: "):
         matching("skip", "(")

@@ -23,37 +23,25 @@ def _float64():
 
 
 def window(size, strides=1, padding=(0, 0), input_dilation=1, kernel_dilation=1):
-    rank = len(size)
-
-    def each(value, kind):
-        return (value,) * rank if isinstance(value, kind) else tuple(value)
+    def each(value):
+        return (value,) * len(size) if isinstance(value, int) else value
 
     if isinstance(padding[0], int):
-        padding = (padding,) * rank
-    return patches.Window(
-        tuple(size),
-        each(strides, int),
-        tuple(padding),
-        each(input_dilation, int),
-        each(kernel_dilation, int),
-    )
+        padding = (padding,) * len(size)
+    dilations = each(input_dilation), each(kernel_dilation)
+    return patches.Window(size, each(strides), padding, *dilations)
 
 
 PLANE = (7, 6)
-PLANE_WINDOWS = [
-    window(size, strides, padding, input_dilation, kernel_dilation)
-    for i, (size, strides, padding, input_dilation, kernel_dilation) in enumerate(
-        itertools.product(
-            [(3, 3), (1, 1), (2, 4)],
-            [1, (2, 3)],
-            [(0, 0), (1, 1), ((2, 0), (0, 3)), ((-1, 2), (1, -1))],
-            [1, (1, 2)],
-            [1, (2, 1)],
-        )
-    )
-    # Every third of the cross product: sizes coprime to 3 mix all pairs of options.
-    if i % 3 == 0
-]
+PLANE_OPTIONS = itertools.product(
+    [(3, 3), (1, 1), (2, 4)],
+    [1, (2, 3)],
+    [(0, 0), (1, 1), ((2, 0), (0, 3)), ((-1, 2), (1, -1))],
+    [1, (1, 2)],
+    [1, (2, 1)],
+)
+# Every third of the cross product: sizes coprime to 3 mix all pairs of options.
+PLANE_WINDOWS = [window(*options) for options in [*PLANE_OPTIONS][::3]]
 LINE = [
     window((k,), stride, padding, 1, dilation)
     for k, stride, padding, dilation in [
@@ -85,9 +73,7 @@ def error(actual, expected):
 @pytest.mark.parametrize(("shape", "w"), CASES)
 def test_patches_moments_and_sums_are_those_of_the_loops(shape, w):
     x = np.random.default_rng(0).normal(size=shape)
-    rows = oracles.conv_patches(
-        x, w.size, w.strides, w.padding, w.input_dilation, w.kernel_dilation
-    )
+    rows = oracles.conv_patches(x, *w)
     unit = all(s == 1 for s in (*w.strides, *w.input_dilation))
 
     @quick_jit
@@ -109,26 +95,25 @@ def test_patches_moments_and_sums_are_those_of_the_loops(shape, w):
         assert error(by_displacement, expected) < EXACT
 
 
-def test_the_cheaper_form_is_chosen():
-    same = window((3, 3), 1, (1, 1))
-    assert patches._displacement_is_cheaper(same, 64, (32, 32))
-    assert not patches._displacement_is_cheaper(same, 1, (2, 2))  # a tiny map
-    strided = same._replace(strides=(2, 2))
-    assert not patches._displacement_is_cheaper(strided, 64, (32, 32))
-    pointwise = window((1, 1))
-    assert not patches._displacement_is_cheaper(pointwise, 64, (32, 32))
-
-
-def test_the_displacement_form_is_what_a_large_map_gets():
-    w, x = window((3, 3), 1, (1, 1)), jnp.zeros((64, 32, 32, 2))
+@pytest.mark.parametrize(
+    ("w", "batch", "map_size", "cheaper"),
+    [
+        (window((3, 3), 1, (1, 1)), 64, 32, True),
+        (window((3, 3), 1, (1, 1)), 1, 2, False),  # a tiny map
+        (window((3, 3), 2, (1, 1)), 64, 32, False),
+        (window((1, 1)), 64, 32, False),
+    ],
+)
+def test_the_cheaper_form_is_chosen(w, batch, map_size, cheaper):
+    x = jnp.zeros((batch, map_size, map_size, 2))
     program = str(jax.make_jaxpr(lambda x: patches.patch_moment(x, w, x.dtype))(x))
-    assert "conv_general_dilated" in program
+    assert ("conv_general_dilated" in program) == cheaper
 
 
 def test_float32_displacements_lose_no_more_than_patches_do():
     x = np.random.default_rng(0).normal(size=(16, 12, 12, 3)) + 1.0
     w = window((3, 3), 1, (1, 1))
-    rows = oracles.conv_patches(x, *w[:3], w.input_dilation, w.kernel_dilation)
+    rows = oracles.conv_patches(x, *w)
     expected = np.einsum("nti,ntj->ij", rows, rows)
     single = jnp.asarray(x, jnp.float32)
     for form in (

@@ -171,20 +171,20 @@ def test_runs_that_end_well(tmp_path):
     assert (tmp_path / "log1.txt").read_text() == "2\n"
 
 
-def test_a_run_that_hangs_is_stopped(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "seconds", "says"),
+    [
+        ("print('fine')", (3, 15), "1 ended with 0:\nfine"),
+        ("raise SystemExit('no luck')", (600, 1), "1 ended with 1:\nno luck"),
+    ],
+    ids=["too late", "another has failed"],
+)
+def test_a_run_that_hangs_is_stopped(tmp_path, other, seconds, says):
+    programs, begin = python(HANG, other), time.monotonic()
     with pytest.raises(RunError) as failure:
-        run_together(python(HANG, "print('fine')"), tmp_path, timeout=3)
-    for text in ("0 was stopped by the test:\nwaiting", "1 ended with 0:\nfine"):
-        assert text in str(failure.value)
-
-
-def test_one_failure_stops_the_others(tmp_path):
-    programs = python(HANG, "raise SystemExit('no luck')")
-    begin = time.monotonic()
-    with pytest.raises(RunError) as failure:
-        run_together(programs, tmp_path, timeout=600, grace=1)
-    for text in ("0 was stopped by the test", "1 ended with 1:\nno luck"):
-        assert text in str(failure.value)
+        run_together(programs, tmp_path, timeout=seconds[0], grace=seconds[1])
+    assert "0 was stopped by the test:\nwaiting" in str(failure.value)
+    assert says in str(failure.value)
     assert time.monotonic() - begin < 60
 
 

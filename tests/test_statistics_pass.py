@@ -1,6 +1,4 @@
-"""Statistics of a part of the batch, of a batch and of devices of their own."""
-
-import inspect
+"""Statistics of a part of the batch, of another batch, and on separate devices."""
 
 import flax.linen as nn
 import jax
@@ -10,73 +8,44 @@ import optax
 import pytest
 
 import lbopt
-from lbopt import batch_functions, sharding, statistics_pass, training
+from lbopt import batch_functions, statistics_pass, training
 from lbopt.collectives import Axis
 from lbopt.curvature import fisher
+from tests import problems
+from tests.devices import mesh_of, spread
 from tests.oracles import quick_jit
 from tests.problems import (
     CLASSES,
-    WIDTH,
     all_finite,
     assert_close,
+    assert_near_largest,
     cross_entropy,
     inputs,
-    labels,
 )
 
 SIZE = 16
 RNG = jax.random.key(5)
-
-
-class Net(nn.Module):
-    """A dense layer, batch normalisation, a head."""
-
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(WIDTH, name="dense")(x)
-        x = nn.BatchNorm(
-            use_running_average=False,
-            momentum=0.9,
-            axis_name=self.axis_name,
-            name="norm",
-        )(x)
-        return nn.Dense(CLASSES, name="head")(nn.tanh(x))
-
-
-def loss_of(model):
-    def loss_fn(params, model_state, batch, rng):
-        logits, updated = model.apply(
-            {"params": params, **model_state}, batch["x"], mutable=["batch_stats"]
-        )
-        loss = cross_entropy(lbopt.likelihood(logits, "categorical"), batch["y"])
-        # A term like dropout: another key, another loss.
-        return loss + jax.random.normal(rng), (updated, {"plain": loss})
-
-    return loss_fn
-
-
-loss_fn = loss_of(Net())
-VARIABLES = Net().init(jax.random.key(1), inputs())
-PARAMS, MODEL_STATE = VARIABLES["params"], {"batch_stats": VARIABLES["batch_stats"]}
+loss_fn, PARAMS, MODEL_STATE, LAYERS = problems.norm_net()
 
 
 def batch_of(seed, size=SIZE):
-    return {"x": inputs(seed, batch=size), "y": labels(size)}
+    return problems.batch_of(seed, size)
 
 
-LAYERS = lbopt.trace_layers(
-    loss_fn, PARAMS, MODEL_STATE, batch_of(0), RNG, has_aux=True, strict=True
-)
+def started(tx, devices=None, loss=loss_fn, layers=LAYERS, **options):
+    """The first state of a run, and its step."""
+    mesh = mesh_of(devices)
+    step = training.make_train_step(loss, tx, layers, mesh, **options)
+    return training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh), step
 
 
-def mesh_of(devices):
-    return None if devices is None else sharding.make_mesh(jax.devices()[:devices])
-
-
-def spread(devices):
-    return {} if devices is None else {"axis_name": "data", "axis_size": devices}
+def evaluate(loss, *args, **settings):
+    """One evaluation on one device, of half of the batch for statistics."""
+    settings = {"fisher": "empirical", "accumulate": 1, "per_example": ()} | settings
+    function = statistics_pass.make_evaluate(
+        loss, LAYERS, Axis(None, 1), fraction=0.5, devices=0, **settings
+    )
+    return quick_jit(function)(PARAMS, *args)
 
 
 # ---------------------------------------------------------------------------- by hand
@@ -88,14 +57,17 @@ def parts_of(batch, count):
     return [{key: value[i] for key, value in split.items()} for i in range(count)]
 
 
+def first_half(batch):
+    return {key: x[: len(x) // 2] for key, x in batch.items()}
+
+
 def mean_of(trees):
     return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
 
 
 gradient = quick_jit(jax.value_and_grad(loss_fn, has_aux=True))
-statistics = quick_jit(
-    lbopt.curvature_only(loss_fn, LAYERS, has_aux=True, fisher="empirical")
-)
+alone = lbopt.curvature_only(loss_fn, LAYERS, has_aux=True, fisher="empirical")
+statistics = quick_jit(alone)
 
 
 def gradient_by_hand(params, model_state, parts):
@@ -111,35 +83,37 @@ def statistics_by_hand(params, model_state, parts):
 # ------------------------------------------------------------- of which examples
 
 
-def keeping_all(**options):
+def keeping_all():
     """A transformation whose state has the last gradient and the last statistics."""
-    return optax.chain(
-        optax.trace(0.0), lbopt.scale_by_kfac(LAYERS, factor_decay=0.0, **options)
-    )
+    return optax.chain(optax.trace(0.0), lbopt.scale_by_kfac(LAYERS, factor_decay=0.0))
 
 
-def assert_kept(state, grads, curvature):
-    """Sums in another order: some units in the last place of the largest entry."""
+HALF = {"statistics_fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "options"),
+    [(None, 2, HALF), (2, 1, HALF), (2, 2, {}), (2, 1, {"parallel": "pmap"})],
+)
+def test_statistics_of_a_part_or_of_another_batch(devices, accumulate, options):
+    state, step = started(keeping_all(), devices, accumulate=accumulate, **options)
+    batch, count = batch_of(0, size=32), (devices or 1) * accumulate
+    parts, other = parts_of(batch, count), None
+    if options == HALF:  # the first examples of every part
+        few = [first_half(part) for part in parts]
+    else:
+        other = batch_of(7)
+        few = parts_of(other, count)
+    loss, _, grads = gradient_by_hand(PARAMS, MODEL_STATE, parts)
+    curvature = statistics_by_hand(PARAMS, MODEL_STATE, few)
+    state, metrics = step(state, batch, other)
+    assert_close(metrics["plain"], loss)
+    # Sums in another order: some units in the last place of the largest entry.
     kept, factors = state.opt_state[0].trace, state.opt_state[1].factors
     assert_close(kept, grads, rtol=1e-5, atol=1e-6)
     packed = {path: LAYERS[path].block.pack(curvature[path]) for path in curvature}
     flat = jax.tree.map(lambda x: x.reshape(-1), (factors, packed))
     assert_close(*flat, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("devices", "accumulate"), [(None, 2), (2, 1)])
-def test_a_fraction_is_the_first_examples_of_every_part(devices, accumulate):
-    tx, mesh = keeping_all(), mesh_of(devices)
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_fn, tx, LAYERS, mesh, accumulate=accumulate, statistics_fraction=0.5
-    )
-    parts = parts_of(batch_of(0), (devices or 1) * accumulate)
-    first = [{key: x[:4] for key, x in part.items()} for part in parts]  # of 8
-    loss, _, grads = gradient_by_hand(PARAMS, MODEL_STATE, parts)
-    state, metrics = train_step(state, batch_of(0))
-    assert_close(metrics["plain"], loss)
-    assert_kept(state, grads, statistics_by_hand(PARAMS, MODEL_STATE, first))
 
 
 @pytest.mark.parametrize(
@@ -150,24 +124,6 @@ def test_a_fraction_is_rounded_and_never_nothing(fraction, few):
     assert len(batch["x"]) == len(batch["y"]) == few
 
 
-@pytest.mark.parametrize(
-    ("devices", "accumulate", "parallel"), [(2, 2, "shard_map"), (2, 1, "pmap")]
-)
-def test_a_batch_of_its_own(devices, accumulate, parallel):
-    tx, mesh = keeping_all(), mesh_of(devices)
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_fn, tx, LAYERS, mesh, accumulate=accumulate, parallel=parallel
-    )
-    batch, other = batch_of(0, size=32), batch_of(7, size=16)
-    count = devices * accumulate
-    parts, others = parts_of(batch, count), parts_of(other, count)
-    loss, _, grads = gradient_by_hand(PARAMS, MODEL_STATE, parts)
-    state, metrics = train_step(state, batch, other)
-    assert_close(metrics["plain"], loss)
-    assert_kept(state, grads, statistics_by_hand(PARAMS, MODEL_STATE, others))
-
-
 def test_a_fraction_of_what_the_model_carries_along_the_batch():
     def carrying(params, model_state, batch, rng):
         own = {"batch_stats": model_state["batch_stats"]}
@@ -175,22 +131,13 @@ def test_a_fraction_of_what_the_model_carries_along_the_batch():
         loss, (updated, metrics) = loss_fn(params, own, mixed, rng)
         return loss, ({**updated, "carried": {"x": batch["x"]}}, metrics)
 
-    evaluate = statistics_pass.make_evaluate(
-        carrying,
-        LAYERS,
-        Axis(None, 1),
-        fisher="empirical",
-        accumulate=1,
-        fraction=0.5,
-        devices=0,
-        per_example=("carried",),
-    )
     batch, before = batch_of(0), {"x": batch_of(1)["x"]}
-    due = lbopt.refresh(keeping_all().init(PARAMS))
-    found = quick_jit(evaluate)(
-        PARAMS, {**MODEL_STATE, "carried": before}, batch, None, RNG, due
+    state, due = (
+        {**MODEL_STATE, "carried": before},
+        lbopt.refresh(keeping_all().init(PARAMS)),
     )
-    few = {"x": ((batch["x"] + before["x"]) / 2)[:8], "y": batch["y"][:8]}
+    found = evaluate(carrying, state, batch, None, RNG, due, per_example=("carried",))
+    few = first_half({"x": (batch["x"] + before["x"]) / 2, "y": batch["y"]})
     assert_close(found.curvature, statistics(PARAMS, MODEL_STATE, few, RNG), rtol=1e-5)
     assert_close(found.model_state["carried"]["x"], batch["x"])
 
@@ -204,28 +151,16 @@ def test_a_fraction_in_the_bases_that_a_mask_brings(due):
         )
         for path, own in lbopt.refresh(tx.init(PARAMS)).items()
     }
-    evaluate = statistics_pass.make_evaluate(
-        loss_fn,
-        LAYERS,
-        Axis(None, 1),
-        fisher="empirical",
-        accumulate=1,
-        fraction=0.5,
-        devices=0,
-        per_example=(),
-    )
     batch = batch_of(0)
-    found = quick_jit(evaluate)(PARAMS, MODEL_STATE, batch, None, RNG, mask).curvature
-    few = jax.tree.map(lambda x: x[:8], batch)
-    alone = fisher.curvature_only(loss_fn, LAYERS, has_aux=True, fisher="empirical")
+    found = evaluate(loss_fn, MODEL_STATE, batch, None, RNG, mask).curvature
     expected = quick_jit(
         lambda p, batch, mask: alone(p, MODEL_STATE, batch, RNG, due=mask)
-    )(PARAMS, few, mask)
+    )(PARAMS, first_half(batch), mask)
     assert_close(found, expected, rtol=1e-5)
     assert np.any(found["dense"].s) == due
 
 
-# --------------------------------------------------------------- devices of their own
+# ------------------------------------------------------------------ separate devices
 
 # The same sums in another order, amplified by the inverses of three steps; relative to
 # the largest entry.
@@ -257,21 +192,15 @@ def run_by_hand(devices, own, steps):
 )
 def test_the_last_devices_evaluate_the_statistics(own, parallel, placement):
     devices = 4
-    mesh = mesh_of(devices)
     tx = kfac(**spread(devices), placement=placement)
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_fn, tx, LAYERS, mesh, parallel=parallel, statistics_devices=own
-    )
+    state, train_step = started(tx, devices, parallel=parallel, statistics_devices=own)
     expected, losses = run_by_hand(devices, own, steps=3)
     for step, loss in enumerate(losses):
         state, metrics = train_step(state, batch_of(step, size=8 * devices))
         np.testing.assert_allclose(metrics["plain"], loss, rtol=ROUNDING)
         if step == 0:
             early = jax.tree.map(np.asarray, state.params)
-    found = (state.params, state.model_state)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(b).max())
+    assert_near_largest((state.params, state.model_state), expected, ROUNDING)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), early, expected[0])
     assert min(jax.tree.leaves(moved)) > 10 * ROUNDING  # something is at stake
 
@@ -286,7 +215,7 @@ def test_the_last_devices_evaluate_the_statistics(own, parallel, placement):
     assert all_finite((state.params, state.model_state, state.opt_state))
 
 
-def test_what_is_no_average_comes_from_the_first_device():
+def test_counters_and_keys_come_from_the_first_device():
     model = nn.Sequential([nn.Dense(CLASSES)])
     params = model.init(jax.random.key(1), inputs())["params"]
 
@@ -313,41 +242,31 @@ def test_what_is_no_average_comes_from_the_first_device():
         counting, tx, layers, mesh, statistics_devices=1
     )
     state = training.init_state(tx, params, start, RNG, mesh)
-    for step in range(3):
+    for _ in range(3):
         state, _ = train_step(state, batch)
-        assert [int(x.data) for x in state.model_state["steps"].addressable_shards] == [
-            step + 1,
-            step + 1,
-        ]
-    assert state.model_state["odd"]
-    keys = [
-        np.asarray(x.data)
-        for x in jax.random.key_data(state.model_state["key"]).addressable_shards
-    ]
-    np.testing.assert_array_equal(*keys)
+    found = state.model_state
+    keys = jax.random.key_data(found["key"])
+    for x, value in ((found["steps"], 3), (found["odd"], True), (keys, keys)):
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(shard.data, value)
     assert_close(state.model_state["mean"], jnp.mean(batch["x"][: SIZE // 2]))
 
 
 # ------------------------------------------------------------------ what a pass costs
 
 
-@pytest.mark.parametrize("settings", ["fraction", "devices"])
-def test_a_pass_of_which_nothing_is_due_is_left_out(settings):
+@pytest.mark.parametrize(
+    ("devices", "options"), [(None, HALF), (2, {"statistics_devices": 1})]
+)
+def test_a_pass_is_skipped_if_nothing_is_due(devices, options):
     passes = []
 
     def counted(params, model_state, batch, rng):
         jax.debug.callback(lambda: passes.append(None))
         return loss_fn(params, model_state, batch, rng)
 
-    devices = 2 if settings == "devices" else None
-    own = {
-        "devices": {"statistics_devices": 1},
-        "fraction": {"statistics_fraction": 0.5},
-    }
-    mesh = mesh_of(devices)
     tx = lbopt.scale_by_kfac(LAYERS, stats_period=3, **spread(devices))
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(counted, tx, LAYERS, mesh, **own[settings])
+    state, train_step = started(tx, devices, counted, **options)
     counts = []
     for step in range(4):
         state, _ = train_step(state, batch_of(step))
@@ -356,14 +275,13 @@ def test_a_pass_of_which_nothing_is_due_is_left_out(settings):
     assert np.diff([0, *counts]).tolist() == [2, 1, 1, 2]
 
 
-def test_layers_that_combine_devices_may_have_a_pass_of_their_own():
+SYNCHRONISED = problems.noisy_loss(problems.NormNet("data"))
+
+
+def test_layers_that_combine_devices_may_have_a_separate_pass():
     # Its collectives are inside a conditional that all devices decide alike.
     tx = lbopt.kfac(0.05, LAYERS, stats_period=2, **spread(2))
-    mesh = mesh_of(2)
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_of(Net("data")), tx, LAYERS, mesh, statistics_fraction=0.5
-    )
+    state, train_step = started(tx, 2, SYNCHRONISED, **HALF)
     for step in range(3):
         state, metrics = train_step(state, batch_of(step))
     assert metrics["skipped"] == 0
@@ -390,19 +308,12 @@ def test_no_key_is_used_twice(monkeypatch):
         return plain(outputs, rng)
 
     monkeypatch.setattr(fisher, "_sampled_signal", noting_signal)
-    evaluate = statistics_pass.make_evaluate(
-        noting,
-        LAYERS,
-        Axis(None, 1),
-        fisher="sampled",
-        accumulate=2,
-        fraction=0.5,
-        devices=0,
-        per_example=(),
-    )
     due = lbopt.refresh(keeping_all().init(PARAMS))
     keys = batch_functions.keys_of_parts(RNG, Axis(None, 1), 2)
-    quick_jit(evaluate)(PARAMS, MODEL_STATE, batch_of(0), None, keys, due)
+    batch = batch_of(0)
+    evaluate(
+        noting, MODEL_STATE, batch, None, keys, due, fisher="sampled", accumulate=2
+    )
     jax.effects_barrier()
     assert len(seen["loss"]) == 4  # two micro-batches, two passes
     assert len(seen["labels"]) == 2
@@ -414,19 +325,12 @@ def test_no_key_is_used_twice(monkeypatch):
 
 @pytest.mark.parametrize("parallel", ["shard_map", "pmap"])
 def test_a_loss_that_waits_for_other_devices(parallel):
-    mesh = mesh_of(2)
     tx = lbopt.scale_by_kfac(LAYERS, **spread(2))
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_of(Net("data")),
-        tx,
-        LAYERS,
-        mesh,
-        parallel=parallel,
-        statistics_devices=1,
+    state, train_step = started(
+        tx, 2, SYNCHRONISED, parallel=parallel, statistics_devices=1
     )
     message = (
-        r"statistics_devices=1, but the loss combines.*unbound axis name: data.*"
+        r"statistics_devices=1, but the loss itself combines.*unbound axis name: data.*"
         "without axis_name"
     )
     with pytest.raises(ValueError, match=message):
@@ -443,70 +347,55 @@ def test_an_unknown_name_in_a_loss_is_its_own():
         )
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"statistics_fraction": 0.0}, r"statistics_fraction=0.0 must be above 0 and"),
-        ({"statistics_fraction": 1.5}, r"statistics_fraction=1.5 must be above 0 and"),
-        (
-            {"statistics_fraction": float("nan")},
-            r"statistics_fraction=nan must be abov",
-        ),
-        ({"statistics_devices": 4}, r"statistics_devices=4 must be .* from 0 to 3"),
-        ({"statistics_devices": -1}, r"statistics_devices=-1 must be a number of dev"),
-        ({"statistics_devices": 1, "mesh": None}, r"statistics_devices=1 needs a mesh"),
-        (
-            {"statistics_devices": 1, "statistics_fraction": 0.5},
-            r"statistics_devices=1 goes neither with statistics_fraction=0.5",
-        ),
-        (
-            {"statistics_devices": 1, "per_example": ("carried",)},
-            r"statistics_devices=1 goes .*per_example=\('carried',\) collections",
-        ),
-        (
-            {"statistics_fraction": 0.5, "layers": None},
-            r"statistics_fraction=0.5 and statistics_devices=0 need layers",
-        ),
-        (
-            {"statistics_devices": 1, "layers": None},
-            r"statistics_fraction=1.0 and statistics_devices=1 need layers",
-        ),
-    ],
-)
-def test_settings_out_of_range(settings, message):
-    settings = {"layers": LAYERS, "mesh": mesh_of(4), **settings}
-    with pytest.raises(ValueError, match=message):
-        training.make_train_step(loss_fn, optax.identity(), **settings)
-
-
-def test_half_a_device():
-    check = inspect.unwrap(statistics_pass._check_settings)
-    with pytest.raises(ValueError, match=r"statistics_devices=0.5 must be a number of"):
-        check(LAYERS, Axis("data", 4), 1.0, 0.5, ())
+def settings(fraction=1.0, devices=0, **others):
+    return {"statistics_fraction": fraction, "statistics_devices": devices, **others}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": None}, r"statistics_batch is given, but layers=None"),
+        (settings(0.0), r"statistics_fraction=0.0 must lie in \(0, 1\]; 1 takes"),
         (
-            {"statistics_fraction": 0.5},
-            r"statistics_batch is given, but .*fraction=0.5",
+            settings(devices=4),
+            r"statistics_devices=4 must be below 4, the size of axis",
         ),
-        ({"statistics_devices": 1}, r"statistics_batch is given, but .*devices=1 take"),
+        (settings(devices=-1), r"statistics_devices=-1 must be a whole number, ≥ 0"),
+        (settings(devices=1, mesh=None), r"statistics_devices=1 needs a mesh"),
+        (settings(0.5, 1), r"statistics_devices=1 excludes statistics_fraction=0.5"),
         (
-            {"per_example": ("batch_stats",), "mesh": None},
-            r"statistics_batch is given, but .*per_example=\('batch_stats',\)",
+            settings(devices=1, per_example=("a",)),
+            r"=1 excludes .*per_example=\('a',\)",
+        ),
+        (settings(0.5, layers=None), r"statistics_fraction=0.5 and .*=0 need layers"),
+        (
+            settings(devices=1, layers=None),
+            r"=1.0 and statistics_devices=1 need layers",
         ),
     ],
 )
-def test_a_batch_of_its_own_that_is_of_no_use(options, message):
-    options = {"layers": LAYERS, "mesh": mesh_of(2), **options}
-    tx = optax.identity()
-    if options["layers"] is not None:
-        tx = lbopt.scale_by_kfac(LAYERS)
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, options["mesh"])
-    train_step = training.make_train_step(loss_fn, tx, **options)
+def test_settings_out_of_range(options, message):
+    options = {"layers": LAYERS, "mesh": mesh_of(4), **options}
+    with pytest.raises(ValueError, match=message):
+        training.make_train_step(loss_fn, optax.identity(), **options)
+
+
+@pytest.mark.parametrize(
+    ("devices", "options", "message"),
+    [
+        (2, {"layers": None}, "layers=None; pass layers"),
+        (2, settings(0.5), "statistics_fraction=0.5 and statistics_devices=0 take"),
+        (2, settings(devices=1), "=1.0 and statistics_devices=1 take"),
+        (
+            None,
+            {"per_example": ("batch_stats",)},
+            r"per_example=\('batch_stats',\) col",
+        ),
+    ],
+)
+def test_a_statistics_batch_that_is_not_used(devices, options, message):
+    tx = lbopt.scale_by_kfac(LAYERS) if "layers" not in options else optax.identity()
+    state, train_step = started(tx, devices, **options)
+    message = f"statistics_batch is given, but .*{message}"
     with pytest.raises(ValueError, match=message):
         train_step(state, batch_of(0), batch_of(1))
 
@@ -514,13 +403,9 @@ def test_a_batch_of_its_own_that_is_of_no_use(options, message):
 @pytest.mark.parametrize(
     ("devices", "parallel"), [(None, "shard_map"), (2, "shard_map"), (2, "pmap")]
 )
-def test_a_batch_of_its_own_that_cannot_be_cut(devices, parallel):
-    mesh = mesh_of(devices)
+def test_a_statistics_batch_that_cannot_be_cut(devices, parallel):
     tx = lbopt.scale_by_kfac(LAYERS, **spread(devices))
-    state = training.init_state(tx, PARAMS, MODEL_STATE, RNG, mesh)
-    train_step = training.make_train_step(
-        loss_fn, tx, LAYERS, mesh, parallel=parallel, accumulate=2
-    )
+    state, train_step = started(tx, devices, parallel=parallel, accumulate=2)
     message = (
         r"statistics_batch\['x'\] has shape \[7, 4\]; its leading size must be a "
         rf"multiple of {devices or 1} devices × accumulate=2"

@@ -1,1 +1,1 @@
-"""Published settings, a file each: the expected figure, and whether it was run here."""
+"""Runs with published settings, built from `lbopt.presets`; a file for each model."""

@@ -1,50 +1,40 @@
 """AlexNet and AlexNet-BN on ImageNet with LARS, batch 8,192.
 
-    python experiments/imagenet_alexnet.py alexnet_bn --devices 16 --data-dir DIRECTORY
-    python experiments/imagenet_alexnet.py alexnet --devices 16 --data-dir DIRECTORY
+    python -m experiments.configs.alexnet                      AlexNet-BN on `strokes`
+    python -m experiments.configs.alexnet --model alexnet      AlexNet on `strokes`
+    python -m experiments.configs.alexnet alexnet_bn --data-dir ~/tensorflow_datasets
+    python -m experiments.configs.alexnet --help               every setting
 
-Expected top-1 after 100 epochs (You, Gitman & Ginsburg, ICLR 2018 submission):
-
-    batch    AlexNet: rate, top-1    AlexNet-BN: rate, top-1
-      512           2   58.7 %               2   60.2 %
-    4,096          10   58.5 %              10   60.4 %
-    8,192          10   58.2 %              14   60.1 %
-   16,384          14   55.0 %              23   59.3 %
-   32,768          14   46.9 %              22   57.8 %
-
-(without LARS at 8,192: 44.8 % and 58.0 %). Not run here: neither ImageNet nor the
-devices were at hand. Every row is in `lbopt.presets.YOU_2017`. The rate is 1 at the
-first step, as in the authors' solver files; images are 227x227 crops of 256x256 over
-256, with the mean colour subtracted where they subtract a mean image.
+The first two are eight steps on the embedded images, resized to 227 pixels. `alexnet`
+and `alexnet_bn` are the settings for ImageNet of You, Gitman & Ginsburg (ICLR 2018
+submission), for as many devices as `--devices` says. Expected top-1 after 100 epochs:
+58.2 and 60.1 % (without LARS 44.8 and 58.0 %). Not run here: neither ImageNet nor the
+devices were at hand. The other batch sizes are in `lbopt.presets.YOU_2017`. The rate is
+1 at the first step, as in the authors' solver files; images are 227x227 crops of
+256x256 over 256, minus the mean colour where the authors subtract a mean image.
 """
 
 import dataclasses
+import sys
 
+from experiments import command_line
+from experiments.configs.published import lars_settings
 from experiments.data.splits import Recipe
 from experiments.settings import Config, Lars
+from lbopt.presets import YOU_2017
 
 ALEXNET_BN = Config(
-    optimizer="lars",
-    lars=Lars(learning_rate=14.0, weight_decay=5e-4),
+    **lars_settings(YOU_2017["alexnet_bn", 8_192]),
     dataset="imagenet2012",
     recipe=Recipe(normalise="caffe", crop="plain", image_size=227),
     model="alexnet_bn",
     norm_momentum=0.9,
-    batch_size=8_192,
-    epochs=100.0,
-    schedule="polynomial",
-    warmup_epochs=5.0,
-    warmup_start=1.0,
     eval_epochs=5.0,
     checkpoint_epochs=5.0,
 )
 ALEXNET = dataclasses.replace(
-    ALEXNET_BN,
-    lars=Lars(learning_rate=10.0, weight_decay=5e-4),
-    model="alexnet",
-    warmup_epochs=2.0,
+    ALEXNET_BN, **lars_settings(YOU_2017["alexnet", 8_192]), model="alexnet"
 )
-
 STROKES = dataclasses.replace(
     ALEXNET_BN,
     lars=Lars(learning_rate=2.0, weight_decay=5e-4),
@@ -56,4 +46,11 @@ STROKES = dataclasses.replace(
     eval_epochs=0.1,
     checkpoint_epochs=0.1,
 )
-"""Eight steps on the embedded images, resized: it shows that all of it runs."""
+"""Eight steps on the embedded images, to show that all of it runs."""
+
+CONFIGS = {"strokes": STROKES, "alexnet_bn": ALEXNET_BN, "alexnet": ALEXNET}
+"""Settings by name; the first are the default."""
+
+
+if __name__ == "__main__":
+    command_line.run(sys.argv[1:], __doc__, CONFIGS)

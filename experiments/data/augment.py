@@ -1,8 +1,8 @@
-"""Random crops and flips whose randomness belongs to an image's place in the stream.
+"""Random crops and flips, functions of an image's position in the stream.
 
-Random numbers are a hash of `(seed, position, draw)`, where `position` counts the
-images that training has seen on all processes together. An image is therefore cropped
-the same way whether it is read alone or in a batch, by one process or by many, at once
+Random numbers are a hash of ``(seed, position, draw)``, where ``position`` counts the
+images that training has seen on all processes together.  An image is therefore cropped
+the same way whether it is read alone or in a batch, by one process or by many, before
 or after a resume.
 """
 
@@ -12,30 +12,30 @@ import cv2
 import numpy as np
 
 Border = Literal["reflect", "zero"]
-"""What lies beyond the edges of an image: its mirror image, or black."""
+"""Padding beyond the edges of an image: its mirror image, or black."""
 
 SQUASHED_SIZE = 256
-"""Height and width, in pixels, that `random_squashed_crop` crops from."""
+"""Height and width, in pixels, that ``random_squashed_crop`` crops from."""
 
 RESIZED_CROP_DRAWS = 41
-"""Random numbers that `random_resized_crop` needs: four a try, and the mirror's."""
+"""Random numbers that ``random_resized_crop`` needs: four a try, and the mirror's."""
 
 SQUASHED_CROP_DRAWS = 3
-"""Random numbers that `random_squashed_crop` needs: top, left, and the mirror's."""
+"""Random numbers that ``random_squashed_crop`` needs: top, left, and the mirror's."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
 
 
 def uniforms(seed: int, positions: np.ndarray, draws: int) -> np.ndarray:
-    """Numbers uniform on `[0, 1)` by the splitmix64 hash.
+    """Returns numbers uniform on ``[0, 1)`` by the splitmix64 hash.
 
     Args:
-        seed: Not negative.
-        positions: Integers `[n]`, one an image.
-        draws: How many numbers an image needs.
+      seed: not negative.
+      positions: integers ``[n]``, one per image.
+      draws: numbers per image.
 
     Returns:
-        float64 `[n, draws]`.
+      float64 ``[n, draws]``.
     """
     counter = np.asarray(positions, np.uint64)[:, None] * np.uint64(draws)
     counter = counter + np.arange(draws, dtype=np.uint64)
@@ -53,18 +53,15 @@ def pad_crop_flip(
     flip: bool,
     border: Border = "reflect",
 ) -> np.ndarray:
-    """Shifts each image by up to `pad` pixels and mirrors half.
+    """Shifts each image by up to ``pad`` pixels and mirrors half of them.
 
     Args:
-        images: `[n, height, width, channels]`.
-        positions: Integers `[n]`, the images' places in the stream.
-        seed: Seed of the run.
-        pad: Largest shift along each axis, in pixels; 0 for none.
-        flip: Whether to mirror left and right with probability 1/2.
-        border: What a shift brings in.
-
-    Returns:
-        Images of the same shape and dtype.
+      images: ``[n, height, width, channels]``.
+      positions: integers ``[n]``, the images' positions in the stream.
+      seed: seed of the run.
+      pad: largest shift along each axis, in pixels; 0 for none.
+      flip: whether to mirror left and right with probability 1/2.
+      border: padding that a shift brings in.
     """
     n, height, width, _ = images.shape
     across, down, mirror = uniforms(seed, positions, 3).T
@@ -89,12 +86,12 @@ def random_resized_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.n
     that fits into the image, found in ten tries, else the largest centred square.
 
     Args:
-        image: uint8 `[height, width, channels]`, of any height and width.
-        draws: The image's `RESIZED_CROP_DRAWS` numbers of `uniforms`.
-        size: Height and width of the result, in pixels.
+      image: uint8 ``[height, width, channels]``, of any height and width.
+      draws: the image's ``RESIZED_CROP_DRAWS`` numbers of ``uniforms``.
+      size: height and width of the result, in pixels.
 
     Returns:
-        uint8 `[size, size, channels]`.
+      uint8 ``[size, size, channels]``.
     """
     *numbers, mirror = draws.tolist()
     crop = _sampled_crop(image, numbers)
@@ -102,18 +99,17 @@ def random_resized_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.n
     return cv2.flip(crop, 1) if mirror < 0.5 else crop
 
 
-def centre_crop(image: np.ndarray, size: int, share: float = 0.875) -> np.ndarray:
-    """The centred square of a share of the shorter side, resized.
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The centred square of 7/8 of the shorter side (224 of 256), resized to ``size``.
 
     Args:
-        image: uint8 `[height, width, channels]`.
-        size: Height and width of the result, in pixels.
-        share: Side of the square over the shorter side; 0.875 is 224 of 256.
+      image: uint8 ``[height, width, channels]``.
+      size: height and width of the result, in pixels.
 
     Returns:
-        uint8 `[size, size, channels]`.
+      uint8 ``[size, size, channels]``.
     """
-    side = max(1, round(share * min(image.shape[:2])))
+    side = max(1, round(0.875 * min(image.shape[:2])))
     crop = _window(image, side, side, 0.5, 0.5)
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
 
@@ -125,12 +121,12 @@ def random_squashed_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.
     tools do.
 
     Args:
-        image: uint8 `[height, width, channels]`, of any height and width.
-        draws: The image's `SQUASHED_CROP_DRAWS` numbers of `uniforms`.
-        size: Height and width of the result, at most 256 pixels.
+      image: uint8 ``[height, width, channels]``, of any height and width.
+      draws: the image's ``SQUASHED_CROP_DRAWS`` numbers of ``uniforms``.
+      size: height and width of the result, at most 256 pixels.
 
     Returns:
-        uint8 `[size, size, channels]`.
+      uint8 ``[size, size, channels]``.
     """
     top, left, mirror = draws.tolist()
     crop = _window(_squashed(image), size, size, top, left)
@@ -138,30 +134,14 @@ def random_squashed_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.
 
 
 def centre_squashed_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre of what `random_squashed_crop` crops from.
-
-    Args:
-        image: uint8 `[height, width, channels]`, of any height and width.
-        size: Height and width of the result, at most 256 pixels.
-
-    Returns:
-        uint8 `[size, size, channels]`.
-    """
-    # Caffe rounds an odd rest down, which `_window` does not.
+    """The centre of the 256x256 image that ``random_squashed_crop`` crops from."""
+    # Caffe rounds an odd remainder down, which `_window` does not.
     start = (SQUASHED_SIZE - size) // 2
     return _squashed(image)[start : start + size, start : start + size]
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes images bilinearly.
-
-    Args:
-        images: uint8 `[n, height, width, channels]`.
-        size: Height and width of the result, in pixels.
-
-    Returns:
-        uint8 `[n, size, size, channels]`.
-    """
+    """Resizes images uint8 ``[n, height, width, channels]`` bilinearly to squares."""
     resized = np.empty((len(images), size, size, images.shape[-1]), images.dtype)
     for image, target in zip(images, resized, strict=True):
         # OpenCV drops the axis of a single channel.
@@ -190,7 +170,7 @@ def _sampled_crop(image: np.ndarray, numbers: list[float]) -> np.ndarray:
 def _window(
     image: np.ndarray, height: int, width: int, top: float, left: float
 ) -> np.ndarray:
-    """A part of the image; `top` and `left` in `[0, 1)` place it between the edges."""
+    """A window of the image, placed by ``top`` and ``left`` in ``[0, 1)``."""
     y = int(top * (image.shape[0] - height + 1))
     x = int(left * (image.shape[1] - width + 1))
     return image[y : y + height, x : x + width]

@@ -1,7 +1,7 @@
-"""Batches on their way to devices: placed on a mesh, a few ahead of the step.
+"""Puts batches on a mesh of devices, a few ahead of the step.
 
 Each process holds its slice of a global batch; placed, the slices are one array whose
-first axis lies along the mesh axis `data`.
+first axis lies along the mesh axis ``data``.
 """
 
 import queue
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+_AHEAD = 2  # batches on the devices that nobody has asked for yet
+
 
 class Batches(Protocol):
-    """A stream of batches that says, in one integer, where it is."""
+    """A stream of batches whose state is the number of batches taken."""
 
-    def __next__(self) -> Mapping[str, np.ndarray]:
-        """The next batch."""
-        ...
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
 
     def get_state(self) -> int:
-        """Number of batches taken so far."""
+        """Returns the number of batches taken so far."""
         ...
 
     def set_state(self, taken: int) -> None:
-        """Continues after `taken` batches."""
+        """Continues after ``taken`` batches."""
         ...
 
     def close(self) -> None:
@@ -36,18 +36,15 @@ class Batches(Protocol):
 def place(
     batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.Array]:
-    """Puts a batch on the devices.
+    """Puts a batch on the devices, its first axis divided along the mesh axis ``data``.
 
     Args:
-        batch: This process's slice of each array.
-        mesh: Devices of all processes, with an axis `data`; `None` for the default
-            device of this process.
-
-    Returns:
-        The global arrays, the first axis divided along `data`.
+      batch: this process's slice of each array.
+      mesh: devices of all processes, with an axis ``data``; None for the default device
+        of this process.
 
     Raises:
-        ValueError: If the devices of this process cannot share the slice evenly.
+      ValueError: if the devices of this process cannot share the slice evenly.
     """
     if mesh is None:
         return jax.device_put(dict(batch))
@@ -67,7 +64,7 @@ def place(
 
 
 class _Item(NamedTuple):
-    """What the thread hands over: a batch and the state after it, or an error."""
+    """A batch and the state after it, or an error, from the thread."""
 
     batch: dict[str, jax.Array]
     state: int
@@ -77,62 +74,49 @@ class _Item(NamedTuple):
 class DeviceFeed(Iterator[dict[str, jax.Array]]):
     """Batches on devices, read and placed by a thread while the step before runs.
 
-    Its state is that of the batches that were *taken* from it: what was only read ahead
-    is read again after a resume.
+    The state counts the batches *taken* from the feed: those that were only read ahead
+    are read again after a resume.
 
     Args:
-        batches: What to place. Nobody else may take from it.
-        mesh: As in `place`.
-        ahead: Batches on the devices that nobody has asked for yet.
-
-    Raises:
-        ValueError: If `ahead` is not positive.
+      batches: the stream, from which only this feed takes.
+      mesh: as in ``place``.
     """
 
-    def __init__(
-        self, batches: Batches, mesh: jax.sharding.Mesh | None, *, ahead: int = 2
-    ):
-        if ahead < 1:
-            raise ValueError(f"ahead must be at least 1, got {ahead}")
+    def __init__(self, batches: Batches, mesh: jax.sharding.Mesh | None):
         self._batches = batches
         self._mesh = mesh
-        self._ahead = ahead
         self._state = batches.get_state()
         self._thread: threading.Thread | None = None
 
     def __next__(self) -> dict[str, jax.Array]:
-        """The next batch; an error of the reader is raised in its place."""
+        """Returns the next batch, or raises the reader's error in its place."""
         if self._thread is None:
             self._start()
         item = self._items.get()
         if item.error is not None:
-            # The thread has ended; whoever asks again has it read again.
+            # The thread has ended; the next call reads the batch again.
             self.set_state(self._state)
             raise item.error
         self._state = item.state
         return item.batch
 
     def get_state(self) -> int:
-        """Number of batches taken so far, as `set_state` of the batches expects."""
+        """Returns the number of batches taken so far."""
         return self._state
 
     def set_state(self, taken: int) -> None:
-        """Continues after `taken` batches; those read ahead are dropped.
-
-        Args:
-            taken: What `get_state` returned.
-        """
+        """Continues after ``taken`` batches; those read ahead are dropped."""
         self._stop()
         self._batches.set_state(taken)
         self._state = taken
 
     def close(self) -> None:
-        """Ends all threads and worker processes; `get_state` stays as it is."""
+        """Ends all threads and worker processes; the state stays."""
         self.set_state(self._state)
         self._batches.close()
 
     def _start(self) -> None:
-        self._items: queue.Queue[_Item] = queue.Queue(self._ahead)
+        self._items: queue.Queue[_Item] = queue.Queue(_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=_feed,
@@ -147,7 +131,7 @@ class DeviceFeed(Iterator[dict[str, jax.Array]]):
             return
         self._stopped.set()
         while self._thread.is_alive():
-            _drain(self._items)  # or the thread would wait for ever to put its batch
+            _drain(self._items)  # else the thread would wait for ever to put its batch
             self._thread.join(0.01)
         _drain(self._items)
         self._thread = None
@@ -163,7 +147,7 @@ def _feed(
         try:
             placed = place(next(batches), mesh)
             items.put(_Item(placed, batches.get_state()))
-        except BaseException as error:  # the consumer's to handle, whatever it is
+        except BaseException as error:  # raised again in the consumer's thread
             items.put(_Item({}, -1, error))
             return
 

@@ -1,8 +1,8 @@
-"""The encoding of an image file, from its first bytes; what is not RGB JPEG is made so.
+"""Finds the encoding of an image file from its first bytes, and converts to RGB JPEG.
 
-ImageNet's training set holds 22 CMYK JPEGs and one PNG among its JPEGs. Since version
-3.0.0 `tensorflow_datasets` writes them as RGB JPEGs and knows them by their names; here
-they are known by their contents, so that it works for any archive.
+ImageNet's training set holds 22 CMYK JPEGs and one PNG among its JPEGs.  Since version
+3.0.0 ``tensorflow_datasets`` writes them as RGB JPEGs and knows them by their names;
+here they are recognised by their contents, which works for any archive.
 """
 
 import io
@@ -12,28 +12,25 @@ import numpy as np
 from PIL import Image
 
 Encoding = Literal["jpeg", "cmyk", "png"]
-"""`"jpeg"` is kept as it is: grey or RGB, or a file whose header makes no sense."""
+"""``"jpeg"`` is kept as it is: grey, RGB, or a file without a sound header."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
-_SCAN = 0xDA  # where the compressed data begin
-_NOT_A_FRAME = (0xC4, 0xC8, 0xCC)  # tables among the numbers of frame headers
-_ALONE = (0x01, *range(0xD0, 0xD9))  # markers that no length follows
+_SCAN = 0xDA  # start of the compressed data
+_NOT_A_FRAME = (0xC4, 0xC8, 0xCC)  # tables, within the range of frame headers
+_ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 
 
 def encoding(file: BinaryIO, start: int, size: int) -> Encoding:
-    """The encoding of an image inside a file, of which a few bytes are read.
+    """Returns the encoding of an image inside a file, of which it reads a few bytes.
 
-    The frame header of a JPEG tells the number of its components. It is found by going
+    The frame header of a JPEG holds the number of its components.  It is found by going
     from marker to marker, over metadata and thumbnails of any size.
 
     Args:
-        file: Opened for reading, in binary; its position is changed.
-        start: Position of the image's first byte.
-        size: Bytes of the image.
-
-    Returns:
-        The encoding.
+      file: opened for reading, in binary; its position is changed.
+      start: position of the image's first byte.
+      size: bytes of the image.
     """
     file.seek(start)
     head = file.read(min(size, len(_PNG)))
@@ -45,29 +42,30 @@ def encoding(file: BinaryIO, start: int, size: int) -> Encoding:
 
 
 def to_rgb_jpeg(image: bytes, kind: Encoding) -> bytes:
-    """An image as the RGB JPEG that `tensorflow_datasets` makes of it.
+    """Converts an image to the RGB JPEG that ``tensorflow_datasets`` makes of it.
 
-    As `tfds.core.utils.png_to_jpeg` and `jpeg_cmyk_to_rgb`, which need TensorFlow:
-    quality 100, chroma at half the resolution, 300 dots an inch. A PNG gives the same
-    bytes as there. A CMYK JPEG gives pixels a few levels apart, because TensorFlow
-    decodes by a fast, less exact transform; by its exact one the pixels are the same.
+    As ``tfds.core.utils.png_to_jpeg`` and ``jpeg_cmyk_to_rgb``, which need TensorFlow:
+    quality 100, chroma at half the resolution, 300 dots per inch.  The bytes are the
+    same for a PNG.  The pixels of a CMYK JPEG are a few levels apart, because
+    TensorFlow decodes with a fast, less exact transform; with its exact one they are
+    the same.
 
     Args:
-        image: The file's contents.
-        kind: Its encoding.
+      image: contents of the file.
+      kind: encoding of the file.
 
     Returns:
-        The JPEG; `image` itself if it is one already.
+      The JPEG; ``image`` itself if ``kind`` is ``"jpeg"``.
 
     Raises:
-        ValueError: If the image cannot be decoded.
+      ValueError: if the image cannot be decoded.
     """
     if kind == "jpeg":
         return image
     try:
         with Image.open(io.BytesIO(image)) as opened:
             rgb = _cmyk_to_rgb(opened) if kind == "cmyk" else opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's, of a broken file
+    except (OSError, SyntaxError) as error:  # Pillow's, for a damaged file
         raise ValueError(f"cannot be decoded ({error})") from error
     encoded = io.BytesIO()
     rgb.save(encoded, "JPEG", quality=100, subsampling="4:2:0", dpi=(300, 300))
@@ -75,7 +73,7 @@ def to_rgb_jpeg(image: bytes, kind: Encoding) -> bytes:
 
 
 def _components(file: BinaryIO, start: int, size: int) -> int | None:
-    """Number of colour components of a JPEG, `None` where no frame header is found."""
+    """Returns the number of colour components of a JPEG; None without frame header."""
     position, end = start + len(_JPEG), start + size
     while position + 4 <= end:
         file.seek(position)
@@ -95,9 +93,9 @@ def _components(file: BinaryIO, start: int, size: int) -> int | None:
 
 
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    """TensorFlow's conversion, which rounds down; Pillow's own rounds to nearest."""
+    """Converts as TensorFlow does, rounding down; Pillow's own rounds to nearest."""
     pixels = np.asarray(image.convert("CMYK"), np.uint16)  # [h, w, 4]
-    # Pillow inverts whatever it reads. Adobe's files, marked so, are stored inverted.
+    # Pillow inverts all files. Those with Adobe's marker are stored inverted.
     light = 255 - pixels if "adobe" in image.info else pixels
     rgb = light[..., :3] * light[..., 3:] // 255
     return Image.fromarray(rgb.astype(np.uint8))

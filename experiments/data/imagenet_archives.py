@@ -1,12 +1,12 @@
-"""The archives of ILSVRC2012 as image-net.org gives them out, and an index of them.
+"""Indexes the archives of ILSVRC2012 as image-net.org distributes them.
 
-    ILSVRC2012_img_train.tar    n01440764.tar, ..., one tar a class, each of
+    ILSVRC2012_img_train.tar    n01440764.tar, ..., one tar per class, each of
                                 n01440764_18.JPEG, ...
     ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...
 
-A tar can be read anywhere once it is known what lies where. The index says so: for each
-image its name, label, position, size and encoding. Making it reads the headers of the
-archive's members and the first bytes of each image, not the images.
+The index holds the name, label, position, size and encoding of each image, so that the
+tar can be read in any order.  Making it reads the headers of the archive's members and
+the first bytes of each image, not the images.
 """
 
 import pathlib
@@ -27,13 +27,13 @@ TARS: dict[Split, str] = {
     "train": "ILSVRC2012_img_train.tar",
     "validation": "ILSVRC2012_img_val.tar",
 }
-"""The archives, by split."""
+"""File names of the archives, by split."""
 
 MD5 = {
     "train": "1d675b47d978889d74fa0da5fadfb00e",
     "validation": "29b22e2961454d5413ddabcf34fc5622",
 }
-"""Sums of the official archives, as published by image-net.org, by split."""
+"""MD5 sums of the official archives, as published by image-net.org, by split."""
 
 NUM_IMAGES: dict[Split, int] = {"train": 1_281_167, "validation": 50_000}
 """Images in the official archives, by split."""
@@ -50,8 +50,8 @@ IMAGE = np.dtype(
 )
 """An entry of the index.
 
-`start` and `size` are bytes in the archive, `encoding` is an index into `ENCODINGS` and
-`written_size` the bytes once the image has been made an RGB JPEG.
+``start`` and ``size`` are bytes in the archive, ``encoding`` is an index into
+``ENCODINGS``, and ``written_size`` is the size as RGB JPEG.
 """
 
 ENCODINGS = get_args(encodings.Encoding)
@@ -63,16 +63,16 @@ _END = bytes(tarfile.BLOCKSIZE)
 
 
 class ArchiveError(ValueError):
-    """An archive is missing, damaged, or another than it should be."""
+    """An archive that is missing, damaged, or of another data set."""
 
 
 class Part(NamedTuple):
-    """A tar that is indexed at one go: a file, or a member of one.
+    """A tar that is indexed in one go: a file, or a member of one.
 
     Attributes:
-        name: Name of the tar.
-        start: Position of its first byte in the file.
-        end: Position behind its last byte.
+      name: name of the tar.
+      start: position of its first byte in the file.
+      end: position after its last byte.
     """
 
     name: str
@@ -81,24 +81,17 @@ class Part(NamedTuple):
 
 
 def synsets() -> list[str]:
-    """The 1,000 synsets, such as `"n01440764"`, by label."""
+    """Returns the 1,000 synsets, such as ``"n01440764"``, by label."""
     return _lines("labels.txt")
 
 
 def validation_synsets() -> list[str]:
-    """The synsets of the 50,000 validation images, in the order of their numbers."""
+    """Returns the synsets of the 50,000 validation images, by number."""
     return _lines("validation_labels.txt")
 
 
 def fingerprint(path: pathlib.Path) -> list[int]:
-    """What tells an archive from another: its size and a checksum of its two ends.
-
-    Args:
-        path: The archive.
-
-    Returns:
-        Size in bytes, and CRC-32 of the first and the last MiB.
-    """
+    """Returns the size of an archive, and the CRC-32 of its first and last MiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         crc = zlib.crc32(file.read(_MIB))
@@ -107,17 +100,10 @@ def fingerprint(path: pathlib.Path) -> list[int]:
 
 
 def parts(path: pathlib.Path, split: Split) -> list[Part]:
-    """The tars that hold the images of an archive.
-
-    Args:
-        path: The archive.
-        split: Whose archive it is.
-
-    Returns:
-        The tars of the classes for `"train"`, the archive itself for `"validation"`.
+    """Returns the tars of the classes for ``"train"``, else the archive itself.
 
     Raises:
-        ArchiveError: If the archive is not a whole tar, or holds something else.
+      ArchiveError: if the archive is not a whole tar, or holds something else.
     """
     whole = Part(path.name, 0, path.stat().st_size)
     if split == "validation":
@@ -135,19 +121,19 @@ def parts(path: pathlib.Path, split: Split) -> list[Part]:
 
 
 def index(path: pathlib.Path, part: Part, split: Split) -> np.ndarray:
-    """The images of one part of an archive.
+    """Returns the index of one part of an archive.
 
     Args:
-        path: The archive.
-        part: One of its `parts`.
-        split: Whose archive it is.
+      path: the archive.
+      part: one of its ``parts``.
+      split: split of the archive.
 
     Returns:
-        The images as they follow each other, `[n]` of type `IMAGE`.
+      Entries in the order of the archive, ``[n]`` of type ``IMAGE``.
 
     Raises:
-        ArchiveError: If the part is not a whole tar, holds something else than images
-            of the split, or an image that must be encoded again cannot be decoded.
+      ArchiveError: if the part is not a whole tar, holds something else than images
+        of the split, or an image that must be encoded again cannot be decoded.
     """
     label_of = _label_function(split)
     entries = []
@@ -170,31 +156,28 @@ def index(path: pathlib.Path, part: Part, split: Split) -> np.ndarray:
 
 
 def read_image(file: BinaryIO, image: Any) -> bytes:
-    """An image of the index as RGB JPEG (or grey JPEG, if it was one).
+    """Reads an image of the index as RGB JPEG (or grey JPEG, if it was one).
 
     Args:
-        file: The archive, opened for reading in binary.
-        image: Entry of the index, a scalar of type `IMAGE`.
-
-    Returns:
-        The JPEG.
+      file: the archive, opened for reading in binary.
+      image: entry of the index, a scalar of type ``IMAGE``.
 
     Raises:
-        ArchiveError: If the archive has become shorter than the index says.
+      ArchiveError: if the archive has become shorter than the index says.
     """
     start, size = int(image["start"]), int(image["size"])
     file.seek(start)
     data = file.read(size)
     if len(data) != size:
         raise ArchiveError(
-            f"{file.name} ends before image {image['name'].decode()!r} does. It was "
-            "longer when it was indexed; put the whole archive back and start again."
+            f"{file.name} ends before image {image['name'].decode()!r} does, and was "
+            "longer when it was indexed; put the whole archive back and start again"
         )
     return encodings.to_rgb_jpeg(data, ENCODINGS[image["encoding"]])
 
 
 def _members(path: pathlib.Path, tar: Part) -> Iterator[Part]:
-    """The files of an uncompressed tar, found from their headers alone."""
+    """Yields the files of an uncompressed tar, found from their headers alone."""
     where = str(path) if tar.name == path.name else f"{tar.name} in {path}"
     with path.open("rb") as file:
         file.seek(tar.start)
@@ -206,25 +189,25 @@ def _members(path: pathlib.Path, tar: Part) -> Iterator[Part]:
                         raise tarfile.ReadError(f"{member.name} is cut off")
                     if member.isfile():
                         yield Part(member.name, member.offset_data, end)
-                # A header that makes no sense ends the loop as the mark of the end
-                # does; only the mark is a block of zeros.
+                # A damaged header ends the loop as the end mark does, but only the mark
+                # is a block of zeros.
                 last = opened.offset
             file.seek(last)
             if last >= tar.end or file.read(len(_END)) != _END:
                 raise tarfile.ReadError(f"no header and no end at byte {last:,}")
         except tarfile.TarError as error:
             raise ArchiveError(
-                f"{where} is not a whole, uncompressed tar ({error}). Fetch the "
-                "archive again, or wait until it has arrived; then start the same "
-                "command again."
+                f"{where} is not a whole, uncompressed tar ({error}); fetch the "
+                "archive again, or wait until it has arrived, and start the same "
+                "command again"
             ) from error
 
 
 def _label_function(split: Split) -> Callable[[str, Part], int | None]:
-    """A function from the name of an image, and the tar it is in, to its label."""
+    """Returns a function from an image's name, and the tar it is in, to its label."""
     labels = {synset: label for label, synset in enumerate(synsets())}
     # Official names count from 1 in the order of the list. tensorflow_datasets pairs
-    # the sorted names with the list: the same for the whole archive, not for a part.
+    # the sorted names with the list, which fails for a part of the archive.
     numbered = validation_synsets()
 
     def train_label(name: str, part: Part) -> int | None:
@@ -251,7 +234,7 @@ def _encoded(
         return encodings.to_rgb_jpeg(file.read(member.end - member.start), kind)
     except ValueError as error:
         raise ArchiveError(
-            f"{member.name} in {path} {error}. Fetch the archive again and start again."
+            f"{member.name} in {path} {error}; fetch the archive again and start again"
         ) from error
 
 

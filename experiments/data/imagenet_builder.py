@@ -1,7 +1,7 @@
-"""ImageNet as `tensorflow_datasets` prepares it, without TensorFlow and shard by shard.
+"""Prepares ImageNet as ``tensorflow_datasets`` does, shard by shard.
 
     archives = {"train": ..., "validation": ...}   paths of the two tars
-    directory                                      where the work is done
+    directory                                      beside the final directory
 
     for split, path in archives.items():
         for part in imagenet_archives.parts(path, split):
@@ -11,22 +11,21 @@
             write_shard(shard, path, features)
     finish(builder, shards, directory)
 
-The result is the standard directory of `imagenet2012`, in ArrayRecord: the records,
-their order, the number of shards and the metadata are those of `tensorflow_datasets`'
-own preparation, which needs TensorFlow (to open the archives, and to sort any split
-larger than 1 GB). The bytes are the same in every run; there, the order of the three
-fields within a record is left to chance.
+The result is the standard directory of ``imagenet2012``, in ArrayRecord: the records,
+their order, the number of shards and the metadata are those of ``tensorflow_datasets``
+itself, which needs TensorFlow (to open the archives, and to sort any split larger than
+1 GB).  The bytes are the same in every run; there, the order of the three fields within
+a record is random.
 
-The order of the records is that of a hash of the names. With an index of the archives
-it is known before any image is read, so each shard can be written by itself, by any
-process, straight from the archive; nothing is sorted on disk. A shard takes its name
-only when it is whole.
+Records are ordered by a hash of their names.  The index of the archives determines that
+order before any image is read, so any process can write any shard straight from the
+archive, and nothing is sorted on disk.  A shard takes its name only when it is whole.
 
-What is read: the headers of the archives and the beginning of each image for the index,
-then each image once. The images of a shard, 1,251 of 110 kB, lie all over the archive;
-they are read in the order of their positions and held in memory, 140 MB. That suits an
-SSD or a parallel file system. What is written: the result, about as large as the
-archives (155 GB), and an index of about 120 MB that is removed in the end.
+Read are the headers of the archives and the beginning of each image for the index, then
+each image once.  The images of a shard, 1,251 of 110 kB, lie all over the archive; they
+are read in the order of their positions and held in memory, 140 MB.  That suits an SSD
+or a parallel file system.  Written are the result, about as large as the archives
+(155 GB), and an index of about 120 MB that is removed in the end.
 """
 
 import itertools
@@ -53,15 +52,15 @@ from experiments.data.imagenet_archives import Split
 NAME = "imagenet2012"
 FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 PARTIAL = "partial."
-"""What the name of a file begins with that is being written."""
+"""Prefix of a file that is being written."""
 
 
 class Shard(NamedTuple):
     """One file of the result.
 
     Attributes:
-        path: Where it is written.
-        images: Its images in order, `[n]` of type `imagenet_archives.IMAGE`.
+      path: path of the file.
+      images: its images in order, ``[n]`` of type ``imagenet_archives.IMAGE``.
     """
 
     path: pathlib.Path
@@ -69,44 +68,38 @@ class Shard(NamedTuple):
 
 
 class ShardError(RuntimeError):
-    """A shard could not be written."""
+    """A shard that cannot be written, or is damaged."""
 
 
 def open_builder(data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
-    """The builder of `tensorflow_datasets`, which knows the features and the names.
+    """Returns the builder of ``tensorflow_datasets``, prepared or not.
 
     Args:
-        data_dir: Directory that holds data sets, one directory each.
-
-    Returns:
-        The builder, prepared or not.
+      data_dir: directory that holds data sets, one directory each.
 
     Raises:
-        FileExistsError: If the data set is prepared there in another format.
+      FileExistsError: if the data set is prepared there in another format.
     """
     try:
         return tfds.builder(NAME, data_dir=data_dir, file_format=FORMAT.value)
     except ValueError as error:
         raise FileExistsError(
             f"{data_dir / NAME} holds the data set in another format than ArrayRecord "
-            f"({str(error).rpartition(': ')[2]}). Move it away or name another "
+            f"({str(error).rpartition(': ')[2]}); move it away or choose another "
             "--data-dir"
         ) from error
 
 
 def plan(images: np.ndarray, split: Split, directory: pathlib.Path) -> list[Shard]:
-    """Which image goes where: the shards that `tensorflow_datasets` would write.
+    """Divides the images among the shards that ``tensorflow_datasets`` would write.
 
     Args:
-        images: All images of the split, `[n]` of type `imagenet_archives.IMAGE`.
-        split: Name of the split, which salts the hash of the names.
-        directory: Where the shards are written.
-
-    Returns:
-        The shards.
+      images: all images of the split, ``[n]`` of type ``imagenet_archives.IMAGE``.
+      split: name of the split, which salts the hash of the names.
+      directory: directory of the shards.
 
     Raises:
-        imagenet_archives.ArchiveError: If two images have the same name.
+      imagenet_archives.ArchiveError: If two images have the same name.
     """
     hasher = hashing.Hasher(split)
     keys = [hasher.hash_key(name.decode()) for name in images["name"]]
@@ -115,10 +108,10 @@ def plan(images: np.ndarray, split: Split, directory: pathlib.Path) -> list[Shar
         if keys[first] == keys[second]:
             raise imagenet_archives.ArchiveError(
                 f"{images['name'][first].decode()!r} is in the archive of {split} "
-                "twice. Fetch the archive again and start again."
+                "twice; fetch the archive again and start again"
             )
     template = naming.ShardedFileTemplate(
-        data_dir=directory,  # pyright: ignore[reportArgumentType]  (any path will do)
+        data_dir=directory,  # pyright: ignore[reportArgumentType]  (takes any path)
         dataset_name=NAME,
         split=split,
         filetype_suffix=FORMAT.file_suffix,
@@ -137,37 +130,30 @@ def plan(images: np.ndarray, split: Split, directory: pathlib.Path) -> list[Shar
 
 
 def num_bytes(images: np.ndarray) -> int:
-    """Bytes of the records of some images, without the file format's own.
-
-    Args:
-        images: `[n]` of type `imagenet_archives.IMAGE`.
-
-    Returns:
-        The sum.
-    """
+    """Returns the bytes of the images' records, without the file format's overhead."""
     names = np.char.str_len(images["name"])
     sizes = _record_sizes(names, images["label"], images["written_size"])
     return int(np.sum(sizes))
 
 
 def write_shard(shard: Shard, archive: pathlib.Path, features: Any) -> None:
-    """Writes one shard; its name appears when all of it is on disk.
+    """Writes one shard, which takes its name when all of it is on disk.
 
     Args:
-        shard: What to write.
-        archive: The archive that its images are in.
-        features: `builder.info.features` of `open_builder`.
+      shard: the shard.
+      archive: the archive that holds its images.
+      features: ``builder.info.features`` of ``open_builder``.
 
     Raises:
-        imagenet_archives.ArchiveError: If the archive has changed since the index.
-        ShardError: If the file cannot be written.
+      imagenet_archives.ArchiveError: If the archive has changed since the index.
+      ShardError: if the file cannot be written.
     """
     partial = shard.path.with_name(f"{PARTIAL}{os.getpid()}.{shard.path.name}")
     try:
         records = _records(shard.images, archive, features)
         try:
             writer.ExampleWriter(FORMAT).write(partial, records)
-        except RuntimeError as error:  # of the C++ code, whatever it meets with
+        except RuntimeError as error:  # the C++ code's only type
             raise ShardError(f"{shard.path.name} cannot be written: {error}") from error
         _synchronise(partial)
         partial.replace(shard.path)
@@ -183,12 +169,12 @@ def finish(
     """Adds the metadata and gives the directory its final name.
 
     Args:
-        builder: From `open_builder`; not prepared yet.
-        shards: The shards of each split, all written.
-        directory: Where the shards are; it is renamed to `builder.data_path`.
+      builder: from ``open_builder``; not prepared yet.
+      shards: the shards of each split, all written.
+      directory: directory of the shards, to be renamed to ``builder.data_path``.
 
     Raises:
-        ShardError: If a shard does not hold what it should.
+      ShardError: if a shard does not hold as many images as planned.
     """
     infos = []
     for split, planned in shards.items():
@@ -211,7 +197,7 @@ def finish(
 def _records(
     images: np.ndarray, archive: pathlib.Path, features: Any
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and serialised records of a shard's images, in order."""
+    """Yields the names and serialised records of a shard's images, in order."""
     contents = [b""] * len(images)
     with archive.open("rb") as file:
         for row in np.argsort(images["start"]):  # a disk's head moves one way
@@ -229,17 +215,17 @@ def _records(
     if total != num_bytes(images):
         raise imagenet_archives.ArchiveError(
             f"{archive} is no longer the archive that was indexed: its images have "
-            "other sizes. Put the archive back, or begin in another directory."
+            "other sizes; put the archive back, or begin in another directory"
         )
 
 
 def _record_sizes(
     names: np.ndarray, labels: np.ndarray, images: np.ndarray
 ) -> np.ndarray:
-    """Bytes of each image's `tf.train.Example`, from the lengths of its parts.
+    """Returns the bytes of each image's ``tf.train.Example``, from those of its parts.
 
-    The number of shards follows from the sum, so it must be known before any is
-    written. The nesting is that of `tensorflow/core/example/feature.proto`.
+    The number of shards follows from the sum, which is needed before any is written.
+    The nesting is that of ``tensorflow/core/example/feature.proto``.
     """
     values = {
         "file_name": _field(_field(names)),
@@ -253,29 +239,29 @@ def _record_sizes(
 
 
 def _field(length: Any) -> Any:
-    """Bytes of a protocol buffer's field that holds `length` bytes."""
+    """Returns the bytes of a protocol buffer's field with ``length`` bytes in it."""
     return 1 + _varint(length) + length
 
 
 def _varint(number: Any) -> Any:
-    """Bytes of a number of less than 36 bits: seven bits a byte."""
+    """Returns the bytes of a number of less than 36 bits, at seven bits per byte."""
     return 1 + sum(np.greater_equal(number, 1 << bits) for bits in (7, 14, 21, 28))
 
 
 def _check_length(shard: Shard) -> None:
-    """Refuses a shard that holds another number of records than it should."""
+    """Raises ShardError unless the shard holds as many records as planned."""
     try:
         found = file_adapters.ADAPTER_FOR_FORMAT[FORMAT].num_examples(shard.path)
     except (OSError, RuntimeError, ValueError) as error:
         found = f"an unknown number ({error})"
     if found != len(shard.images):
         raise ShardError(
-            f"{shard.path} holds {found} of its {len(shard.images)} images. Remove "
-            "this file and start the same command again, which writes it anew."
+            f"{shard.path} holds {found} of its {len(shard.images)} images; remove "
+            "this file and start the same command again, which writes it anew"
         )
 
 
 def _synchronise(path: pathlib.Path) -> None:
-    """Waits until a file's contents are on disk, so that a rename means something."""
+    """Waits until a file's contents are on disk, as a safe rename needs."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

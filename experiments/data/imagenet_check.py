@@ -1,4 +1,4 @@
-"""Which images of a prepared ImageNet cannot be decoded."""
+"""Finds the images of a prepared ImageNet that cannot be decoded."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from experiments.data import decoding, imagenet_builder
 
 
 class Undecodable(NamedTuple):
-    """An image that training would stop at.
+    """An image at which training would stop.
 
     Attributes:
-        index: Index of its record in the split.
-        name: Name of its file.
-        reason: What is wrong with it.
+      index: index of the record in the split.
+      name: name of the file.
+      reason: why it cannot be decoded.
     """
 
     index: int
@@ -25,17 +25,7 @@ class Undecodable(NamedTuple):
 def undecodable(
     data_dir: pathlib.Path, split: str, start: int, end: int
 ) -> list[Undecodable]:
-    """Decodes some images, as training does, and returns those that fail.
-
-    Args:
-        data_dir: Directory that holds data sets, one directory each.
-        split: Name of the split.
-        start: Index of the first image.
-        end: Index behind the last image.
-
-    Returns:
-        The images that cannot be read or decoded, in order.
-    """
+    """Decodes the images ``[start, end)`` as training does; returns those that fail."""
     builder: Any = imagenet_builder.open_builder(data_dir)
     records = builder.as_data_source(
         f"{split}[{start}:{end}]", decoders={"image": tfds.decode.SkipDecoding()}

@@ -1,8 +1,8 @@
-"""From places in the stream to batches: reading, cropping, augmenting, normalising."""
+"""Loads batches by position: reads, crops, augments and normalises images."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import grain
@@ -11,32 +11,30 @@ import numpy as np
 from experiments.data import augment, decoding, normalising, splits
 
 Batch = dict[str, np.ndarray]
-"""`image` `[b, h, w, c]` of the type asked for, `label` int32 `[b]`; testing, `mask`
-float32 `[b]`; where asked for, `index` int32 `[b]`, numbers of the records."""
+"""``image`` ``[b, h, w, c]``, ``label`` int32 ``[b]``; in evaluation, ``mask`` float32
+``[b]``."""
 
 BadImages = Literal["stop", "blank"]
-"""What to do about an image that cannot be decoded: raise `decoding.RecordError`, or
-put an image of the data set's mean in its place."""
+"""For an image that cannot be decoded: raise ``decoding.RecordError``, or substitute an
+image of the data set's mean."""
 
 BLANK = "blank"
-"""Key of the numbers of records whose images are blank, for the pipeline alone."""
+"""Key of the numbers of records whose images are blank; the pipeline removes it."""
 
 Load = Callable[[np.ndarray], Batch]
 """A batch from positions in the stream."""
 
 
 class Form(NamedTuple):
-    """What a batch is to be like.
+    """Form of the batches.
 
     Attributes:
-        dtype: Of the images.
-        bad_images: What to do about images that cannot be decoded.
-        with_index: Whether batches have the numbers of their records.
+      dtype: dtype of the images.
+      bad_images: treatment of images that cannot be decoded.
     """
 
     dtype: np.typing.DTypeLike = np.float32
     bad_images: BadImages = "stop"
-    with_index: bool = False
 
 
 _Crop = Callable[[np.ndarray], np.ndarray]
@@ -51,17 +49,14 @@ def training_loader(
     order: grain.MapDataset[int],
     form: Form,
 ) -> Load:
-    """Loads positions of the endless stream.
+    """Returns a loader of positions in the endless stream.
 
     Args:
-        split: What to read.
-        seed: Seed of the augmentation.
-        augmented: Whether images are cropped and mirrored at random.
-        order: The record at each position.
-        form: Type of the images, and what to do about bad ones.
-
-    Returns:
-        The loader.
+      split: the records.
+      seed: seed of the augmentation.
+      augmented: whether images are cropped and mirrored at random.
+      order: the record at each position.
+      form: form of the batches.
     """
     crops = _random_crops(split, seed) if augmented else _centre_crops(split)
     moved = augmented and split.fixed_size
@@ -76,31 +71,20 @@ def training_loader(
 
 
 def evaluation_loader(split: splits.Split, form: Form) -> Load:
-    """Loads record numbers; those past the end are padding.
-
-    Args:
-        split: What to read.
-        form: Type of the images, and what to do about bad ones.
-
-    Returns:
-        The loader.
-    """
+    """Returns a loader of record numbers; numbers past the end are padding."""
     images_of = _loader(split, _centre_crops(split), _unmoved, form)
 
     def load(positions: np.ndarray) -> Batch:
         real = positions < len(split)
         # The padding repeats record 0: any image will do that cannot become NaN.
         batch = images_of(np.where(real, positions, 0), positions)
-        batch["mask"] = real.astype(np.float32)
-        if "index" in batch:
-            batch["index"][~real] = -1
-        return batch
+        return batch | {"mask": real.astype(np.float32)}
 
     return load
 
 
 class _Fetched(NamedTuple):
-    """Images of one size, uint8 `[b, h, w, c]`, labels, and which are no images."""
+    """Images of one size, uint8 ``[b, h, w, c]``, labels, and indices of bad images."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -114,7 +98,7 @@ _Fetch = Callable[[np.ndarray, np.ndarray], _Fetched]
 def _loader(
     split: splits.Split, crops: _Crops, shift: _Shift, form: Form
 ) -> Callable[[np.ndarray, np.ndarray], Batch]:
-    """Loads records that stand at positions of the stream."""
+    """Returns a loader of records that stand at positions of the stream."""
     normalise = normalising.normaliser(split, form.dtype)
     fetch = _fetcher(split, crops, form.bad_images)
 
@@ -122,17 +106,14 @@ def _loader(
         images, labels, bad = fetch(records, positions)
         out = np.empty((len(records), *split.image_shape), form.dtype)
         normalise(shift(images, positions), out)
-        out[bad] = 0  # which is the mean
-        batch = {"image": out, "label": labels, BLANK: records[bad]}
-        if form.with_index:
-            batch["index"] = records.astype(np.int32)
-        return batch
+        out[bad] = 0  # the mean
+        return {"image": out, "label": labels, BLANK: records[bad]}
 
     return load
 
 
 def _fetcher(split: splits.Split, crops: _Crops, bad_images: BadImages) -> _Fetch:
-    """Images of varying size are cropped to the model's; others are as on disk."""
+    """Returns a reader; it crops images of varying size, and only those."""
     records = split.records
     if isinstance(records, splits.InMemory):
         return lambda chosen, _: _Fetched(
@@ -147,12 +128,12 @@ def _fetcher(split: splits.Split, crops: _Crops, bad_images: BadImages) -> _Fetc
         bad = []
         pairs = zip(chosen.tolist(), crops(positions), strict=True)
         for i, (record, crop) in enumerate(pairs):
-            # One by one: `__getitems__` would start a thread for each file touched.
+            # One by one: ``__getitems__`` would start a thread for each file touched.
             row = split.read(record)
             labels[i] = row["label"]
             pixels = decoding.decode(row["image"])
             if pixels is not None:
-                # Red first only now that there are fewer pixels.
+                # Swapping the channels is cheaper after the crop than before.
                 cv2.cvtColor(crop(pixels), cv2.COLOR_BGR2RGB, images[i])
             elif bad_images == "stop":
                 raise split.origin.image_error(record)
@@ -163,13 +144,13 @@ def _fetcher(split: splits.Split, crops: _Crops, bad_images: BadImages) -> _Fetc
     return fetch
 
 
-def _whole(rows: list[dict[str, Any]]) -> _Fetched:
+def _whole(rows: list[splits.Record]) -> _Fetched:
     labels = np.array([row["label"] for row in rows], np.int32)
     return _Fetched(np.stack([row["image"] for row in rows]), labels, [])
 
 
 def _shift(split: splits.Split, seed: int) -> _Shift:
-    """The shifts and mirroring that training does to images of one size."""
+    """Returns the random shift and flip of training images of one size."""
     preprocessing, border = split.preprocessing, split.recipe.border
     return lambda images, positions: augment.pad_crop_flip(
         images,
@@ -187,7 +168,7 @@ def _unmoved(images: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def _random_crops(split: splits.Split, seed: int) -> _Crops:
-    """The random parts of images that training at their positions sees."""
+    """Returns the random crops of training images, by position."""
     size = split.image_shape[0]
     if split.recipe.crop == "plain":
         crop, draws = augment.random_squashed_crop, augment.SQUASHED_CROP_DRAWS
@@ -203,7 +184,7 @@ def _random_crops(split: splits.Split, seed: int) -> _Crops:
 
 
 def _centre_crops(split: splits.Split) -> _Crops:
-    """The parts of images that evaluation sees, whatever their positions."""
+    """Returns the centre crops of evaluation, whatever the positions."""
     plain = split.recipe.crop == "plain"
     crop = augment.centre_squashed_crop if plain else augment.centre_crop
     centre = functools.partial(crop, size=split.image_shape[0])

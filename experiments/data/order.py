@@ -1,4 +1,4 @@
-"""Which image stands where: the order of the stream, and each process's slice of it."""
+"""The order of images in the stream, and each process's slice of it."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,17 @@ _EPOCHS = 1 << 32  # of the endless stream
 
 
 def shuffled(records: int, seed: int) -> grain.MapDataset[int]:
-    """Numbers of records by position: each epoch is a random order of its own.
+    """Returns the record at each position; each epoch is a random order of its own.
 
     Args:
-        records: How many there are.
-        seed: In `[0, 2**32)`.
+      records: number of records.
+      seed: seed of the orders, in ``[0, 2**32)``.
 
     Returns:
-        Numbers in `[0, records)`, by random access without a table.
+      Numbers in ``[0, records)``, by random access without a table.
     """
-    # Not `repeat()`, whose length, the largest index there is, could not be rounded
-    # up to whole batches.
+    # `repeat()` without a number has the largest index as its length, which could not
+    # be rounded up to whole batches.
     return grain.MapDataset.range(records).seed(seed).shuffle().repeat(_EPOCHS)
 
 
@@ -27,9 +27,9 @@ class Slices(NamedTuple):
     """The slice of every global batch that one process reads.
 
     Attributes:
-        batch_size: Images in a global batch.
-        process_index: Which of the processes this is.
-        process_count: How many processes share a batch.
+      batch_size: images in a global batch.
+      process_index: index of the process.
+      process_count: number of processes that share a batch.
     """
 
     batch_size: int
@@ -37,20 +37,16 @@ class Slices(NamedTuple):
     process_count: int = 1
 
     def check(self) -> None:
-        """Refuses what cannot be.
-
-        Raises:
-            ValueError: If there is no such process, or a batch cannot be divided.
-        """
+        """Raises ValueError for no such process, or a batch that cannot be divided."""
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(
-                f"process_index must be in [0, {self.process_count}), got "
-                f"{self.process_index}"
+                f"process_index={self.process_index} must lie in "
+                f"[0, {self.process_count}); count from 0"
             )
         if self.batch_size < 1 or self.batch_size % self.process_count:
             raise ValueError(
-                f"batch_size must be a positive multiple of the {self.process_count} "
-                f"process(es), got {self.batch_size}"
+                f"batch_size={self.batch_size} must be a positive multiple of the "
+                f"number of processes; {self.process_count} would do"
             )
 
     @property
@@ -59,14 +55,14 @@ class Slices(NamedTuple):
         return self.batch_size // self.process_count
 
     def positions(self, group: int, size: int) -> np.ndarray:
-        """Positions, in the stream of all processes, of a group of images.
+        """Returns the positions in the stream of a group of images.
 
         Args:
-            group: Number of the group among those of this process.
-            size: Images in a group; divides `local_size`.
+          group: number of the group among those of this process.
+          size: images in a group; divides ``local_size``.
 
         Returns:
-            int64 `[size]`.
+          int64 ``[size]``.
         """
         batch, within = divmod(group * size, self.local_size)
         first = batch * self.batch_size + self.process_index * self.local_size + within

@@ -1,56 +1,56 @@
-"""From the records of a split to batches: what a run takes, and where it resumes.
+"""Batches from the records of a split, resumable from one integer.
 
 Training reads one endless stream of images,
 
     epoch 0 in a random order, epoch 1 in another, ...
 
-in which each image has a *position*. Batch `k` of `B` images holds the positions `[kB,
-(k+1)B)`; of `P` processes, process `p` reads the slice `[kB + pB/P, kB + (p+1)B/P)`.
-Order and augmentation are functions of `(seed, position)`, so a global batch is the
-same array for any number of processes, no image is dropped at the end of an epoch, and
-the whole state of the pipeline is one integer: the number of batches taken.
+in which each image has a *position*.  Batch ``k`` of ``B`` images holds the positions
+``[kB, (k+1)B)``; of ``P`` processes, process ``p`` reads the slice
+``[kB + pB/P, kB + (p+1)B/P)``.  Order and augmentation are functions of
+``(seed, position)``, so a global batch is the same array for any number of processes,
+no image is dropped at the end of an epoch, and the whole state of the pipeline is the
+number of batches taken.
 
 Images in memory are gathered a batch at a time; others are read and decoded in threads,
 for decoding releases the interpreter lock, or in worker processes.
 """
 
 import dataclasses
-import functools
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
 from experiments.data import loading, order, reading, splits
+from lbopt import checks
 
 
 class TrainingBatches(Iterator[loading.Batch]):
     """The endless stream of training batches, as one process sees it.
 
     Args:
-        split: What to read.
-        batch_size: Images in a *global* batch, over all processes.
-        seed: Seed of order and augmentation, in `[0, 2**32)`.
-        augmented: Whether images are cropped and mirrored at random, as far as the
-            split's `Preprocessing` allows; if not, they look as in evaluation.
-        process_index: Which of the processes this is.
-        process_count: How many processes read the stream together.
-        num_threads: Threads that read and decode images which are not in memory.
-        num_workers: Worker processes among which those threads are divided; 0 for
-            threads of this process. The batches are the same.
-        dtype: Of the images.
-        bad_images: What to do about images that cannot be decoded, if they are not in
-            memory: stop with a `decoding.RecordError`, or put an image of the mean
-            colour in their place and warn.
-        with_index: Whether batches hold the numbers of their records, as `index`.
+      split: the records.
+      batch_size: images in a *global* batch, over all processes.
+      seed: seed of order and augmentation, in ``[0, 2**32)``.
+      augmented: whether images are cropped and mirrored at random, as far as the
+        split's ``Preprocessing`` allows; if not, they look as in evaluation.
+      process_index: index of this process.
+      process_count: number of processes that share a batch.
+      num_threads: threads that read and decode images which are not in memory.
+      num_workers: worker processes among which those threads are divided; 0 for
+        threads of this process.  The batches are the same.
+      dtype: dtype of the images.
+      bad_images: for images on disk that cannot be decoded, ``"stop"`` raises
+        ``decoding.RecordError`` and ``"blank"`` substitutes an image of the mean
+        colour, with a warning.
 
     Raises:
-        ValueError: If `batch_size` cannot be divided among the processes.
+      ValueError: if ``batch_size`` cannot be divided among the processes.
     """
 
     def __init__(
@@ -66,25 +66,24 @@ class TrainingBatches(Iterator[loading.Batch]):
         num_workers: int = 0,
         dtype: np.typing.DTypeLike = np.float32,
         bad_images: loading.BadImages = "stop",
-        with_index: bool = False,
     ):
         self._slices = order.Slices(batch_size, process_index, process_count)
         self._slices.check()
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+            raise ValueError(f"seed={seed} must lie in [0, 2**32); 0 is usual")
         positions = order.shuffled(len(split), seed)
         self._end = len(positions) // batch_size
-        form = loading.Form(dtype, bad_images, with_index)
+        form = loading.Form(dtype, bad_images)
         self._load = loading.training_loader(split, seed, augmented, positions, form)
         self._pool = _pool(split, num_threads, num_workers)
         self._blanks = _Blanks(split)
         self._taken = 0
         self._running: list[grain.DatasetIterator] = []  # one, or none
-        # At exit too: left to itself, grain meets modules that are gone already.
+        # At interpreter exit, too: grain's own finaliser would find its modules gone.
         weakref.finalize(self, _end, self._running)
 
     def __next__(self) -> loading.Batch:
-        """The next batch; after an error, the same batch once more."""
+        """Returns the next batch; after an error, the same batch is tried again."""
         if not self._running:
             span = range(self._taken, self._end)
             ahead = reading.batches(self._load, self._slices, span, **self._pool)
@@ -92,35 +91,23 @@ class TrainingBatches(Iterator[loading.Batch]):
         try:
             batch = self._blanks.counted(next(self._running[0]))
         except BaseException:
-            self.close()  # where grain goes on after an error is left open
+            self.close()  # grain does not say where it goes on after an error
             raise
         self._taken += 1
         return batch
 
     @property
     def bad_images(self) -> int:
-        """How many images have been replaced by blank ones."""
+        """Number of images replaced by blank ones."""
         return len(self._blanks)
 
     def get_state(self) -> int:
-        """Number of batches taken so far.
-
-        Returns:
-            All that `set_state` needs to continue from here.
-        """
+        """Returns the number of batches taken so far."""
         return self._taken
 
     def set_state(self, taken: int) -> None:
-        """Continues as a new stream would after `taken` batches.
-
-        Args:
-            taken: What `get_state` returned.
-
-        Raises:
-            ValueError: If `taken` is negative.
-        """
-        if taken < 0:
-            raise ValueError(f"taken must not be negative, got {taken}")
+        """Continues as a new stream would after ``taken`` batches."""
+        checks.whole("taken", taken, "0 begins anew", least=0)
         self.close()
         self._taken = taken
 
@@ -130,23 +117,22 @@ class TrainingBatches(Iterator[loading.Batch]):
 
 
 class EvaluationBatches:
-    """A split once, in order; the last batch is padded, and `mask` is 0 on the padding.
+    """A split once, in order; the last batch is padded, and ``mask`` is 0 on padding.
 
     All processes have the same number of batches, as collectives need, and each image
-    counts in exactly one of them. Iterable any number of times.
+    counts in exactly one of them.  Iterable any number of times.
 
     Args:
-        split: What to read.
-        batch_size: Images in a global batch, over all processes.
-        process_index: Which of the processes this is.
-        process_count: How many processes share the split.
-        num_threads: Threads that read and decode images which are not in memory.
-        dtype: Of the images.
-        bad_images: As in `TrainingBatches`.
-        with_index: As in `TrainingBatches`; the index of the padding is -1.
+      split: the records.
+      batch_size: images in a global batch, over all processes.
+      process_index: index of this process.
+      process_count: number of processes that share a batch.
+      num_threads: threads that read and decode images which are not in memory.
+      dtype: dtype of the images.
+      bad_images: as in ``TrainingBatches``.
 
     Raises:
-        ValueError: If `batch_size` cannot be divided among the processes.
+      ValueError: if ``batch_size`` cannot be divided among the processes.
     """
 
     def __init__(
@@ -159,17 +145,15 @@ class EvaluationBatches:
         num_threads: int = 16,
         dtype: np.typing.DTypeLike = np.float32,
         bad_images: loading.BadImages = "stop",
-        with_index: bool = False,
     ):
         slices = order.Slices(batch_size, process_index, process_count)
         slices.check()
-        form = loading.Form(dtype, bad_images, with_index)
         self._length = -(-len(split) // batch_size)
         self._ahead = reading.batches(
-            loading.evaluation_loader(split, form),
+            loading.evaluation_loader(split, loading.Form(dtype, bad_images)),
             slices,
             range(self._length),
-            # Not in worker processes, which every pass would have to start anew.
+            # Without worker processes, which every pass would have to start anew.
             **_pool(split, num_threads, 0),
         )
         self._blanks = _Blanks(split)
@@ -179,7 +163,7 @@ class EvaluationBatches:
         return self._length
 
     def __iter__(self) -> Iterator[loading.Batch]:
-        """A pass over the split."""
+        """Yields the batches of one pass."""
         iterator = iter(self._ahead)
         try:
             for batch in iterator:
@@ -189,7 +173,7 @@ class EvaluationBatches:
 
     @property
     def bad_images(self) -> int:
-        """How many images have been replaced by blank ones."""
+        """Number of images replaced by blank ones."""
         return len(self._blanks)
 
 
@@ -198,7 +182,7 @@ def batch_shapes(
     image_shape: tuple[int, ...],
     dtype: np.typing.DTypeLike = np.float32,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a training batch, given the type of its images."""
+    """Returns the shapes and dtypes of a training batch with images of ``dtype``."""
     return {
         "image": jax.ShapeDtypeStruct((batch_size, *image_shape), dtype),
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
@@ -207,16 +191,16 @@ def batch_shapes(
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run and what follows from them.
+    """The batches of a run and the numbers that follow from them.
 
     Attributes:
-        train: The endless stream of training batches.
-        test: The test images, once.
-        image_shape: Height, width and channels of an image.
-        num_classes: Number of classes.
-        steps_per_epoch: Training images over the global batch size; need not be whole.
-        train_images: Number of training images; 0 where nobody counted.
-        test_images: Number of test images; 0 where nobody counted.
+      train: endless stream of training batches.
+      test: the test images, once.
+      image_shape: height, width and channels of an image.
+      num_classes: number of classes.
+      steps_per_epoch: training images over the global batch size; need not be whole.
+      train_images: number of training images; 0 if unknown.
+      test_images: number of test images; 0 if unknown.
     """
 
     train: TrainingBatches
@@ -228,7 +212,7 @@ class Data:
     test_images: int = 0
 
     def steps(self, epochs: float) -> int:
-        """The whole number of steps nearest to some epochs, at least one."""
+        """Returns the whole number of steps nearest to ``epochs``, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
 
@@ -245,59 +229,53 @@ def open_data(
     num_threads: int = 16,
     num_workers: int = 0,
     bad_images: loading.BadImages = "stop",
-    with_index: bool = False,
-    reader: Literal["array_record", "tf_data"] = "array_record",
 ) -> Data:
     """Opens the training and the test split of a data set, for this JAX process.
 
     Args:
-        dataset: Name in `tensorflow_datasets`; see `splits.open_split`.
-        data_dir: Directory that holds data sets.
-        batch_size: Training images in a global batch.
-        eval_batch_size: Test images in a global batch.
-        seed: Seed of order and augmentation.
-        augmented: Whether training images are cropped and mirrored at random.
-        recipe: Size, cropping and normalisation, where the run wants others than the
-            data set's.
-        dtype: Of the images; in bfloat16 half as many bytes travel to the devices.
-        num_threads: As in `TrainingBatches`.
-        num_workers: As in `TrainingBatches`.
-        bad_images: As in `TrainingBatches`.
-        with_index: As in `TrainingBatches`.
-        reader: `"tf_data"` reads a data set prepared as TFRecord, by TensorFlow, which
-            has no workers and stops at bad images; see `tf_records`.
-
-    Returns:
-        The batches.
+      dataset: name in ``tensorflow_datasets``; see ``splits.open_split``.
+      data_dir: directory that holds data sets.
+      batch_size: training images in a global batch.
+      eval_batch_size: test images in a global batch.
+      seed: seed of order and augmentation.
+      augmented: whether training images are cropped and mirrored at random.
+      recipe: size, cropping and normalisation that differ from the data set's.
+      dtype: dtype of the images; bfloat16 halves the bytes sent to the devices.
+      num_threads: as in ``TrainingBatches``.
+      num_workers: as in ``TrainingBatches``.
+      bad_images: as in ``TrainingBatches``.
 
     Raises:
-        FileNotFoundError: If the data set is not prepared in `data_dir`.
-        RecordError: If a record file is not as long as it was when it was written.
-        ValueError: If there is no such data set, `batch_size` exceeds it, or
-            TensorFlow is asked for and not installed.
+      FileNotFoundError: if the data set is not prepared in ``data_dir``.
+      RecordError: if a record file is not as long as it was when it was written.
+      ValueError: if there is no such data set, or ``batch_size`` exceeds it.
     """
-    open_split, train_batches, test_batches = _reader(reader, num_workers, bad_images)
     train, test = (
-        open_split(dataset, split, data_dir, recipe=recipe)
+        splits.open_split(dataset, split, data_dir, recipe=recipe)
         for split in ("train", splits.test_split(dataset))
     )
     if batch_size > len(train):
         raise ValueError(
-            f"batch_size must be at most {len(train)}, the number of training images, "
-            f"got {batch_size}"
+            f"batch_size={batch_size} must be at most {len(train)}, the number of "
+            "training images; choose a smaller one"
         )
     shared: dict[str, Any] = {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
         "dtype": dtype,
         "num_threads": num_threads,
-        "with_index": with_index,
+        "bad_images": bad_images,
     }
     return Data(
-        train=train_batches(
-            train, batch_size=batch_size, seed=seed, augmented=augmented, **shared
+        train=TrainingBatches(
+            train,
+            batch_size=batch_size,
+            seed=seed,
+            augmented=augmented,
+            num_workers=num_workers,
+            **shared,
         ),
-        test=test_batches(test, batch_size=eval_batch_size, **shared),
+        test=EvaluationBatches(test, batch_size=eval_batch_size, **shared),
         image_shape=train.image_shape,
         num_classes=train.num_classes,
         steps_per_epoch=len(train) / batch_size,
@@ -306,34 +284,8 @@ def open_data(
     )
 
 
-class _Reader(NamedTuple):
-    """Who opens splits and reads them."""
-
-    open_split: Callable[..., splits.Split]
-    train: Callable[..., Any]
-    test: Callable[..., Any]
-
-
-def _reader(name: str, num_workers: int, bad_images: loading.BadImages) -> _Reader:
-    if name == "tf_data":
-        from experiments.data import tf_records  # and TensorFlow, for nobody else
-
-        return _Reader(
-            tf_records.open_split,
-            tf_records.TfTrainingBatches,
-            tf_records.TfEvaluationBatches,
-        )
-    return _Reader(
-        splits.open_split,
-        functools.partial(
-            TrainingBatches, num_workers=num_workers, bad_images=bad_images
-        ),
-        functools.partial(EvaluationBatches, bad_images=bad_images),
-    )
-
-
 class _Blanks:
-    """The records seen whose images were replaced; each is told of once."""
+    """The records seen whose images were replaced; warns of each once."""
 
     def __init__(self, split: splits.Split):
         self._origin = split.origin
@@ -343,12 +295,12 @@ class _Blanks:
         return len(self._seen)
 
     def counted(self, batch: loading.Batch) -> loading.Batch:
-        """The batch for the run."""
+        """Removes and notes the batch's list of blank images."""
         for record in set(batch.pop(loading.BLANK).tolist()) - self._seen:
             self._seen.add(record)
             warnings.warn(
-                f"{self._origin.describe(record)}: an image of the mean colour stands "
-                "for one that cannot be decoded",
+                f"{self._origin.describe(record)}: cannot be decoded; an image of the "
+                "mean colour takes its place",
                 stacklevel=3,
             )
         return batch
@@ -360,7 +312,7 @@ def _end(running: list[grain.DatasetIterator]) -> None:
 
 
 def _pool(split: splits.Split, num_threads: int, num_workers: int) -> dict[str, int]:
-    """Who reads; nobody else where batches are gathered in memory."""
+    """Returns the numbers of threads and workers: none for images in memory."""
     if isinstance(split.records, splits.InMemory):
         return {"num_threads": 0, "num_workers": 0}
     return {"num_threads": num_threads, "num_workers": num_workers}

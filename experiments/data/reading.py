@@ -1,4 +1,4 @@
-"""Reading ahead: groups of images in threads or worker processes, whole batches out."""
+"""Reads groups of images ahead, in threads or processes, and joins them to batches."""
 
 import math
 import multiprocessing
@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.data import loading, order
 
-_GROUP = 16  # images that a thread takes at a time: of small ones, each costs as much
+_GROUP = 16  # images that a thread takes at a time, since each turn has a fixed cost
 
 
 def batches(
@@ -24,18 +24,15 @@ def batches(
     num_threads: int,
     num_workers: int,
 ) -> grain.IterDataset:
-    """This process's slices of global batches, read ahead.
+    """Returns this process's slices of global batches, in order, read ahead.
 
     Args:
-        load: From positions in the stream to a batch.
-        slices: Which positions.
-        span: Numbers of the batches.
-        num_threads: Threads that load, of all workers together; 0 where images are
-            gathered from memory, a batch at a time.
-        num_workers: Worker processes that load; 0 for threads of this process.
-
-    Returns:
-        The batches, in order, whoever loads them.
+      load: from positions in the stream to a batch.
+      slices: the slice of each batch.
+      span: numbers of the batches.
+      num_threads: threads that load, over all workers; 0 if images are gathered from
+        memory, a batch at a time.
+      num_workers: worker processes that load; 0 for threads of this process.
     """
     size = math.gcd(slices.local_size, _GROUP) if num_threads else slices.local_size
     groups = slices.local_size // size
@@ -45,7 +42,7 @@ def batches(
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return loaded.to_iter_dataset(ahead)
     if not num_workers:
-        # A batch ahead, and work for every thread if that is a small one.
+        # One batch ahead, or, if that is small, work for every thread.
         buffer = max(groups, num_threads)
         ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=buffer)
         return loaded.to_iter_dataset(ahead).batch(groups, batch_fn=_concatenated)
@@ -60,20 +57,20 @@ def batches(
 
 
 def _concatenated(parts: Sequence[loading.Batch]) -> loading.Batch:
-    # A copy even of a single part: one of a worker lies in memory that it shares.
+    # A copy even of a single part: a worker's lies in memory that it reuses.
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _parse_flags() -> None:
-    """Lets grain read its absl flags in a program that absl did not start."""
+    """Marks absl's flags as parsed, which grain reads, if absl has not parsed them."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Ends a worker with its parent, even one that was killed and told nobody."""
+    """Makes a worker end with its parent, even if that is killed."""
     del index, count
-    cv2.setNumThreads(1)  # it would start a thread a core, in each of the workers
+    cv2.setNumThreads(1)  # else one thread per core in each worker
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

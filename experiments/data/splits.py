@@ -1,4 +1,4 @@
-"""A split of a prepared `tensorflow_datasets` data set, opened without TensorFlow.
+"""A split of a prepared ``tensorflow_datasets`` data set, opened without TensorFlow.
 
 Images of one size that fit in memory are decoded once, when the split is opened; others
 (ImageNet) stay on disk, encoded, until a batch asks for them.
@@ -14,36 +14,37 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments.data import augment, decoding, strokes_builder
+from lbopt import checks
 
 Normalisation = Literal["dataset", "image", "caffe"]
-"""Whose mean and standard deviation the pixels are normalised by."""
+"""Source of the mean and standard deviation that pixels are normalised by."""
 
 Crop = Literal["inception", "plain"]
-"""How a part of an image is chosen: by `augment.random_resized_crop` and
-`augment.centre_crop`, or by `augment.random_squashed_crop` and
-`augment.centre_squashed_crop`."""
+"""``augment.random_resized_crop`` and ``augment.centre_crop``, or
+``augment.random_squashed_crop`` and ``augment.centre_squashed_crop``."""
+
+Record = dict[str, Any]
+"""``image``, ``label`` and perhaps other features."""
 
 
 class Records(Protocol):
-    """Random access to the records of a split, as `tfds.data_source` gives it."""
+    """Random access to the records of a split, as ``tfds.data_source`` gives it."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, index: int) -> Record: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What happens to the images of a data set.
+    """Preprocessing of the images of a data set.
 
     Attributes:
-        mean: Mean of red, green and blue, of 1; subtracted.
-        std: Standard deviation of the same; divided by.
-        pad: Largest random shift of a training image, in pixels (images of one size).
-        flip: Whether training images are mirrored at random (images of one size).
-        crop_size: Height and width, in pixels, of a crop from images of varying size.
+      mean: mean of red, green and blue, in [0, 1]; subtracted.
+      std: standard deviation of the same; divided by.
+      pad: largest random shift of a training image, in pixels (images of one size).
+      flip: whether training images are mirrored at random (images of one size).
+      crop_size: height and width, in pixels, of a crop from images of varying size.
     """
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -61,28 +62,27 @@ PREPROCESSING = {
     "cifar100": Preprocessing((0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
     "imagenet2012": Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""By data set name; sets that are not listed get the defaults of `Preprocessing`."""
+"""By data set name; sets that are not listed get the defaults of ``Preprocessing``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run wants done differently from a data set's `Preprocessing`.
+    """A run's choices beyond a data set's ``Preprocessing``.
 
-    The defaults crop photographs as Szegedy et al. (2015) do. `crop="plain",
-    normalise="caffe"` is Caffe's preprocessing and nearly that of SP-NGD; both subtract
-    a mean image, here it is the mean colour, and SP-NGD has a 255th of the values, a
-    factor that the first BatchNorm takes out.
+    The defaults crop photographs as Szegedy et al. (2015) do.  ``crop="plain",
+    normalise="caffe"`` is Caffe's preprocessing and nearly that of SP-NGD, except that
+    both subtract a mean image in place of the mean colour, and that SP-NGD divides by
+    255, a factor that the first BatchNorm takes out.
 
     Attributes:
-        normalise: `"dataset"` for the constants of the data set, one a channel;
-            `"image"` for the mean and the standard deviation of all pixels and
-            channels of the image itself, as it is given to the model; `"caffe"` for
-            the data set's mean alone and a 256th of the pixels' values.
-        border: What a shift brings in at the edges (images of one size).
-        crop: How a part of an image is chosen (images of varying size).
-        image_size: Height and width of an image as the model sees it, in pixels;
-            `None` for the data set's. Images of varying size are cropped to it; those
-            of one size are resized as a whole, after all augmentation.
+      normalise: ``"dataset"`` for the data set's constants, one per channel;
+        ``"image"`` for the mean and the standard deviation over all pixels and channels
+        of the image itself, after augmentation; ``"caffe"`` for (x - mean) / 256.
+      border: fill of the edges after a shift (images of one size).
+      crop: kind of crop (images of varying size).
+      image_size: height and width of an image as the model sees it, in pixels; None for
+        the data set's.  Images of varying size are cropped to it; those of one size are
+        resized as a whole, after all augmentation.
     """
 
     normalise: Normalisation = "dataset"
@@ -91,31 +91,23 @@ class Recipe:
     image_size: int | None = None
 
     def __post_init__(self):
-        """Refuses what no data set could be read with, naming the argument."""
+        """Raises ValueError for choices that no data set could be read with."""
         choices = {"normalise": Normalisation, "border": augment.Border, "crop": Crop}
         for name, choice in choices.items():
-            if getattr(self, name) not in (known := get_args(choice)):
-                raise ValueError(
-                    f"{name} must be one of {known}, got {getattr(self, name)!r}"
-                )
+            checks.one_of(name, getattr(self, name), get_args(choice))
         if self.image_size is None:
             return
-        if self.image_size < 1:
-            raise ValueError(
-                f"image_size must be positive, or None for the data set's, got "
-                f"{self.image_size}"
-            )
+        checks.whole("image_size", self.image_size, "None keeps the data set's")
         if self.crop == "plain" and self.image_size > augment.SQUASHED_SIZE:
             raise ValueError(
-                f"image_size must be at most {augment.SQUASHED_SIZE}, from which "
-                f"crop='plain' crops, got {self.image_size}; choose crop='inception'"
+                f"image_size={self.image_size} must be at most "
+                f"{augment.SQUASHED_SIZE} with crop='plain'; choose crop='inception'"
             )
 
 
 DEFAULT_RECIPE = Recipe()
-"""Nothing different."""
 
-_TEST_SPLITS = {"imagenet2012": "validation"}  # whose split `test` has no labels
+_TEST_SPLITS = {"imagenet2012": "validation"}  # its split `test` has no labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +115,13 @@ class Split:
     """One split of a data set, open for reading.
 
     Attributes:
-        records: The records, by index.
-        image_shape: Height, width and channels of an image as the model sees it.
-        num_classes: Number of classes.
-        preprocessing: What happens to the images.
-        fixed_size: Whether all images have the same size on disk.
-        recipe: What the run wants done differently.
-        origin: Where the records come from.
+      records: the records, by index.
+      image_shape: height, width and channels of an image as the model sees it.
+      num_classes: number of classes.
+      preprocessing: preprocessing of the data set.
+      fixed_size: whether all images have the same size on disk.
+      recipe: choices of the run.
+      origin: record files, for messages.
     """
 
     records: Records
@@ -144,28 +136,15 @@ class Split:
         """Number of images."""
         return len(self.records)
 
-    def read(self, record: int) -> dict[str, Any]:
-        """One record, by number; a `RecordError` if it cannot be read."""
-        return read(self.records, record, self.origin)
+    def read(self, record: int) -> Record:
+        """Returns one record, by number; raises ``RecordError`` if it is damaged."""
+        return _read(self.records, record, self.origin)
 
 
-def read(records: Records, record: int, origin: decoding.Origin) -> dict[str, Any]:
-    """One record, by number.
-
-    Args:
-        records: Of which.
-        record: Number of the record.
-        origin: Where the records come from.
-
-    Returns:
-        The record's features.
-
-    Raises:
-        RecordError: If it cannot be read, or decoded where the records are.
-    """
+def _read(records: Records, record: int, origin: decoding.Origin) -> Record:
     try:
         return records[record]
-    except Exception as error:  # array_record's or the decoder's, by no contract
+    except Exception as error:  # array_record and decoders document no type
         raise origin.read_error(record, error) from error
 
 
@@ -173,43 +152,39 @@ class InMemory:
     """Records decoded once and held as two arrays.
 
     Args:
-        records: What to decode; images of one size.
-        origin: Where they come from.
+      records: records with images of one size.
+      origin: record files, for messages.
 
     Attributes:
-        images: uint8 `[n, h, w, c]`.
-        labels: int32 `[n]`.
+      images: uint8 ``[n, h, w, c]``.
+      labels: int32 ``[n]``.
     """
 
     def __init__(self, records: Records, origin: decoding.Origin):
-        image_shape = read(records, 0, origin)["image"].shape
+        image_shape = _read(records, 0, origin)["image"].shape
         self.images = np.empty((len(records), *image_shape), np.uint8)
         self.labels = np.empty(len(records), np.int32)
         for index in range(len(records)):
-            row = read(records, index, origin)
+            row = _read(records, index, origin)
             self.images[index], self.labels[index] = row["image"], row["label"]
 
     def __len__(self) -> int:
         """Number of records."""
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         """One record, by index."""
         return {"image": self.images[index], "label": self.labels[index]}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Several records, by index."""
-        return [self[index] for index in indices]
-
 
 class Encoded:
-    """Labelled images as the bytes of files, from records of `tensorflow_datasets`.
+    """Labelled images as encoded files, from records of ``tensorflow_datasets``.
 
-    Its own parser copies each image twice more and holds the interpreter lock for it;
-    and worker processes need nothing of it but the names of the files.
+    The parser of ``tensorflow_datasets`` would copy each image twice more and hold the
+    interpreter lock meanwhile.
 
     Args:
-        records: The serialised `tf.train.Example`s.
+      records: serialised messages ``tf.train.Example``.
     """
 
     def __init__(self, records: Sequence[bytes]):
@@ -219,19 +194,15 @@ class Encoded:
         """Number of records."""
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         """One record, by index."""
-        messages: Any = tf_example_pb2  # whose classes are made as it is imported
+        messages: Any = tf_example_pb2  # its classes are made at run time
         example = messages.Example.FromString(self._records[index])
         features = example.features.feature
         return {
             "image": features["image"].bytes_list.value[0],
             "label": features["label"].int64_list.value[0],
         }
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Several records, by index."""
-        return [self[index] for index in indices]
 
 
 def open_split(
@@ -242,34 +213,30 @@ def open_split(
     recipe: Recipe = DEFAULT_RECIPE,
     memory_limit: int = 2 << 30,
 ) -> Split:
-    """Opens a split of a prepared data set; `strokes/...` is made if it is missing.
+    """Opens a split of a prepared data set; ``strokes/...`` is made if it is missing.
 
     Args:
-        name: Name in `tensorflow_datasets`, with the config if there are several:
-            `"strokes/20"`, `"cifar100"`, `"imagenet2012"`.
-        split: Name of a split or part of one: `"train"`, `"test"`, `"train[:10%]"`.
-        data_dir: Directory that holds data sets, one directory each.
-        recipe: What the run wants done differently from the data set's
-            `Preprocessing`.
-        memory_limit: Images of one size that need at most this many bytes are kept
-            decoded in memory, as large as they are on disk.
-
-    Returns:
-        The split.
+      name: name in ``tensorflow_datasets``, with the config if there are several:
+        ``"strokes/20"``, ``"cifar100"``, ``"imagenet2012"``.
+      split: name of a split or part of one: ``"train"``, ``"test"``, ``"train[:10%]"``.
+      data_dir: directory that holds data sets, one directory each.
+      recipe: choices of the run.
+      memory_limit: images of one size that need at most this many bytes are kept
+        decoded in memory, at their size on disk.
 
     Raises:
-        FileNotFoundError: If the data set is not prepared in `data_dir`.
-        RecordError: If a record file is missing or is not as long as it was written,
-            or an image that is kept in memory cannot be decoded.
-        ValueError: If there is no such data set or split, the split is empty, or the
-            records are not labelled images.
+      FileNotFoundError: if the data set is not prepared in ``data_dir``.
+      RecordError: if a record file is missing or is not as long as it was written, or
+        an image that is kept in memory cannot be decoded.
+      ValueError: if there is no such data set or split, the split is empty, or the
+        records are not labelled images.
     """
     builder = _open_builder(name, data_dir)
     known = sorted(builder.info.splits)
     if split.split("[")[0] not in known:
-        raise ValueError(f"split: {name} has {known}, not {split!r}")
+        raise ValueError(f"split={split!r} must be one of {known} for {name}")
     if not builder.info.splits[split].num_examples:
-        raise ValueError(f"split: {split!r} of {name} holds no images")
+        raise ValueError(f"split={split!r} must hold images of {name}; it has none")
     features: Any = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(
@@ -288,7 +255,7 @@ def open_split(
     open_records: Any = builder.as_data_source  # whose decorator hides its parameters
     records: Any = open_records(split)
     if not fixed_size:
-        # Of a photograph only a crop is used, so decoding is left to whoever crops.
+        # Of a photograph only a crop is used, so decoding is left to the loader.
         records = Encoded(records.data_source)
     if fixed_size and len(records) * int(np.prod(shape)) <= memory_limit:
         records = InMemory(records, origin)
@@ -310,14 +277,7 @@ def open_split(
 
 
 def test_split(name: str) -> str:
-    """The split on which the field reports accuracy.
-
-    Args:
-        name: Name in `tensorflow_datasets`, as in `open_split`.
-
-    Returns:
-        Name of the split.
-    """
+    """Returns the name of the split on which the field reports accuracy."""
     return _TEST_SPLITS.get(name.partition("/")[0].partition(":")[0], "test")
 
 
@@ -339,14 +299,14 @@ def _open_builder(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBu
     if found is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
             f"dataset: {name!r} is prepared in {builder.data_path} as "
-            f"{found and found.value}, and reader=array_record reads array_record; "
-            "choose reader=tf_data, or another data_dir"
+            f"{found and found.value}, not array_record; convert it once with `tfds "
+            "convert_format` (see experiments/README.md), or choose another data_dir"
         )
     return builder
 
 
 def _advice(name: str, data_dir: str) -> str:
-    """How a data set that is missing gets there."""
+    """Returns the way to a data set that is missing."""
     if not os.path.isdir(data_dir):
         return f"There is no directory {data_dir}; give another as data_dir"
     if name.startswith("imagenet2012"):

@@ -1,22 +1,22 @@
-"""The procedural image set `strokes`: drawings made by NumPy alone.
+"""The procedural image set ``strokes``: drawings made by NumPy alone.
 
-A *class* is three Bezier strokes. Classes come in *families* of five which share two of
-the three, so that the members of a family differ in one stroke only and are easily
-confused. An *image* of a class is its strokes under a random change of pen:
+A *class* is three Bezier strokes.  Classes come in *families* of five which share two
+of the three, so that the members of a family differ in one stroke only and are easily
+confused.  An *image* of a class is its strokes under random changes:
 
     control points   jittered, then rotated, scaled, sheared and shifted together
-    pen              one radius and one colour an image, lighter or darker than
+    pen              one radius and one colour per image, lighter or darker than
                      the ground
     ground           a colour plus a 1/f texture (equal variance in every octave)
     clutter          a short stroke that belongs to no class, below the others
     pixels           additive noise, rounded to uint8
 
-Every bit of an image follows from `(VERSION, seed, split, index)`. This is meant
-literally and for any machine: numbers come from the integers of PCG64, whose stream
-NumPy promises to keep (it promises nothing for the floats of `numpy.random.Generator`),
-and pixels from the operations that IEEE 754 rounds exactly (+, -, *, /, sqrt, min, max,
-applied element by element). No transcendental function, no floating-point sum over an
-axis and no FFT is used, for their last bit differs between processors.
+Every bit of an image follows from ``(VERSION, seed, split, index)``, on any machine:
+numbers come from the integers of PCG64, whose stream NumPy promises to keep (which it
+does not for the floats of ``numpy.random.Generator``), and pixels from operations that
+IEEE 754 rounds exactly (+, -, *, /, sqrt, min, max, element by element).  No
+transcendental function, no floating-point sum over an axis and no FFT is used, since
+their last bit differs between processors.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lbopt import checks
+
 VERSION = 1
 """Raised whenever any image or label changes; part of every seed."""
 
@@ -32,24 +34,24 @@ FAMILY_SIZE = 5
 """Classes in a family: two strokes in common, one of their own."""
 
 BLOCK = 128
-"""Images that share a random stream and are drawn together, in a core's cache."""
+"""Images that share a random stream and are drawn together, to fit a core's cache."""
 
 SPLITS = {"train": 0, "test": 1}
 
-_CLASS_STREAM = 2  # next to the splits' numbers, so that no stream is used twice
-_CONTRAST = 0.18  # least difference in lightness between pen and ground, of 1
+_CLASS_STREAM = 2  # after the splits' numbers, so that no stream is used twice
+_CONTRAST = 0.18  # least difference in lightness between pen and ground, in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Strokes:
-    """What to draw.
+    """Parameters of the drawings.
 
     Attributes:
-        num_classes: How many classes; families are filled one after the other.
-        image_size: Height and width, in pixels.
-        label_noise: Fraction of the *training* labels replaced by a class drawn
-            uniformly, which may be the true one. Test labels are always true.
-        seed: Chooses the classes and the images.
+      num_classes: number of classes; families are filled one after the other.
+      image_size: height and width, in pixels.
+      label_noise: fraction of the *training* labels replaced by a class drawn
+        uniformly, which may be the true one.  Test labels are always true.
+      seed: seed of the classes and the images.
     """
 
     num_classes: int = 20
@@ -58,32 +60,31 @@ class Strokes:
     seed: int = 0
 
     def __post_init__(self):
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
-        if self.image_size < 8:
-            raise ValueError(f"image_size must be at least 8, got {self.image_size}")
+        checks.whole("num_classes", self.num_classes, "20 is the default", least=2)
+        checks.whole("image_size", self.image_size, "32 is the default", least=8)
+        checks.whole("seed", self.seed, "0 is the default", least=0)
         if not 0.0 <= self.label_noise <= 1.0:
-            raise ValueError(f"label_noise must be in [0, 1], got {self.label_noise}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+            raise ValueError(
+                f"label_noise={self.label_noise} must lie in [0, 1]; 0 for true labels"
+            )
 
 
 def draw(config: Strokes, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the first `count` images of a split.
+    """Draws the first ``count`` images of a split.
 
     Args:
-        config: What to draw.
-        split: `"train"` or `"test"`.
-        count: How many images. Fewer images are a prefix of more.
+      config: parameters of the drawings.
+      split: ``"train"`` or ``"test"``.
+      count: number of images.  Fewer images are a prefix of more.
 
     Returns:
-        Images, uint8 `[count, image_size, image_size, 3]`, and labels, int32 `[count]`.
+      Images, uint8 ``[count, image_size, image_size, 3]``, and labels, int32
+      ``[count]``.
 
     Raises:
-        ValueError: If `split` is unknown or `count` is negative.
+      ValueError: if ``split`` is unknown or ``count`` is negative.
     """
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    checks.whole("count", count, "0 draws none", least=0)
     size = config.image_size
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty((count,), np.int32)
@@ -96,21 +97,15 @@ def draw(config: Strokes, split: str, count: int) -> tuple[np.ndarray, np.ndarra
 def draw_blocks(
     config: Strokes, split: str, count: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Draws the first `count` images of a split, one block of `BLOCK` at a time.
-
-    Args:
-        config: What to draw.
-        split: `"train"` or `"test"`.
-        count: How many images.
+    """Draws the first ``count`` images of a split, one block of ``BLOCK`` at a time.
 
     Yields:
-        The index of the block's first image, its images and its labels, as in `draw`.
+      The index of the block's first image, its images and its labels, as in ``draw``.
 
     Raises:
-        ValueError: If `split` is unknown.
+      ValueError: if ``split`` is unknown.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
+    checks.one_of("split", split, SPLITS)
     templates = class_strokes(config)
     for block, start in enumerate(range(0, count, BLOCK)):
         uniform = _Uniform(config.seed, SPLITS[split], block)
@@ -126,14 +121,14 @@ def draw_blocks(
 
 
 def class_strokes(config: Strokes) -> np.ndarray:
-    """Control points of every class.
+    """Returns the control points of every class.
 
     The strokes of a family, shared and own, are chosen one after the other, each as the
-    candidate that lies farthest from those already chosen: siblings are alike because
-    they share two strokes, never because their third happens to be the same.
+    candidate farthest from those already chosen: siblings are alike because they share
+    two strokes, never because their third happens to be the same.
 
     Returns:
-        float32 `[num_classes, 3 strokes, 4 points, (x, y)]` on the canvas `[-1, 1]^2`.
+      float32 ``[num_classes, 3 strokes, 4 points, (x, y)]`` on ``[-1, 1]^2``.
     """
     classes = []
     for family in range(-(-config.num_classes // FAMILY_SIZE)):
@@ -152,39 +147,30 @@ def class_strokes(config: Strokes) -> np.ndarray:
 
 
 def checksum(images: np.ndarray, labels: np.ndarray, start: int = 0) -> int:
-    """CRC-32 of images followed by labels, in a byte order that is the same everywhere.
-
-    Args:
-        images: uint8 `[n, height, width, 3]`.
-        labels: Integers `[n]`.
-        start: Checksum of what came before, to continue from.
-
-    Returns:
-        The checksum, in `[0, 2**32)`.
-    """
+    """Continues the CRC-32 ``start`` by images, then labels as little-endian int32."""
     crc = zlib.crc32(images.tobytes(), start)
     return zlib.crc32(labels.astype("<i4").tobytes(), crc)
 
 
 class _Uniform:
-    """float32 numbers uniform on `[0, 1)`, from the raw integers of a PCG64 stream."""
+    """float32 numbers uniform on ``[0, 1)``, from the integers of a PCG64 stream."""
 
     def __init__(self, seed: int, stream: int, block: int):
         entropy = np.random.SeedSequence((VERSION, seed, stream, block))
         self._bits = np.random.PCG64(entropy)
 
     def __call__(self, *shape: int) -> np.ndarray:
-        """Numbers of the given shape, with 24 random bits each."""
+        """Returns numbers of the given shape, with 24 random bits each."""
         words = self._words("<u4", *shape)
         return (words >> 8).astype(np.float32) * np.float32(2.0**-24)
 
     def bell(self, *shape: int) -> np.ndarray:
-        """A bell curve of mean 0 and variance 1: the sum of three uniforms, scaled."""
+        """Returns scaled sums of three uniforms, of mean 0 and variance 1."""
         a, b, c = self(3, *shape)
         return 2.0 * (a + b + c - 1.5)
 
     def pixel_noise(self, *shape: int) -> np.ndarray:
-        """A triangular distribution of mean 0 and variance 1, with 8 bits a summand."""
+        """Returns triangular noise of mean 0 and variance 1, with 8 bits a summand."""
         a, b = self._words("u1", 2, *shape)
         return (a.astype(np.float32) - b) * np.float32(1.0 / 104.5)
 
@@ -196,21 +182,21 @@ class _Uniform:
 
 
 def _stroke_gap(strokes: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Largest coordinate difference of control points, drawn in either direction."""
+    """Returns the largest difference of coordinates, drawn in either direction."""
     forth = np.abs(strokes - other).max((-2, -1))
     back = np.abs(strokes - other[::-1]).max((-2, -1))
     return np.minimum(forth, back)
 
 
 def _corrupt(uniform: _Uniform, labels: np.ndarray, config: Strokes) -> np.ndarray:
-    """Replaces a fraction `label_noise` of the labels by uniform ones."""
+    """Replaces a fraction ``label_noise`` of the labels by uniform ones."""
     wrong, drawn = uniform(2, len(labels))
     random_labels = (drawn * config.num_classes).astype(np.int32)
     return np.where(wrong < config.label_noise, random_labels, labels)
 
 
 def _draw_images(uniform: _Uniform, strokes: np.ndarray, size: int) -> np.ndarray:
-    """An image of each class template: strokes `[n, 3, 4, 2]` to `[n, h, w, 3]`."""
+    """Draws an image of each class template: ``[n, 3, 4, 2]`` to ``[n, h, w, 3]``."""
     n = len(strokes)
     strokes = strokes + 0.045 * uniform.bell(*strokes.shape)
     strokes = _moved(strokes, *_motion(uniform, n))
@@ -230,7 +216,7 @@ def _draw_images(uniform: _Uniform, strokes: np.ndarray, size: int) -> np.ndarra
 
 
 def _motion(uniform: _Uniform, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random linear maps `[n, 2, 2]` and shifts `[n, 2]`."""
+    """Draws linear maps ``[n, 2, 2]`` and shifts ``[n, 2]``."""
     turn, scale_x, scale_y, shear = 2.0 * uniform(4, n) - 1.0
     # Rotation by up to 21 degrees in half-angle form: rounded exactly, unlike sin, cos.
     t = 0.185 * turn
@@ -243,7 +229,7 @@ def _motion(uniform: _Uniform, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moved(points: np.ndarray, linear: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """`linear @ point + shift`, written out because BLAS fixes no order of rounding."""
+    """``linear @ point + shift``, written out because BLAS may round in any order."""
     x, y = points[..., 0], points[..., 1]
     a = linear[:, :, :, None, None]
     b = shift[:, :, None, None]
@@ -253,7 +239,7 @@ def _moved(points: np.ndarray, linear: np.ndarray, shift: np.ndarray) -> np.ndar
 
 
 def _colours(uniform: _Uniform, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ground and pen colours `[n, 3]` in `[0, 1]`, of either polarity."""
+    """Draws ground and pen colours ``[n, 3]`` in ``[0, 1]``, of either polarity."""
     lightness = 0.1 + 0.8 * uniform(n, 1)
     room_above, room_below = 0.95 - lightness, lightness - 0.05
     lighter = uniform(n, 1) * (room_above + room_below) < room_above
@@ -265,7 +251,7 @@ def _colours(uniform: _Uniform, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ground(uniform: _Uniform, colour: np.ndarray, size: int) -> np.ndarray:
-    """Colour plus texture, `[n, 3, size, size]`.
+    """Draws grounds of a colour plus texture, ``[n, 3, size, size]``.
 
     The texture adds octaves of equal variance, each on a grid twice as fine: a power
     spectrum 1/f^2 in the plane, that is, an amplitude 1/f.
@@ -283,7 +269,7 @@ def _ground(uniform: _Uniform, colour: np.ndarray, size: int) -> np.ndarray:
 
 
 def _doubled(grid: np.ndarray, axis: int) -> np.ndarray:
-    """Linear interpolation to twice the points along an axis, edges repeated."""
+    """Interpolates linearly to twice the points along an axis, edges repeated."""
     first, last = np.take(grid, [0], axis), np.take(grid, [-1], axis)
     length = grid.shape[axis]
     before = np.concatenate([first, np.take(grid, range(length - 1), axis)], axis)
@@ -303,7 +289,7 @@ def _paint(
     strokes: np.ndarray,
     opacity: np.ndarray,
 ) -> None:
-    """Blends the pen's colour into `image` `[n, 3, size, size]`, in place."""
+    """Blends the pen's colour into ``image`` ``[n, 3, size, size]``, in place."""
     pixel = 2.0 / image.shape[-1]
     distance = np.sqrt(_squared_distance(strokes, image.shape[-1]))
     # Coverage falls linearly from 1 to 0 over the width of one pixel at the pen's edge.
@@ -314,11 +300,11 @@ def _paint(
 
 
 def _squared_distance(strokes: np.ndarray, size: int) -> np.ndarray:
-    """Squared distance of each pixel to the nearest of a set of strokes.
+    """Returns the squared distance of each pixel to the nearest stroke.
 
-    A running minimum over points along the curves, which lie closer than a pen's width;
-    the squares separate into a row's and a column's share. Maps control points
-    `[n, strokes, 4, 2]` to `[n, size, size]`.
+    A running minimum over points along the curves, closer together than a pen's width;
+    the squares separate into a row's and a column's share.  Maps control points
+    ``[n, strokes, 4, 2]`` to ``[n, size, size]``.
     """
     n = len(strokes)
     points = _curve_points(strokes, count=max(12, (5 * size) // 4)).reshape(n, -1, 2)
@@ -334,7 +320,7 @@ def _squared_distance(strokes: np.ndarray, size: int) -> np.ndarray:
 
 
 def _curve_points(strokes: np.ndarray, count: int) -> np.ndarray:
-    """Points of cubic Bezier curves: `[..., 4, 2]` to float32 `[..., count, 2]`."""
+    """Points of cubic Bezier curves: ``[..., 4, 2]`` to float32 ``[..., count, 2]``."""
     t = (np.arange(count) / (count - 1)).astype(np.float32)[:, None]
     u = 1 - t
     p = strokes.astype(np.float32)[..., None, :]

@@ -1,4 +1,4 @@
-"""`strokes` as a data set of `tensorflow_datasets`, prepared without TensorFlow.
+"""``strokes`` as a data set of ``tensorflow_datasets``, prepared without TensorFlow.
 
     import tensorflow_datasets as tfds
     from experiments.data import strokes_builder
@@ -8,8 +8,8 @@
     train[0]  # {"image": uint8[32, 32, 3], "label": ...}
 
 The images are made, not downloaded, so a checksum replaces the usual comparison with a
-published file: each config's is written in `CHECKSUMS`, computed again as the images
-are made, kept with the prepared files and compared each time they are opened.
+published file: each config's stands in ``CHECKSUMS``, is computed again as the images
+are made, kept with the prepared files, and compared each time they are opened.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from experiments.data import strokes
 
 
 class ChecksumWarning(UserWarning):
-    """The images made here are not the images that results were reported on."""
+    """The images made here differ from those of the reported results."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,9 +37,9 @@ class StrokesConfig(tfds.core.BuilderConfig):
     """One variant of the data set.
 
     Attributes:
-        drawing: What to draw.
-        num_train: Images in the split `train`.
-        num_test: Images in the split `test`.
+      drawing: parameters of the drawings.
+      num_train: images in the split ``train``.
+      num_test: images in the split ``test``.
     """
 
     drawing: strokes.Strokes = dataclasses.field(default_factory=strokes.Strokes)
@@ -94,7 +94,7 @@ CHECKSUMS = {
     "100_small": 0x5E4C04CC,
     "tiny": 0x166392EE,
 }
-"""CRC-32 of each config: over the blocks of `train`, then over those of `test`."""
+"""CRC-32 of each config: over the blocks of ``train``, then over those of ``test``."""
 
 
 class Strokes(tfds.core.GeneratorBasedBuilder):
@@ -116,15 +116,11 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
         return metadata
 
     def checksum(self) -> int:
-        """CRC-32 of the images and labels as they were made; see `CHECKSUMS`."""
+        """Returns the CRC-32 of the images and labels as made; see ``CHECKSUMS``."""
         return self._metadata["checksum"]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        """Features and documentation of the data set.
-
-        Returns:
-            The metadata that `tensorflow_datasets` keeps with the prepared files.
-        """
+        """Returns the metadata that ``tensorflow_datasets`` keeps with the files."""
         drawing = self._config.drawing
         shape = (drawing.image_size, drawing.image_size, 3)
         # Raw bytes: as a PNG the same record takes 3 times as long to decode.
@@ -137,20 +133,13 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"image": pixels, "label": label}),
             supervised_keys=("image", "label"),
-            # Whoever trains shuffles globally; on disk the order of drawing is kept.
+            # Training shuffles globally; on disk the order of drawing is kept.
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(checksum=0),
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        """The splits, made in this order, which is also the checksum's.
-
-        Args:
-            dl_manager: Unused; there is nothing to download.
-
-        Returns:
-            One generator of examples a split.
-        """
+        """Returns a generator per split, in the order of the checksum."""
         del dl_manager
         config = self._config
         self._metadata["checksum"] = 0
@@ -160,15 +149,7 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
-        """Draws the examples of one split and adds them to the checksum.
-
-        Args:
-            split: `"train"` or `"test"`.
-            count: How many images.
-
-        Yields:
-            Index and example.
-        """
+        """Yields index and example of one split, and adds them to the checksum."""
         metadata = self._metadata
         drawn = strokes.draw_blocks(self._config.drawing, split, count)
         with tqdm.tqdm(
@@ -188,24 +169,21 @@ class Strokes(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(name: str, data_dir: str | os.PathLike) -> Strokes:
-    """Makes the data set if `data_dir` does not hold it yet, as ArrayRecord files.
+    """Makes the data set if ``data_dir`` does not hold it yet, as ArrayRecord files.
 
     The files are written beside their final directory and renamed at the end, so an
-    interrupted preparation leaves nothing that could be taken for the data set.
+    interrupted preparation leaves nothing that could be taken for the data set.  Warns
+    (``ChecksumWarning``) if the images differ from those of the reported results.
 
     Args:
-        name: Name of a config, such as `"20"`.
-        data_dir: Directory that holds data sets, one directory each; made if missing.
+      name: name of a config, such as ``"20"``.
+      data_dir: directory that holds data sets, one directory each; made if missing.
 
     Returns:
-        The builder, ready for `as_data_source`.
+      The builder, ready for ``as_data_source``.
 
     Raises:
-        ValueError: If there is no config of that name.
-
-    Warns:
-        ChecksumWarning: If the prepared images differ from those the results of this
-            repository were obtained on.
+      ValueError: if there is no config of that name.
     """
     if name not in CONFIGS:
         raise ValueError(f"strokes has the configs {sorted(CONFIGS)}, not {name!r}")
@@ -232,18 +210,18 @@ def _open(name: str, data_dir: str | os.PathLike) -> Strokes:
 
 
 def _make(builder: Strokes) -> None:
-    """Draws and writes the data set."""
+    """Draws and writes the data set; another process may do the same meanwhile."""
     try:
         builder.download_and_prepare(file_format="array_record")
     except OSError:
-        # The final rename fails if another process prepared the same data meanwhile.
+        # The final rename fails if the other process was faster.
         if not builder.is_prepared():
             raise
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what does not apply here: news of downloads, bars that count shards."""
+    """Silences messages about downloads and bars that count shards."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     tfds.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Optimizers by batch size, each tuned alike: what `large_batch_study` runs.
 
-`problems` is what is learnt, `contestants` who learns it, `runs` one run, `cells` the
+`problems` holds the tasks, `contestants` the optimizers, `runs` one run, `cells` the
 search and the seeds of one optimizer at one batch size, `noise_scale` the batch size at
 which noise and gradient are alike, `curves` training loss beside test error, and
-`findings` what the record says.
+`findings` the record's rows, tables and picture.
 """

@@ -10,37 +10,37 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments import processor
+from experiments import processor, study
 from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Problem, Task
 from experiments.large_batch.runs import Run, Runner
 
 TRIALS = 8
-"""Settings that are tried of every optimizer at every batch size, with seed 0."""
+"""Settings tried of every optimizer at every batch size, with seed 0."""
 SEEDS = (0, 1, 2)
-"""Of the best setting."""
+"""Seeds with which the best setting runs."""
 
 
 class Cell(NamedTuple):
-    """Which optimizer learns what, at which batch size."""
+    """An optimizer on a problem, at a batch size."""
 
     problem: str
     contestant: str
     batch_size: int
 
     def __str__(self) -> str:
-        """As on the command line: `strokes/kfac/640`."""
+        """Returns the name on the command line: `strokes/kfac/640`."""
         return "/".join(map(str, self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a cell found.
+    """The outcome of a cell.
 
     Attributes:
         tried: A run of each setting, seed 0.
         best: The runs of the best setting, one a seed, the first of them from `tried`.
-        processor: What they ran on.
+        processor: The processor that they ran on.
     """
 
     tried: list[Run]
@@ -49,13 +49,13 @@ class Outcome:
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Outcome":
-        """From what `dataclasses.asdict` made of it."""
+        """Builds an outcome from what `dataclasses.asdict` returned for it."""
         runs = {k: [Run(**run) for run in kept[k]] for k in ("tried", "best")}
         return cls(**runs, processor=kept["processor"])
 
 
 def all_cells() -> list[Cell]:
-    """Every cell: contestants at all batch sizes, variants at a problem's largest."""
+    """Returns every cell: contestants at all batch sizes, variants at the largest."""
     return [
         Cell(problem.name, name, batch_size)
         for problem in PROBLEMS.values()
@@ -69,16 +69,10 @@ def all_cells() -> list[Cell]:
 
 
 def parse(text: str) -> Cell:
-    """A cell from its name.
-
-    Args:
-        text: Such as `strokes/kfac/640`.
-
-    Returns:
-        The cell.
+    """Returns a cell from its name, such as `strokes/kfac/640`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such cell.
     """
     named = {str(cell): cell for cell in all_cells()}
     if text not in named:
@@ -92,21 +86,13 @@ def parse(text: str) -> Cell:
 
 
 def order(run: Run, problem: Problem) -> tuple[float, float]:
-    """The best first: who reaches the target in the fewest steps, or comes closest."""
+    """Returns the sort key of a run: fewest steps to the target, then lowest error."""
     steps = run.steps_to(problem.target)
     return (math.inf if steps is None else steps, run.last_error())
 
 
 def measure(cell: Cell, task: Task) -> Outcome:
-    """Runs a cell.
-
-    Args:
-        cell: Which.
-        task: Its problem's task, opened.
-
-    Returns:
-        What was found.
-    """
+    """Runs a cell on its problem's opened task, and returns the outcome."""
     problem, contestant = PROBLEMS[cell.problem], EVERYONE[cell.contestant]
     runner = Runner(problem, contestant, cell.batch_size, task)
     tried = [
@@ -118,21 +104,17 @@ def measure(cell: Cell, task: Task) -> Outcome:
 
 
 def path_of(cell: Cell, folder: pathlib.Path) -> pathlib.Path:
-    """Where a cell is kept."""
+    """Returns the path of a cell's file."""
     return folder / f"{'-'.join(map(str, cell))}.json"
 
 
 def keep(cell: Cell, outcome: Outcome, folder: pathlib.Path) -> None:
-    """Writes a cell's file whole, or not at all."""
-    path = path_of(cell, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{id(outcome)}.partial")
-    aside.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
-    aside.replace(path)
+    """Writes a cell's file as a whole."""
+    study.replace_text(path_of(cell, folder), json.dumps(dataclasses.asdict(outcome)))
 
 
 def kept(cell: Cell, folder: pathlib.Path) -> Outcome | None:
-    """What is known of a cell, if it has been run."""
+    """Returns the outcome of a cell that has been run, else None."""
     path = path_of(cell, folder)
     if not path.exists():
         return None

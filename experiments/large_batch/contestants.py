@@ -1,17 +1,16 @@
-"""Who learns, and what is tried of each: two settings, drawn alike for everyone.
+"""The optimizers and their search spaces: two settings each, drawn alike for all.
 
-Of each optimizer the same number of settings is tried at every batch size, points that
-fill the square of the logarithms of what sets a step's size, over two decades, and of
-one more setting. First-order runs warm up linearly and keep their rate. Every run is
-judged by an average of its iterates, so that it says at every moment what it would be
-worth if it ended.
+The same number of settings of each optimizer is tried at every batch size: points that
+fill the square of the logarithms of the step size, over two decades, and of one more
+setting. First-order runs warm up linearly and keep their rate. Every run is judged by
+an average of its iterates, so that each of its readings is worth as much as the last.
 
-K-FAC has the bound in KL divergence for its step's size, as Ba et al. have, or finds
-its own under the quadratic model. It takes its statistics from labels that the model
-draws, as its papers do, and SP-NGD from those of the data, as its paper does. All
-invert at every step: what is asked for is steps, and the layers are small. What of this
-matters is seen from variants of K-FAC, with a thing or two changed, which are searched
-and repeated as everyone is, at the largest batches.
+K-FAC's step size is the bound in KL divergence of Ba et al., or is found by the
+quadratic model. K-FAC takes its statistics from labels drawn from the model, SP-NGD
+from the labels of the data, as in their papers. Both invert at every step: the study
+counts steps, and the layers are small. Variants of K-FAC with one or two settings
+changed, searched and repeated as all others at the largest batch sizes, show which of
+these choices matter.
 """
 
 import dataclasses
@@ -28,13 +27,13 @@ from experiments.large_batch.problems import Problem
 WARM_UP = 5
 """Steps until a first-order rate is reached."""
 AVERAGE = 0.95
-"""Decay of the average of the iterates, smaller in the first steps."""
+"""Decay of the average of the iterates; smaller in the first steps."""
 LARGEST_RATE = 1.0
-"""Of K-FAC, whose steps its bound makes shorter."""
+"""K-FAC's rate, which its bound shortens."""
 LARS_ON_KFAC_RATE = 0.1
-"""Of arrays whose trust ratio is larger, such as biases that are zero: a natural
-gradient has a length of its own, and the rates of plain LARS, of the order of 10, would
-throw biases and norm layers far away (tried: test errors on images stay above 0.8)."""
+"""Rate of arrays whose trust ratio is larger, such as biases that are zero. A natural
+gradient has a length of its own: with the rates of plain LARS, of the order of 10,
+biases and norm layers would diverge (tried: test errors on images stay above 0.8)."""
 
 Range = tuple[float, float]
 Make = Callable[..., optax.GradientTransformation]
@@ -45,15 +44,15 @@ class Contestant:
     """An optimizer and its search space.
 
     Attributes:
-        title: In tables and pictures.
-        make: `(size, other, layers, problem) -> optimizer`, with a step's size that is
-            a schedule and a second setting, numbers that may be traced.
-        other: What the second setting is; `None` for none.
-        step_sizes: From and to, by problem; `None` for an optimizer that finds its own.
-        others: Likewise of the second setting.
+        title: Its name in tables and pictures.
+        make: `(size, other, layers, problem) -> optimizer`, where the step size is a
+            schedule and the second setting a number; both may be traced.
+        other: Name of the second setting; `None` for none.
+        step_sizes: Smallest and largest by problem; `None` if the optimizer finds it.
+        others: Smallest and largest second setting.
         fisher: As for `make_train_step`; `None` for an optimizer without curvature.
-        warm_up: Steps until the size is reached.
-        step_size: What it is.
+        warm_up: Steps until the step size is reached.
+        step_size: Name of the step size.
     """
 
     title: str
@@ -67,13 +66,13 @@ class Contestant:
 
     @property
     def curvature(self) -> bool:
-        """Whether it needs layers."""
+        """Whether the optimizer needs curvature."""
         return self.fisher is not None
 
     def optimizer(
         self, settings: Mapping[str, Any], layers: Any, problem: Problem
     ) -> optax.GradientTransformation:
-        """The optimizer, warm-up and average of the iterates included."""
+        """Builds the optimizer with warm-up and average of the iterates."""
         size = settings["step_size"]
 
         def schedule(count: Any) -> Any:
@@ -83,15 +82,7 @@ class Contestant:
         return optax.chain(tx, lbopt.average_params(AVERAGE, warm_up=True))
 
     def draw(self, problem: Problem, number: int) -> list[dict[str, float]]:
-        """The settings that are tried.
-
-        Args:
-            problem: On what.
-            number: How many.
-
-        Returns:
-            Each as `{"step_size", "other"}`, of which one that it has not is 1.
-        """
+        """Returns settings to try, as `{"step_size", "other"}`; 1 if it has none."""
         sizes, others = (
             (1.0, 1.0) if ranges is None else ranges[problem.name]
             for ranges in (self.step_sizes, self.others)
@@ -103,7 +94,7 @@ class Contestant:
 
 
 def _points(number: int) -> list[tuple[float, float]]:
-    """A lattice that fills the square; of 8 points it is Fibonacci's."""
+    """Returns a lattice that fills the unit square; Fibonacci's for 8 points."""
     return [
         ((i + 0.5) / number, (5 * i % number + 0.5) / number) for i in range(number)
     ]
@@ -151,7 +142,7 @@ def _muon(size: Any, other: Any, layers: Any, problem: Problem):
 
 
 def _each_array(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Over nested dictionaries, leaving what the function returns as leaves."""
+    """Maps the arrays of nested dictionaries; what the function returns are leaves."""
     if isinstance(tree, Mapping):
         return {key: _each_array(function, child) for key, child in tree.items()}
     return function(tree)
@@ -262,7 +253,7 @@ CONTESTANTS = {
 
 
 def _variant(title: str, fisher: Any = "sampled", **changes: Any) -> Contestant:
-    """K-FAC with a setting changed, or with other labels."""
+    """Returns K-FAC with other settings or labels."""
     make = functools.partial(_kfac, **changes)
     return dataclasses.replace(
         CONTESTANTS["kfac"], title=title, make=make, fisher=fisher
@@ -283,8 +274,7 @@ VARIANTS = {
         "momentum 0.7, factors' average 0.8", momentum=0.7, factor_decay=0.8
     ),
 }
-"""K-FAC with one thing changed, and last with two that the first ones suggest: what its
-steps depend on, at the largest batches."""
+"""K-FAC with one setting changed, and last with two that the first ones suggest."""
 
 EVERYONE = CONTESTANTS | VARIANTS
-"""Whom a cell may be of."""
+"""All optimizers that a cell may have."""

@@ -1,7 +1,8 @@
 """Along single runs: training loss beside test error, and the quadratic model's steps.
 
-Who is late at the target may learn slowly, or learn the training examples quickly and
-little of others. At one training loss, the second has the larger test error.
+An optimizer that is late at the target may learn slowly, or it may fit the training
+examples quickly and generalise badly. At the same training loss, the second has the
+larger test error.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import matplotlib.figure
 import optax
 
 import lbopt
-from experiments import figures
+from experiments import figures, study
 from experiments.large_batch.contestants import CONTESTANTS, Contestant
 from experiments.large_batch.problems import Problem, Task
 from experiments.large_batch.runs import Runner
@@ -26,17 +27,11 @@ Curve = Sequence[Sequence[float]]
 def read_losses(
     problem: Problem, contestant: Contestant, settings: Mapping[str, float], task: Task
 ) -> list[list[float]]:
-    """Reads both along a run with seed 0 that does not stop at the target.
+    """Returns `[step, training loss, error]` along a run with seed 0.
 
-    Args:
-        problem: On what, at its largest batch size.
-        contestant: Who learns.
-        settings: Of the optimizer.
-        task: The problem's task, opened.
-
-    Returns:
-        `[step, training loss, error]` at each reading, of the averaged iterate; the
-        loss is that of as many training examples as a batch has.
+    The run has the problem's largest batch size and does not stop at the target. Both
+    numbers are of the averaged iterate; the loss is that of as many training examples
+    as a batch has.
     """
     batch_size = problem.batch_sizes[-1]
     endless = dataclasses.replace(problem, target=-math.inf)
@@ -57,17 +52,9 @@ def read_losses(
 def read_lengths(
     problem: Problem, batch_size: int, settings: Mapping[str, float], task: Task
 ) -> list[list[float]]:
-    """Reads how far K-FAC goes under its quadratic model, along a run with seed 0.
+    """Returns `[step, α, μ]` along a run of K-FAC under its quadratic model, seed 0.
 
-    Args:
-        problem: On what.
-        batch_size: Examples in a step.
-        settings: Of the optimizer.
-        task: The problem's task, opened.
-
-    Returns:
-        `[step, α, μ]` at each reading: how far along the natural gradient, and how far
-        along the step before.
+    α is the length along the natural gradient, μ the length along the last step.
     """
     contestant = CONTESTANTS["kfac_quadratic"]
     found: list[list[float]] = []
@@ -86,13 +73,7 @@ def draw(
 ) -> matplotlib.figure.Figure:
     """Draws training loss by step, the error by training loss, and momenta.
 
-    Args:
-        losses: What `read_losses` found, by contestant.
-        lengths: What `read_lengths` found, by batch size.
-        problem: On what.
-
-    Returns:
-        The picture; the grey line is the target.
+    `losses` are by contestant, `lengths` by batch size; the grey line is the target.
     """
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.2), layout="constrained", dpi=160)
     by_step, errors, momenta = figure.subplots(1, 3)
@@ -115,6 +96,5 @@ def draw(
     momenta.set_xlabel("steps")
     momenta.set_ylabel("momentum μ, quadratic model")
     momenta.legend(frameon=False)
-    handles, labels = errors.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    study.legend_below(figure, errors)
     return figure

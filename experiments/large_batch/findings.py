@@ -1,4 +1,4 @@
-"""What the cells say: a table of each problem, its picture, and what was asked."""
+"""Findings of the cells: rows of the record, tables of each problem, a picture."""
 
 import math
 import statistics
@@ -8,23 +8,18 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from experiments import figures, markdown
+from experiments import figures, report, study
 from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, VARIANTS, Contestant
 from experiments.large_batch.problems import PROBLEMS, Problem
 
 
 def row_of(cell: Cell, outcome: Outcome) -> dict[str, Any]:
-    """A cell as a line of the record.
+    """Returns a line of the record, by seed where a cell has several.
 
-    Args:
-        cell: Which.
-        outcome: What it found.
-
-    Returns:
-        Steps, epochs and seconds to the target by seed (`None` where it was not
-        reached), the errors at the fixed budget and at the end by seed, the settings,
-        the processor, and what was tried.
+    It holds steps, epochs and seconds to the target (`None` if it was not reached), the
+    errors at the fixed budget and at the end, the settings, the processor, and all
+    settings that were tried.
     """
     problem = PROBLEMS[cell.problem]
     budget = problem.steps_in_epochs(cell.batch_size)
@@ -63,20 +58,16 @@ def _or_none(value: float) -> float | None:
 
 
 def mean_steps(row: Mapping[str, Any]) -> float | None:
-    """The mean over seeds of the steps to the target, if all reached it."""
+    """Returns the mean over seeds of the steps to the target, if all reached it."""
     steps = row["steps"]
     return None if None in steps else statistics.mean(steps)
 
 
 def spread(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Between which numbers of steps a repetition should reach the target.
+    """Returns the numbers of steps between which a repetition should be.
 
-    Args:
-        row: The record's.
-
-    Returns:
-        The fewest and the most steps that a seed took, a reading more to either side,
-        as errors are known to a reading; `None` if a seed did not get there.
+    They are the fewest and the most steps that a seed took to the target, a reading
+    more to either side, as errors are known to a reading; `None` if a seed missed it.
     """
     if None in row["steps"]:
         return None
@@ -85,15 +76,7 @@ def spread(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def compare(row: Mapping[str, Any], again: Mapping[str, Any]) -> str:
-    """Says whether a repeated cell is what is on record.
-
-    Args:
-        row: The record's.
-        again: The repetition's.
-
-    Returns:
-        A sentence.
-    """
+    """Returns a sentence that compares a repeated cell with the record's row."""
     ends = spread(row)
     before, now = ([s or "–" for s in x["steps"]] for x in (row, again))
     said = f"steps by seed: {before} on record, {now} again"
@@ -113,7 +96,7 @@ def compare(row: Mapping[str, Any], again: Mapping[str, Any]) -> str:
 def best_of(
     rows: Sequence[Mapping[str, Any]], problem: str, batch_size: int, curvature: bool
 ) -> Mapping[str, Any] | None:
-    """Who needs the fewest steps to the target, with curvature or without."""
+    """Returns the row with the fewest steps to the target, of one kind."""
     reached = [
         row
         for row in rows
@@ -125,7 +108,7 @@ def best_of(
 
 
 def savings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """At each batch size the best of both kinds, and the part of the steps saved."""
+    """Returns the best of both kinds by batch size, and the share of steps saved."""
     found = []
     for problem in PROBLEMS.values():
         for batch_size in problem.batch_sizes:
@@ -150,14 +133,7 @@ def savings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table_of_savings(found: Sequence[Mapping[str, Any]]) -> str:
-    """What curvature saves by batch size; Markdown.
-
-    Args:
-        found: What `savings` found.
-
-    Returns:
-        A table.
-    """
+    """Returns a Markdown table of what `savings` returns."""
     lines = []
     for line in found:
         names = (CONTESTANTS[line[k]].title for k in ("first_order", "second_order"))
@@ -170,21 +146,16 @@ def table_of_savings(found: Sequence[Mapping[str, Any]]) -> str:
                 f"{100 * line['saved']:.0f} %",
             ]
         )
-    return markdown.table(
+    return report.table(
         ["", "batch", "without curvature", "with", "fewer steps"], lines
     )
 
 
 def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
-    """Steps to the target by batch size, and beside them seconds; Markdown.
+    """Returns a Markdown table of steps and seconds to the target by batch size.
 
-    Args:
-        rows: The record's.
-        problem: Of which.
-
-    Returns:
-        A table; `(2/3)` says that not all seeds reached the target, a dash that none
-        did, and nothing that the cell has not been run.
+    `(2/3)` marks a target that not all seeds reached, a dash one that none reached; an
+    empty cell has not been run.
     """
     lines = []
     for name, contestant in CONTESTANTS.items():
@@ -196,21 +167,13 @@ def table(rows: Sequence[Mapping[str, Any]], problem: Problem) -> str:
         if own:
             cells = [_cell(own.get(size)) for size in problem.batch_sizes]
             lines.append([contestant.title, *cells])
-    return markdown.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
+    return report.table(["", *(f"{size:,}" for size in problem.batch_sizes)], lines)
 
 
 def table_of_largest(
     rows: Sequence[Mapping[str, Any]], who: Mapping[str, Contestant] = CONTESTANTS
 ) -> str:
-    """Steps and seconds to the target at each problem's largest batch; Markdown.
-
-    Args:
-        rows: The record's.
-        who: Whose.
-
-    Returns:
-        A table, written as that of `table`.
-    """
+    """Returns such a table of each problem's largest batch size."""
     found = {
         (row["optimizer"], row["problem"]): row
         for row in rows
@@ -221,21 +184,13 @@ def table_of_largest(
         for name, c in who.items()
     ]
     titles = [f"{p.title}, {p.batch_sizes[-1]:,}" for p in PROBLEMS.values()]
-    return markdown.table(["", *titles], lines)
+    return report.table(["", *titles], lines)
 
 
 def table_of_variants(
     rows: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The same of K-FAC as it is, and of its variants; Markdown.
-
-    Args:
-        rows: The record's.
-        variants: The record's.
-
-    Returns:
-        A table, written as that of `table`.
-    """
+    """Returns such a table of K-FAC and its variants."""
     who = {"kfac": CONTESTANTS["kfac"], **VARIANTS}
     return table_of_largest([*rows, *variants], who)
 
@@ -252,14 +207,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def noise_quartiles(readings: Sequence[Sequence[float]]) -> list[float]:
-    """The quartiles of a run's noise scales.
+    """Returns the quartiles of `[step, noise scale]`, or nothing for fewer than two.
 
-    Args:
-        readings: `[step, noise scale]`; each is the quotient of two noisy numbers, so
-            that single ones say little.
-
-    Returns:
-        Three batch sizes, or none if there are fewer than two readings.
+    Single readings say little: each is the quotient of two noisy numbers.
     """
     scales = [scale for _, scale in readings]
     return statistics.quantiles(scales, n=4) if len(scales) > 1 else []
@@ -270,13 +220,8 @@ def draw(
 ) -> matplotlib.figure.Figure:
     """Draws steps to the target, and errors at the fixed budget, by batch size.
 
-    Args:
-        rows: The record's.
-        noise: `[step, noise scale]` by problem.
-
-    Returns:
-        The picture: a row of each problem; grey is the middle half of the readings
-        of the gradient's noise scale along a run.
+    There is a row for each problem. Grey is the middle half of the gradient's noise
+    scales along a run, which are `[step, noise scale]` by problem.
     """
     names = [p for p in PROBLEMS if any(row["problem"] == p for row in rows)]
     figure = matplotlib.figure.Figure(
@@ -333,8 +278,5 @@ def draw(
         steps.set_ylabel(f"steps to {problem.error} {problem.target:g}")
         errors.set_ylabel(f"{problem.error} after {problem.epochs} epochs")
         steps.set_title(problem.title, fontsize=9)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+    study.legend_below(figure, panels[0][0], fontsize=8)
     return figure

@@ -26,21 +26,22 @@ def simple_noise_scale(
     """Estimates the noise scale from the parts of a batch.
 
     Args:
-        gradient: The mean gradient of a batch.
+        gradient: Computes the mean gradient of a batch.
         batch: Arrays of B examples each.
-        parts: Into how many it is cut; b is B over this.
+        parts: Number of parts of b = B / parts examples.
 
     Returns:
-        The noise's trace and the gradient's square, whose quotient the noise scale is;
-        both may be averaged over batches first. Each may be negative by chance.
+        The trace of the noise and the square of the gradient, whose quotient is the
+        noise scale; both may be averaged over batches first, and be negative by chance.
 
     Raises:
-        ValueError: If the batch cannot be cut so.
+        ValueError: If the batch cannot be divided so.
     """
     examples = len(jax.tree.leaves(batch)[0])
     if parts < 2 or examples % parts:
         raise ValueError(
-            f"parts={parts} must be at least 2 and divide the {examples} examples"
+            f"parts={parts} must be at least 2 and divide the {examples} examples; "
+            "pass one of their divisors"
         )
     small = examples // parts
     cut = jax.tree.map(lambda x: x.reshape(parts, small, *x.shape[1:]), batch)

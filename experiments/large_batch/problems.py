@@ -1,4 +1,4 @@
-"""What is learnt: images with BatchNorm, and an autoencoder without."""
+"""The problems: images with BatchNorm, and an autoencoder without."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class Task(NamedTuple):
     Attributes:
         variables: Initial `(params, model_state)` from a key.
         loss_fn: As for `lbopt.training.make_train_step`, on `{"x", "y"}`.
-        train: Training examples, a batch of all of them.
-        error: Error of `(params, model_state)`, lower is better.
+        train: All training examples as one batch.
+        error: Error of `(params, model_state)`.
     """
 
     variables: Callable[[jax.Array], tuple[Any, Any]]
@@ -37,18 +37,18 @@ class Problem:
     """A task and the budget of a run.
 
     Attributes:
-        name: In file names and tables.
-        title: Of a picture.
-        error: What the error is, with its unit.
-        target: The error that is to be reached.
-        batch_sizes: The largest is half of the training examples.
-        examples: How many there are for training.
+        name: Its name in files and tables.
+        title: Its title in pictures.
+        error: Name of the error, with its unit.
+        target: The error to be reached.
+        batch_sizes: Batch sizes; the largest is half of the training examples.
+        examples: Number of training examples.
         epochs: The fixed budget after which errors are compared.
-        least_steps: A run that has not reached the target goes on until it has taken so
-            many steps, if those epochs are fewer.
-        readings: How often the error is read in those epochs.
-        sharing_norms: Whether weights are followed by a norm, so that their own norm
-            is free and may be rescaled.
+        least_steps: Steps that a run takes, if its budget has fewer, until it reaches
+            the target.
+        readings: How often the error is read within the budget.
+        sharing_norms: Whether a norm layer follows the weights, so that their norm is
+            free and may be rescaled.
         task: Opens the data and makes the model.
     """
 
@@ -65,15 +65,15 @@ class Problem:
     task: Callable[[], Task]
 
     def steps_in_epochs(self, batch_size: int) -> int:
-        """Steps of the fixed budget."""
+        """Returns the steps of the fixed budget."""
         return self.epochs * self.examples // batch_size
 
     def steps(self, batch_size: int) -> int:
-        """Steps of a run that does not reach the target sooner."""
+        """Returns the steps of a run that does not reach the target sooner."""
         return max(self.least_steps, self.steps_in_epochs(batch_size))
 
     def period(self, batch_size: int) -> int:
-        """Steps from one reading of the error to the next."""
+        """Returns the steps from one reading of the error to the next."""
         return max(1, self.steps_in_epochs(batch_size) // self.readings)
 
 
@@ -83,7 +83,7 @@ IMAGES, TEST_IMAGES, WIDTH = 5120, 1024, 8
 
 
 def strokes() -> Task:
-    """A ResNet-8 of 8 channels with BatchNorm on small images of 20 classes.
+    """Returns a ResNet-8 of 8 channels with BatchNorm on images of 20 classes.
 
     The error is read with the running averages of BatchNorm made anew, of as many
     training images as there are for testing, because they lag behind in short runs.
@@ -131,9 +131,9 @@ def _normalised(kept: splits.Preprocessing, images: np.ndarray) -> np.ndarray:
 
 
 def digits() -> Task:
-    """The autoencoder 64-100-50-25-10 and mirror image of scikit-learn's digits.
+    """Returns the autoencoder 64-100-50-25-10-25-50-100-64 of scikit-learn's digits.
 
-    The error is the training loss, Bernoulli, less the images' own entropy.
+    The error is the Bernoulli training loss less the images' own entropy.
     """
     images = grey.digits().train
     model = Autoencoder((100, 50, 25, 10))

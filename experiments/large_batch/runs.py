@@ -18,11 +18,11 @@ from lbopt import training
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
-        settings: The optimizer's.
-        seed: Of the initial parameters and of the order of the examples.
+        settings: Settings of the optimizer.
+        seed: Seed of the initial parameters and of the order of the examples.
         errors: `[step, error]` at each reading; a run that diverged has few.
         seconds_a_step: The median of a step's wall time, readings apart.
     """
@@ -33,15 +33,15 @@ class Run:
     seconds_a_step: float
 
     def error_at(self, steps: int) -> float:
-        """The error after some steps; inf if it diverged before, or was not read."""
+        """Returns the error after some steps; inf if it was not read."""
         return next((x for step, x in self.errors if step == steps), math.inf)
 
     def steps_to(self, target: float) -> int | None:
-        """The steps after which a reading was at the target first."""
+        """Returns the steps of the first reading at the target."""
         return next((int(step) for step, x in self.errors if x <= target), None)
 
     def last_error(self) -> float:
-        """The error at the end."""
+        """Returns the error at the end."""
         return self.errors[-1][1] if self.errors else math.inf
 
 
@@ -49,8 +49,8 @@ class Runner:
     """Runs one optimizer at one batch size; all settings and seeds share a program.
 
     Args:
-        problem: What is learnt.
-        contestant: Who learns it.
+        problem: The problem.
+        contestant: The optimizer.
         batch_size: Examples in a step.
         task: The problem's task, opened.
     """
@@ -89,15 +89,15 @@ class Runner:
         seed: int,
         report: Callable[[int, float, Any], None] = lambda step, error, state: None,
     ) -> Run:
-        """Trains until the target is reached and the fixed budget is spent, or the end.
+        """Trains until the target is reached and the budget is spent, or to the end.
 
         Args:
-            settings: Of the optimizer.
-            seed: Of initial parameters and order.
+            settings: Settings of the optimizer.
+            seed: Seed of the initial parameters and of the order.
             report: Called with the step, the error and the state at each reading.
 
         Returns:
-            What happened.
+            The outcome.
         """
         params, model_state = self._init(jax.random.key(seed))
         tx = self._optimizer(settings)
@@ -127,7 +127,7 @@ class Runner:
 
 
 def _order(examples: int, batch_size: int, seed: int):
-    """Batches of different examples, in a new order at each epoch."""
+    """Yields the indices of each batch, in a new order at each epoch."""
     random = np.random.default_rng(seed)
     while True:
         shuffled = random.permutation(examples)

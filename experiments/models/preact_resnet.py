@@ -81,7 +81,7 @@ class PreactResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Logits of a batch of images.
+        """Returns the logits of a batch of images.
 
         Args:
             x: Images `[n, h, w, c]`.

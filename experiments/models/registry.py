@@ -1,4 +1,4 @@
-"""The models that a command line may ask for, by name."""
+"""The models by the names that `--model` takes."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -24,7 +24,7 @@ ModelName = Literal[
     "convnet",
     "convnet_wide",
 ]
-"""What a command line may ask for; `resnet8` is the demo's."""
+"""Names of the models; `resnet8` is the demo's."""
 
 MODELS: dict[ModelName, Callable[..., Model]] = {
     "resnet8": resnet.ResNet8,

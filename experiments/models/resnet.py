@@ -23,25 +23,19 @@ _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 CPU_KEEPS_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""Compiler options without which `remat` saves nothing on a CPU.
+"""Compiler options without which `remat` saves no memory on a CPU.
 
-XLA drops there the barriers that JAX puts before what is evaluated anew, and then
-merges it with what was evaluated before.
+There XLA drops the barriers that JAX sets before a second evaluation, and then merges
+it with the first.
 """
 
 
 def rematerialised(block: type[nn.Module]) -> Callable[..., Any]:
-    """A block of which nothing but the input is kept for the backward pass.
+    """Returns the constructor of a block that keeps only its input for backward.
 
-    The backward pass evaluates the block anew, and holds the activations of one block
+    The backward pass evaluates the block again, and holds the activations of one block
     at a time. Names, parameters, numbers and curvature statistics stay the same. Batch
     statistics over a mapped axis are exchanged once more.
-
-    Args:
-        block: The block.
-
-    Returns:
-        Its constructor.
     """
     return nn.remat(block)
 
@@ -54,17 +48,9 @@ def conv_and_norm(
     dtype: Any,
     axis_name: str | None = None,
 ) -> tuple[Layer, Layer]:
-    """What residual networks are made of.
+    """Returns a convolution without bias, and a batch normalisation.
 
-    Args:
-        kernel_init: Initialiser of convolutions.
-        train: Whether to normalise by the batch's statistics.
-        norm_momentum: Decay of the running statistics.
-        dtype: Type of activations.
-        axis_name: Mapped axis over which batch statistics are averaged.
-
-    Returns:
-        A convolution without bias, and batch normalisation.
+    Batch statistics are averaged over the mapped axis `axis_name`.
     """
     conv = functools.partial(
         nn.Conv,
@@ -85,12 +71,12 @@ def conv_and_norm(
     return conv, norm
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions.
+class Block(nn.Module):
+    """Convolutions beside a shortcut.
 
     Attributes:
-        channels: Channels of the block's output.
-        stride: Stride of the first convolution and of the shortcut.
+        channels: Channels of the 3x3 convolutions.
+        stride: Stride of the first 3x3 convolution and of the shortcut.
         conv: Convolution without bias.
         norm: Normalisation.
         residual_scale_init: Initial scale of the last normalisation.
@@ -101,6 +87,17 @@ class BasicBlock(nn.Module):
     conv: Layer
     norm: Layer
     residual_scale_init: nn.initializers.Initializer
+
+    def shortcut(self, x: jax.Array, channels: int) -> jax.Array:
+        """Returns the block's input, or a 1x1 projection if the shape changes."""
+        if x.shape[-1] == channels and self.stride == 1:
+            return x
+        x = self.conv(channels, (1, 1), strides=self.stride, name="conv_proj")(x)
+        return self.norm(name="norm_proj")(x)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,25 +106,11 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm()(y))
         y = self.conv(self.channels, (3, 3), padding=1)(y)
         y = self.norm(scale_init=self.residual_scale_init)(y)
-        return nn.relu(y + _shortcut(self, x, self.channels))
+        return nn.relu(y + self.shortcut(x, self.channels))
 
 
-class BottleneckBlock(nn.Module):
-    """A 3x3 convolution between two of 1x1; the output has four times its channels.
-
-    Attributes:
-        channels: Channels of the 3x3 convolution.
-        stride: Stride of the 3x3 convolution and of the shortcut.
-        conv: Convolution without bias.
-        norm: Normalisation.
-        residual_scale_init: Initial scale of the last normalisation.
-    """
-
-    channels: int
-    stride: int
-    conv: Layer
-    norm: Layer
-    residual_scale_init: nn.initializers.Initializer
+class BottleneckBlock(Block):
+    """A 3x3 convolution between two of 1x1; the output has four times its channels."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,17 +120,7 @@ class BottleneckBlock(nn.Module):
         y = nn.relu(self.norm()(y))
         y = self.conv(4 * self.channels, (1, 1))(y)
         y = self.norm(scale_init=self.residual_scale_init)(y)
-        return nn.relu(y + _shortcut(self, x, 4 * self.channels))
-
-
-def _shortcut(
-    block: BasicBlock | BottleneckBlock, x: jax.Array, channels: int
-) -> jax.Array:
-    """The identity where the block keeps its input's shape, else a 1x1 projection."""
-    if x.shape[-1] == channels and block.stride == 1:
-        return x
-    x = block.conv(channels, (1, 1), strides=block.stride, name="conv_proj")(x)
-    return block.norm(name="norm_proj")(x)
+        return nn.relu(y + self.shortcut(x, 4 * self.channels))
 
 
 class ResNet(nn.Module):
@@ -186,7 +159,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Logits of a batch of images.
+        """Returns the logits of a batch of images.
 
         Args:
             x: Images `[n, h, w, c]`.

@@ -1,18 +1,18 @@
-"""What a curvature block is, and the two scalings of its statistics.
+"""Curvature blocks, and the two scalings of their statistics.
 
-A block is the approximation of the Fisher matrix for the parameters of one layer: a
-``NamedTuple`` of pure functions.  Its data pass through four types:
+A block approximates the Fisher matrix of one layer's parameters.  It is a
+``NamedTuple`` of pure functions, which pass data through four types:
 
-1. *sums*, what one backward pass adds up over the rows it sees; raw, so that
-   per-example ``vmap``, loops over micro-batches and several calls of a layer give the
-   same numbers;
-2. *statistics*, the sums divided by :func:`per_row` or :func:`per_example`, which
-   *means* is the name of before they are put together;
-3. *factors*, the running average of the statistics, symmetric matrices packed;
-4. *inverses*, damped, whole.
+1. *sums*: accumulated over the rows that one backward pass sees, and not yet divided,
+   so that a per-example ``vmap``, a loop over micro-batches and several calls of a
+   layer all give the same numbers;
+2. *statistics*: the sums divided by :func:`per_row` or :func:`per_example` (the
+   *means*), assembled into matrices;
+3. *factors*: running averages of the statistics, symmetric matrices packed;
+4. *inverses*: damped and unpacked.
 
-Statistics and factors share a type (the same quantity at another time); sums and
-inverses have their own.
+Statistics and factors share a type, because they are the same quantity averaged over
+one batch or many; sums and inverses have types of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,13 +34,13 @@ Leaves: TypeAlias = Mapping[str, Array]
 
 
 class EigenMoments(NamedTuple):
-    """A block's curvature as a diagonal in its eigenbases (``eigen_moments``).
+    """The functions of a block whose eigenvalues can be corrected (EKFAC).
 
     Attributes:
-      sum_squares: ``(output_grads, residual, *bases) -> `` squared gradients in the
-        bases, summed over examples.
-      precondition: ``(inverses, s, gradients) -> natural gradients`` with the
-        eigenvalues s in the place of those of the inverses, which are eigenbases.
+      sum_squares: ``(output_grads, residual, *bases) -> `` squared per-example
+        gradients in the eigenbases, summed over examples.
+      precondition: ``(bases, s, gradients) -> natural gradients`` with the corrected
+        eigenvalues s.
     """
 
     sum_squares: Callable[..., Array]
@@ -50,34 +50,32 @@ class EigenMoments(NamedTuple):
 class CurvatureBlock(NamedTuple):
     """The curvature of one layer, as functions of its arrays.
 
-    All functions take any number of leading axes: the copies of a scanned or vmapped
-    layer.  The fields of the factors' and the inverses' types correspond.
+    Every function accepts any number of leading axes: the copies of a scanned or
+    vmapped layer.  Factors and inverses have one field for each factor, in one order.
 
     Attributes:
-      kind: the name of the approximation, for tables: ``kronecker``, ``unit_wise``,
-        ``full``, ``doubly_factored``, ``diagonal``.
+      kind: the approximation's name in tables: ``kronecker``, ``unit_wise``, ``full``,
+        ``doubly_factored``, ``diagonal``.
       sums: shapes and dtypes of the sums of one copy of the layer.
-      estimate: ``(residual, output_grads, due) -> sums``.  What the layer's backward
-        pass adds: from what the tap saved in the forward pass and the gradients at the
-        layer's outputs.  A sum that is not due is zero and costs nothing.
-      gradient: ``(residual, output_grads) -> gradients`` of the layer's arrays: the
-        sum of input ⊗ output gradient, which must equal what autodiff finds.
-      mean: ``(sums, terms) -> means`` of a loss that averages ``terms`` terms: the sums
-        divided, of the same type, shapes and dtypes.
-      statistics: ``means -> statistics``, at no cost.
-      factors: the kind of each factor, in a tuple of the statistics' type.
+      estimate: ``(residual, output_grads, due) -> sums``, evaluated in the backward
+        pass from the residual that the tap saved and the gradients at the layer's
+        outputs.  A sum that is not due is zero and costs nothing.
+      gradient: ``(residual, output_grads) -> gradients`` of the layer's arrays, Σ input
+        ⊗ output gradient; ``verify`` compares it with autodiff.
+      mean: ``(sums, terms) -> means`` for a loss that averages ``terms`` terms; same
+        type, shapes and dtypes as the sums.
+      statistics: ``means -> statistics``; no arithmetic of any cost.
+      factors: one ``Factor`` per statistic, in a tuple of the statistics' type.
       pack: ``statistics -> factors``, symmetric matrices as triangles.
-      dampings: ``(mean eigenvalues, λ) -> `` what is added to the diagonal of each
-        factor, both tuples like ``factors``.
-      inverses: the type of the inverses, a tuple with a field for each factor.
+      dampings: ``(mean eigenvalues, λ) -> `` the damping added to the diagonal of each
+        factor; argument and result are tuples like ``factors``.
+      inverses: the inverses' type, with one field for each factor.
       precondition: ``(inverses, gradients) -> natural gradients`` of the layer's
         arrays, leading axes first.
-      variant: ``(exact, block_size) -> block``: with λI added to the curvature itself,
-        where ``dampings`` adds a part of it to each factor; and with factors that are
-        larger than ``block_size`` cut into diagonal blocks.  None where neither makes
-        a difference.
-      moments: the eigenvalue-corrected form of a product of two symmetric factors;
-        None for all other blocks.
+      cut: ``block_size -> `` the block with every factor larger than ``block_size`` cut
+        into diagonal blocks; None if no factor can be cut.
+      moments: the functions of the EKFAC form; None unless the block has exactly two
+        factors, both symmetric.
     """
 
     kind: str
@@ -91,18 +89,18 @@ class CurvatureBlock(NamedTuple):
     dampings: Callable[[Any, Scalar], Any]
     inverses: Callable[..., Inverses]
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
-    variant: "Callable[[bool, int | None], CurvatureBlock] | None" = None
+    cut: "Callable[[int | None], CurvatureBlock] | None" = None
     moments: EigenMoments | None = None
 
     def factor_shapes(self, leading: tuple[int, ...]) -> Factors:
-        """Shapes and dtypes of the factors, leading axes first."""
+        """Returns the shapes and dtypes of the packed factors, leading axes first."""
         packed = jax.eval_shape(lambda s: self.pack(self.statistics(s)), self.sums)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), packed
         )
 
     def init(self, leading: tuple[int, ...]) -> tuple[Factors, Inverses]:
-        """Factors and inverses before the first statistic: zero and the identity."""
+        """Returns zero factors and identity inverses, the state before any update."""
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), self.factor_shapes(leading)
         )
@@ -114,12 +112,14 @@ class CurvatureBlock(NamedTuple):
         return zeros, self.inverses(*eyes)
 
     def invert(self, factors: Factors, damping: Scalar) -> Inverses:
-        """The inverses of one layer's factors, damped; its copies in turn."""
+        """Inverts the damped factors of every copy of the layer, one after another."""
         means, flat = [], []
         for leaf, f in zip(factors, self.factors, strict=True):
             copies = leaf.shape[: leaf.ndim - len(f.shape)]
             rows = leaf.reshape(*copies, f.size)
+            # Multiplicity 1 marks the diagonal, whose sum is the trace.
             trace = jnp.sum(jnp.where(f.multiplicity() == 1, rows, 0), -1)
+            # π compares whole factors, so the diagonal blocks of one share its trace.
             if f.parts > 1:
                 trace = jnp.sum(trace, -1)
             means.append(trace / f.order)
@@ -138,23 +138,24 @@ class CurvatureBlock(NamedTuple):
 def per_row(
     total: Float[Array, "..."], rows: Float[Array, "*stack one one"]
 ) -> Float[Array, "..."]:
-    r"""A sum over rows (examples × locations × uses) as their mean.
+    r"""Divides a sum over rows (examples × locations × uses) by their number.
 
     .. math:: A = \frac{1}{nS} \sum_{i,s} a_{i,s}\, a_{i,s}^\top
 
     Args:
-      total: the sum, of any shape that starts with the copies of a lifted layer.
-      rows: how many rows it sums.
+      total: the sum; its leading axes are the copies of a lifted layer.
+      rows: the number of rows summed, for each copy.
 
     Returns:
-      The mean; zero where no row was seen.
+      The mean; zero if no row was seen.
     """
     rows = rows.reshape(*rows.shape[:-2], *[1] * (total.ndim - rows.ndim + 2))
+    # A statistic that is not due has summed no rows; 0 / 0 would make it NaN.
     return total / jnp.maximum(rows, 1)
 
 
 def per_example(total: Float[Array, "..."], terms: Scalar) -> Float[Array, "..."]:
-    r"""A sum of squared backward signals of a mean loss as a mean over its terms.
+    r"""Turns a sum of products of backward signals into a mean over terms.
 
     The backward signal of a loss that averages n terms is :math:`\delta_i = g_i / n`,
     so
@@ -163,7 +164,7 @@ def per_example(total: Float[Array, "..."], terms: Scalar) -> Float[Array, "..."
 
     Args:
       total: the sum over examples of products of two backward signals.
-      terms: n.
+      terms: n, the number of terms that the loss averages.
 
     Returns:
       The mean over terms of products of two gradients.
@@ -172,20 +173,19 @@ def per_example(total: Float[Array, "..."], terms: Scalar) -> Float[Array, "..."
 
 
 def when(due: Due, make: Callable[..., Any], *operands: Array) -> Any:
-    """``make(*operands)`` if it is due, else zeros of its shape; only one is computed.
-
-    The zeros are made like the first operand, so that they vary over the same mesh
-    axes under ``shard_map``.
+    """Computes ``make(*operands)`` if due, else returns zeros of the same shapes.
 
     Args:
-      due: a traced flag, which becomes a conditional, or a bool, which does not.
-      make: makes an array or several.
+      due: a traced flag, compiled to a conditional, or a bool, resolved at trace time.
+      make: a function that returns an array or a tuple of arrays.
       *operands: its arguments.
 
     Returns:
-      What ``make`` returns, or zeros.
+      The result of ``make``, or zeros.
     """
 
+    # Like the first operand, so that under shard_map both branches of the conditional
+    # vary over the same mesh axes.
     def zeros(first: Array, *_: Array):
         return jax.tree.map(
             lambda s: jnp.zeros_like(first, shape=s.shape, dtype=s.dtype),
@@ -198,13 +198,18 @@ def when(due: Due, make: Callable[..., Any], *operands: Array) -> Any:
 
 
 def statistics_dtype(param_dtype: Any) -> jnp.dtype:
-    """The type of sums, factors and inverses: that of the parameters, ≥ float32."""
+    """Returns the dtype of sums, factors and inverses: the parameters', ≥ float32."""
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
 def count_rows(rows: int, like: Array) -> Array:
-    """``rows`` as ``[1, 1]``, tied to data."""
-    # A constant would not be summed over the lanes of an enclosing vmap, so the number
-    # is made to depend on an array that is mapped whenever the layer is.
+    """Returns ``rows`` as a ``[1, 1]`` array that depends on data."""
+    # The cotangent of a vmapped tap is summed over the lanes only if it is mapped; a
+    # constant is not, so the count is computed from an array that is.
     first = like[(0,) * like.ndim]
     return jnp.where(jnp.isnan(first), rows, rows).astype(like.dtype).reshape(1, 1)
+
+
+def whole_damping(means: Factors, damping: Scalar) -> Factors:
+    """Returns λ itself for every factor, as ``dampings`` of a block of one factor."""
+    return type(means)(*(jnp.broadcast_to(damping, x.shape) for x in means))

@@ -1,10 +1,11 @@
-"""Capture: curvature statistics as the cotangent of a tap.
+"""Captures curvature statistics as the cotangents of taps.
 
 An interceptor passes each recognised layer's output through a **tap**, an identity
 whose backward rule returns the layer's sums (see ``curvature.block``) as the cotangent
-of a **probe**.  A probe is zeros shaped like the sums.  Probes lie beside the layer's
-parameters while the loss is differentiated, so every lifted transform of Flax carries
-them, and are taken out of the gradient after; nobody else sees them.
+of a **probe**, an array of zeros shaped like the sums.  While the loss is
+differentiated, probes lie beside the layer's parameters, so that every lifted transform
+of Flax carries them; afterwards they are removed from the gradient.  The user and the
+optimizer never see them.
 
 One forward and one backward pass give loss, gradients and statistics.
 """
@@ -28,18 +29,17 @@ from lbopt.curvature import flax_layers, tap_rules
 
 PREFIX = "probe"
 
-# A jitted function inside the user's loss is cached by the structure of its arguments.
-# A name that no earlier trace used makes it trace again, so that it can never hold the
-# flags of another trace.
+# A jitted function inside the loss is cached by the structure of its arguments; names
+# that no earlier trace used make it trace again, so that it cannot reuse old flags.
 _trace_numbers = itertools.count()
 
 
 class Location(NamedTuple):
-    """Where a layer's arrays lie in the user's parameters.
+    """The location of a layer's arrays in the user's parameters.
 
     Attributes:
-      keys: the keys that lead to the dictionary holding them.
-      names: the names of its arrays in that dictionary.
+      keys: the keys that lead to the dictionary holding the arrays.
+      names: the names of the layer's arrays in that dictionary.
     """
 
     keys: tuple[Any, ...]
@@ -47,20 +47,20 @@ class Location(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The keys joined by slashes; the name of the layer everywhere."""
+        """The keys joined by slashes, by which tables and messages name the layer."""
         return "/".join(map(str, self.keys))
 
 
 class Tapped(NamedTuple):
-    """A layer that is tapped.
+    """A tapped layer.
 
     Attributes:
-      location: where its arrays lie.
+      location: the location of its arrays.
       block: its curvature block.
       copies: sizes of the lifted axes (``nn.scan``, ``nn.vmap``), in the order of
         ``axes``.
       axes: positions of the lifted axes in the layer's arrays and probes.
-      rules: the user's own rules, of which one may be the layer's.
+      rules: the user's own rules, among which the layer's may be.
     """
 
     location: Location
@@ -71,7 +71,7 @@ class Tapped(NamedTuple):
 
 
 def find_locations(params: Params) -> list[Location]:
-    """Every dictionary of the parameters that directly holds arrays."""
+    """Finds every dictionary of the parameters that directly holds arrays."""
     found: list[Location] = []
 
     def walk(node: Any, keys: tuple[Any, ...]) -> None:
@@ -90,8 +90,9 @@ def find_locations(params: Params) -> list[Location]:
 
 
 def lookup(tree: Any, location: Location) -> Any:
-    """The dictionary at a location; ``optax.MaskedNode`` where all of it is masked."""
+    """Returns the dictionary at a location, or ``optax.MaskedNode`` if masked."""
     for key in location.keys:
+        # optax.masked replaces the largest masked subtree, at any depth.
         if isinstance(tree, optax.MaskedNode):
             return tree
         tree = tree[key]
@@ -101,15 +102,15 @@ def lookup(tree: Any, location: Location) -> Any:
 def insert(
     params: Params, additions: Mapping[tuple[Any, ...], Mapping[str, Array]]
 ) -> Params:
-    """The parameters with arrays added to some of their dictionaries.
+    """Adds arrays to dictionaries of the parameters.
 
     Args:
-      params: nested mappings; their kind (``dict``, ``FrozenDict``) is kept at every
-        level, because a loss may rely on it.
-      additions: the arrays to add, by the keys of their dictionary.
+      params: nested mappings.
+      additions: the arrays to add, keyed by the keys of their dictionary.
 
     Returns:
-      The enlarged tree; an array of the same name is replaced.
+      The tree with the arrays, replacing those of the same names; mappings keep their
+      types.
     """
 
     def walk(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -125,7 +126,7 @@ def insert(
 def remove(
     tree: Params, names: Mapping[tuple[Any, ...], Sequence[str]]
 ) -> tuple[Params, dict[tuple[Any, ...], dict[str, Array]]]:
-    """The inverse of ``insert``: the tree without some arrays, and those arrays."""
+    """Inverts ``insert``: returns the tree without some arrays, and the arrays."""
     taken: dict[tuple[Any, ...], dict[str, Array]] = {}
 
     def walk(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -147,20 +148,24 @@ def remove(
 
 
 def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Mapping[Any, Any]:
+    # A loss may rely on the type of its parameters (dict, FrozenDict).
     if isinstance(node, flax.core.FrozenDict):
         return flax.core.FrozenDict(entries)
-    return entries if type(node) is dict else type(node)(entries)  # pyright: ignore
+    if type(node) is dict:
+        return entries
+    make: Any = type(node)  # a mapping's constructor has no common signature
+    return make(entries)
 
 
 class Probes(NamedTuple):
     """The probes of one trace.
 
     Attributes:
-      tapped: the layers, in the order of the numbers in the probes' names.
-      trace: a number that no other trace has.
-      due: for each layer, which of its statistics are wanted.
-      given: for each layer, arrays that its block estimates with beside the residual,
-        copies first.
+      tapped: the layers; a layer's number in the probes' names is its index.
+      trace: a number unique to this trace.
+      due: for each layer, flags that say which of its statistics are due.
+      given: for each layer, arrays that ``estimate`` takes beside the residual (the
+        eigenbases), copies first.
       reached: the numbers of the layers that have run in this trace so far.
     """
 
@@ -171,20 +176,20 @@ class Probes(NamedTuple):
     reached: set[int]
 
     def names(self, number: int) -> list[str]:
-        """The names of one layer's probes, one a field of its sums."""
+        """Returns the names of one layer's probes, one for each field of its sums."""
         fields = self.tapped[number].block.sums._fields
         return [f"{PREFIX}{self.trace}_{number}_{field}" for field in fields]
 
     def copy_name(self, number: int) -> str:
-        """The name under which each copy of a layer finds its own number."""
+        """Returns the name of the array that tells each copy of a layer its number."""
         return f"{PREFIX}{self.trace}_{number}_copy"
 
     def needs_number(self, number: int) -> bool:
-        """Whether the copies of a layer are given different arrays."""
+        """Tests whether each copy of a layer is given arrays of its own."""
         return bool(self.given[number] and self.tapped[number].copies)
 
     def insert(self, params: Params, value: float = 0.0) -> Params:
-        """The parameters with every layer's probes beside them, all of one value."""
+        """Adds all probes to the parameters, filled with one value."""
         additions = {}
         for number, layer in enumerate(self.tapped):
             shapes = zip(self.names(number), layer.block.sums, strict=True)
@@ -195,11 +200,7 @@ class Probes(NamedTuple):
         return insert(params, additions)
 
     def require_all_reached(self) -> None:
-        """Refuses a trace in which a layer did not run.
-
-        Raises:
-          ValueError: naming the layers.
-        """
+        """Raises ValueError if a layer did not run, naming it."""
         missing = [
             layer.location.path
             for number, layer in enumerate(self.tapped)
@@ -207,13 +208,13 @@ class Probes(NamedTuple):
         ]
         if missing:
             raise ValueError(
-                f"layers {missing} did not run in this loss, though they did when "
-                "trace_layers saw it. Call trace_layers again with the loss, the "
-                "parameters and the arguments that are trained with."
+                f"layers {missing} did not run in this loss, although they ran when "
+                "trace_layers traced it; call trace_layers again with the loss, "
+                "parameters and arguments of the training run"
             )
 
     def remove(self, grads: Params) -> tuple[Params, list[Any]]:
-        """The gradient without probes, and each layer's sums, copies first."""
+        """Returns the gradient without probes, and each layer's sums, copies first."""
         names = {
             layer.location.keys: [
                 *self.names(number),
@@ -230,7 +231,14 @@ class Probes(NamedTuple):
         return grads, sums
 
     def find(self, context: Any) -> tuple[int, tap_rules.Rule, dict[str, Any]] | None:
-        """The number, the rule and the arrays of the layer that an interceptor sees."""
+        """Finds the number, rule and arrays of the layer that a method belongs to.
+
+        Args:
+          context: the interceptor's context.
+
+        Returns:
+          Number, rule and arrays; None if the layer is not tapped.
+        """
         if context.module.scope is None:
             return None
         variables = own_params(context.module)
@@ -242,13 +250,14 @@ class Probes(NamedTuple):
         return None if rule is None else (number, rule, variables)
 
     def given_to(self, number: int, variables: dict[str, Any]) -> list[Array]:
-        """What one copy of a layer is given; it has these variables."""
+        """Returns the arrays given to the copy of a layer that has these variables."""
         layer, given = self.tapped[number], list(self.given[number])
         if not self.needs_number(number):
             return given
         copy = _number_in(variables[self.copy_name(number)])
         each = [x.reshape(-1, *x.shape[len(layer.copies) :]) for x in given]
-        # Without its number a copy gets none of them, and its statistic is refused.
+        # A loss that maps over its parameters can lose the signs; NaN then makes the
+        # optimizer reject the statistic, where another copy's basis would corrupt it.
         lost = len(each[0])
         copy = jnp.where(copy > 0, copy - 1, lost)
         return [x.at[copy].get(mode="fill", fill_value=jnp.nan) for x in each]
@@ -256,7 +265,7 @@ class Probes(NamedTuple):
     def interceptor(
         self, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any
     ) -> Any:
-        """Flax's hook: calls the layer and taps its output."""
+        """Calls a layer and taps its output, for ``nn.intercept_methods``."""
         outputs = next_fun(*args, **kwargs)
         found = self.find(context)
         if found is None:
@@ -274,6 +283,8 @@ class Probes(NamedTuple):
             residual = (residual, *self.given_to(number, variables))
         return tap(
             self.tapped[number].block.estimate,
+            # The rule's own operations (a cast, BatchNorm's moments) are no part of the
+            # loss's derivative.
             jax.lax.stop_gradient(residual),
             outputs,
             _vary_like(probe, outputs),
@@ -286,7 +297,16 @@ def make_probes(
     due: Sequence[Any],
     given: Sequence[tuple[Array, ...]] | None = None,
 ) -> Probes:
-    """Probes for one trace of a loss."""
+    """Returns new probes for one trace of a loss.
+
+    Args:
+      tapped: the layers to tap.
+      due: for each layer, flags that say which of its statistics are due.
+      given: for each layer, the arrays that ``estimate`` takes beside the residual.
+
+    Returns:
+      The probes.
+    """
     given = [() for _ in tapped] if given is None else given
     return Probes(tapped, next(_trace_numbers), due, given, set())
 
@@ -298,21 +318,23 @@ def tap(
     probe: Any,
     due: Any,
 ) -> Array:
-    r"""The identity on ``outputs`` whose cotangent at ``probe`` are the layer's sums.
+    r"""Returns ``outputs``; the cotangent of ``probe`` is the layer's sums.
 
     .. math:: \bar{\text{outputs}} = \delta, \qquad
               \bar{\text{probe}} = \text{estimate}(\text{residual}, \delta, \text{due})
 
     Args:
       estimate: a block's ``estimate``.
-      residual: what ``estimate`` needs of the forward pass.
+      residual: arrays of the forward pass that ``estimate`` needs.
       outputs: the layer's output.
       probe: zeros shaped like the sums.
-      due: which statistics are wanted; traced flags or Python bools.
+      due: flags that say which statistics are due, traced or Python bools.
 
     Returns:
       ``outputs``.
     """
+    # Traced flags are arguments: a custom_vjp may not close over tracers.  Bools are
+    # closed over, and what is not due is never compiled.
     flags, static = _split_flags(due)
 
     @jax.custom_vjp
@@ -321,7 +343,7 @@ def tap(
         return outputs
 
     def forward(residual, outputs, probe, flags):
-        del probe
+        del probe  # not a residual: it would be kept until the backward pass
         return outputs, (residual, flags)
 
     def backward(saved, output_grads):
@@ -334,33 +356,34 @@ def tap(
 
 
 def own_params(module: Any) -> dict[str, Any]:
-    """The arrays that lie directly in a bound module's scope."""
+    """Returns the arrays that lie directly in a bound module's scope."""
     params = module.variables.get("params", {})
     return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
 
 
 def copies_first(x: Array, axes: tuple[int, ...]) -> Array:
-    """An array with its lifted axes moved to the front."""
+    """Moves the lifted axes of an array to the front."""
     return jnp.moveaxis(x, axes, range(len(axes))) if axes else x
 
 
 def copies_back(x: Array, axes: tuple[int, ...]) -> Array:
-    """The inverse of ``copies_first``."""
+    """Inverts ``copies_first``."""
     return jnp.moveaxis(x, range(len(axes)), axes) if axes else x
 
 
 def with_copies(
     shape: tuple[int, ...], copies: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The shape of one copy's array with the lifted axes put in their places."""
+    """Inserts lifted axes of sizes ``copies`` into the shape of one copy's array."""
     result = list(shape)
+    # Ascending, so that each insertion leaves the later positions right.
     for axis, size in sorted(zip(axes, copies, strict=True)):
         result.insert(axis, size)
     return tuple(result)
 
 
 def marked_number(names: Mapping[str, Any], prefix: str) -> int | None:
-    """The layer number that a probe or marker in a scope carries in its name."""
+    """Reads a layer's number off the name of a probe or marker in its scope."""
     for name in names:
         if name.startswith(prefix):
             return int(name[len(prefix) :].split("_")[0])
@@ -373,9 +396,9 @@ def _full(shape: jax.ShapeDtypeStruct, layer: Tapped, value: float) -> Array:
 
 
 def _numbered_zeros(layer: Tapped) -> Array:
-    """Zeros for each copy of a layer whose signs spell the copy's number, from 1."""
-    # Arrays beside the parameters reach whatever a loss adds up over all of them, norms
-    # and penalties; zeros change nothing there, of either sign.
+    """Returns zeros for each copy whose signs encode the copy's number, from 1."""
+    # A loss may add up norms or penalties over everything in params; zeros of either
+    # sign do not change them.
     count = math.prod(layer.copies)
     bits = np.arange(count.bit_length())
     signs = np.where((np.arange(1, count + 1)[:, None] >> bits) & 1, -0.0, 0.0)
@@ -384,7 +407,7 @@ def _numbered_zeros(layer: Tapped) -> Array:
 
 
 def _number_in(zeros: Float[Array, "one bits"]) -> Array:
-    """The number that the signs of one copy's zeros spell; 0 if they were lost."""
+    """Decodes the number from the signs of one copy's zeros; 0 if they are lost."""
     bits = jnp.signbit(jax.lax.stop_gradient(zeros[0]))
     return jnp.sum(bits << jnp.arange(len(bits)))
 
@@ -394,32 +417,25 @@ def _check_probe(layer: Tapped, fields: Any, probe: Any) -> None:
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
             raise ValueError(
                 f"layer {layer.location.path!r}: the probe for {field!r} arrived as "
-                f"{actual.dtype}{list(actual.shape)} where "
-                f"{expected.dtype}{list(expected.shape)} was put in. Something between "
-                "the parameters and the layer changes them (a cast of the whole tree, "
-                "nn.map_variables). Cast in the layers (dtype=) instead, or make the "
-                "layers anew with trace_layers if the model changed."
+                f"{actual.dtype}{list(actual.shape)} instead of "
+                f"{expected.dtype}{list(expected.shape)}, so something between params "
+                "and the layer changes them (a cast of the whole tree, "
+                "nn.map_variables); cast in the layers (dtype=) instead, or call "
+                "trace_layers again if the model changed"
             )
 
 
 def _vary_like(probe: Any, outputs: Array) -> Any:
-    """The probe, varying over the same mesh axes as the outputs.
-
-    Args:
-      probe: the layer's probes.
-      outputs: the layer's outputs.
-
-    Returns:
-      The probes plus zeros: under ``shard_map(check_vma=True)`` the sum with an array
-      that varies casts it, and the cast's transpose adds the devices' sums up.
-    """
+    """Makes the probe vary over the same mesh axes as the outputs."""
+    # Under shard_map(check_vma=True) adding an array that varies casts the probe, and
+    # the transpose of that cast sums over the devices.
     return jax.tree.map(
         lambda p: p + jnp.zeros_like(outputs, shape=p.shape, dtype=p.dtype), probe
     )
 
 
 def _split_flags(due: Any) -> tuple[Any, Any]:
-    """Traced flags (arguments of the tap) and Python bools (fixed in its rule)."""
+    """Splits flags into traced ones and Python bools."""
     leaves, tree = jax.tree.flatten(due)
     traced = [leaf for leaf in leaves if not isinstance(leaf, bool)]
     static = [leaf if isinstance(leaf, bool) else None for leaf in leaves]

@@ -1,13 +1,13 @@
-r"""Diagonal blocks: any parameter that no recognised layer owns.
+r"""Diagonal blocks, for parameters that belong to no recognised layer.
 
 .. math:: f = n\, \bar g \odot \bar g, \qquad u = g / (f + \lambda)
 
-with :math:`\bar g` the gradient of the loss's mean over n terms.  With sampled labels
-its expectation is the diagonal of the Fisher matrix, because the per-example gradients
-then have mean zero; with the training labels it also holds the squared mean gradient.
+with :math:`\bar g` the gradient of a loss that averages n terms.  With sampled labels,
+E[f] is the diagonal of the Fisher matrix, because per-example gradients then have mean
+zero; with the training labels, f also contains the squared mean gradient.
 
 Source: the Gauss–Newton–Bartlett estimator of Liu et al. 2023 (Sophia); kfac-jax calls
-the same quantity the naive diagonal.
+it the naive diagonal.
 """
 
 from typing import Any, NamedTuple
@@ -26,13 +26,13 @@ class DiagonalFactors(NamedTuple):
 
 
 class DiagonalSums(NamedTuple):
-    """The square of the mean loss's gradient."""
+    """The squared gradient of the mean loss."""
 
     f: Any
 
 
 class DiagonalInverses(NamedTuple):
-    """1 / (f + λ)."""
+    """The damped inverse 1 / (f + λ)."""
 
     f_inv: Any
 
@@ -40,22 +40,22 @@ class DiagonalInverses(NamedTuple):
 def diagonal_block(
     name: str, shape: tuple[int, ...], dtype: Any
 ) -> block.CurvatureBlock:
-    """The block of one parameter array.
+    """Builds the block of one parameter array.
 
-    It needs no tap: what it sums is made from the parameter's own gradient, which is
-    passed as ``output_grads``.
+    It needs no tap: its sum is computed from the parameter's own gradient, passed as
+    ``output_grads``.
 
     Args:
       name: the parameter's name in its module.
-      shape: its shape.
-      dtype: type of the statistics and inverses.
+      shape: the parameter's shape.
+      dtype: dtype of the statistics and inverses.
 
     Returns:
       The curvature block.
     """
 
     def square(g: Array) -> Array:
-        return jnp.square(g.astype(dtype))
+        return jnp.square(g.astype(dtype))  # in float16 small squares vanish
 
     def estimate(
         residual: None, output_grads: Array, due: DiagonalFactors
@@ -71,10 +71,8 @@ def diagonal_block(
         mean=lambda sums, terms: DiagonalSums(block.per_example(sums.f, terms)),
         statistics=lambda means: DiagonalFactors(means.f),
         factors=DiagonalFactors(factor.diagonal(shape)),
-        pack=lambda factors: factors,
-        dampings=lambda means, damping: DiagonalFactors(
-            jnp.broadcast_to(damping, means.f.shape)
-        ),
+        pack=lambda factors: factors,  # one number an entry: nothing to pack
+        dampings=block.whole_damping,
         inverses=DiagonalInverses,
         precondition=lambda inverses, leaves: {name: inverses.f_inv * leaves[name]},
     )

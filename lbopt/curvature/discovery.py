@@ -1,9 +1,9 @@
-"""What an abstract trace of the loss tells: which layers run where, and how.
+"""Finds the layers that a loss runs, by an abstract trace.
 
-Each dictionary of arrays in the parameters carries a *marker*, an array with a number
-in its name.  A layer that runs finds the marker beside its own arrays, which tells
-where in the user's tree they lie, whatever lifted transform, prefix or number of models
-stands between.  Nothing is computed.
+Each dictionary of arrays in the parameters gets a *marker*, an array with a number in
+its name.  A layer that runs finds a marker beside its own arrays, and the number gives
+their location in the user's tree, through any lifted transform, prefix or number of
+models.  Nothing is computed.
 """
 
 import itertools
@@ -16,25 +16,26 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
+from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.curvature import capture, flax_layers, tap_rules
 
 _MARKER = "marker"
 
-# As for the probes: a name that no earlier trace used, so that a jitted function inside
-# the loss traces again.
+# A jitted function inside the loss is cached by the structure of its arguments; names
+# that no earlier trace used make it trace again, under this trace's interceptor.
 _trace_numbers = itertools.count()
 
 
 class Sighting(NamedTuple):
-    """A layer seen running.
+    """A layer as the abstract trace saw it run.
 
     Attributes:
-      rule: how it is tapped.
-      seen: the module, unbound, and the shapes of its arguments and parameters.
-      lanes: sizes of the ``vmap`` axes around it that do not map its parameters.
-      map_channels: channels of the feature map that the last layer with a kernel before
-        it made; None if that was no convolution.
+      rule: its tap rule.
+      seen: the unbound module, and the shapes of its arguments and parameters.
+      lanes: sizes of the ``vmap`` axes that map its inputs but not its parameters.
+      map_channels: output channels of the previous layer with a kernel; None if that
+        is not a convolution.
     """
 
     rule: tap_rules.Rule
@@ -44,17 +45,17 @@ class Sighting(NamedTuple):
 
 
 def infer_batch_size(args: Sequence[Any]) -> int | None:
-    """The leading size that the arrays of the batch share.
+    """Infers the batch size from the loss's arguments.
 
-    An argument is taken for the batch if it has arrays and all of them share their
-    leading size.  PRNG keys and scalars do not count, and neither do mappings in
-    mappings, which are a model's collections (``batch_stats``).
+    An argument counts as a batch if it contains arrays and all of them have the same
+    leading size.  PRNG keys, scalars and nested mappings (a model's collections, such
+    as ``batch_stats``) do not count.
 
     Args:
       args: the loss's arguments after the parameters.
 
     Returns:
-      The size, or None if no argument looks like a batch.
+      The leading size, or None if no argument looks like a batch.
 
     Raises:
       ValueError: if two arguments look like batches of different sizes.
@@ -84,6 +85,7 @@ def _is_collection(arg: Any) -> bool:
 def _is_batch_array(leaf: Any) -> bool:
     if not getattr(leaf, "shape", ()):
         return False
+    # jax.random.PRNGKey returns a bare array, without a dtype of its own.
     raw_key = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
     return not raw_key and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -91,17 +93,18 @@ def _is_batch_array(leaf: Any) -> bool:
 def used_arrays(
     loss: Callable[..., Any], params: Params, args: Sequence[Any]
 ) -> set[tuple[Any, ...]]:
-    """The key paths of the parameters that the loss depends on.
+    """Finds the parameters that the loss depends on.
 
     Args:
       loss: the scalar loss.
       params: the parameters.
-      args: its other arguments.
+      args: the loss's other arguments.
 
     Returns:
-      The paths.  Every parameter passes through an identity whose backward rule notes
-      that it ran; automatic differentiation runs it only where a gradient flows.
+      The key paths of the parameters that a gradient flows to.
     """
+    # Each parameter passes through an identity whose backward rule records its path;
+    # autodiff calls the rule only if a gradient reaches it.
     used: set[tuple[Any, ...]] = set()
 
     def note(path: tuple[Any, ...], x: Array) -> Array:
@@ -136,10 +139,25 @@ def find_sightings(
     locations: Sequence[capture.Location],
     rules: tap_rules.Rules,
 ) -> dict[int, Sighting]:
-    """The layers that run, by the number of the location of their arrays."""
+    """Finds the layers with a rule that the loss runs.
+
+    Args:
+      loss: the scalar loss.
+      params: the parameters.
+      args: the loss's other arguments.
+      locations: the dictionaries of arrays in the parameters.
+      rules: the user's rules, by unwrapped function.
+
+    Returns:
+      The layers, keyed by the index of their location.
+
+    Raises:
+      ValueError: if a layer runs under a raw JAX transform.
+    """
     sightings: dict[int, Sighting] = {}
     map_channels: list[int | None] = [None]  # of every layer with a kernel, in order
     prefix = f"{_MARKER}{next(_trace_numbers)}_"
+    # Of the highest rank among the arrays: a lifted transform's axis exists in it, too.
     markers = {
         location.keys: {
             f"{prefix}{i}": max(
@@ -165,6 +183,7 @@ def find_sightings(
         seen = tap_rules.Seen(
             context.module.clone(parent=None), _shapes(arguments), _shapes(params)
         )
+        # Later calls of the same layer only add lanes.
         sighting = sightings.setdefault(
             number, Sighting(rule, seen, [], map_channels[-1])
         )
@@ -183,20 +202,20 @@ def find_feature_maps(
     sightings: Mapping[int, Sighting],
     batch_size: int | None,
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The feature maps that inputs of dense layers are flattened from.
+    """Finds the feature maps that inputs of dense layers are flattened from.
 
     Args:
-      doubly_factored: which layers are asked for, as for ``trace_layers``.
-      locations: where arrays lie.
-      sightings: the layers that run, by the number of the location.
-      batch_size: examples in the batch.
+      doubly_factored: the user's choice, as for ``trace_layers``.
+      locations: the dictionaries of arrays in the parameters.
+      sightings: the layers that run, keyed by the index of their location.
+      batch_size: number of examples in the batch.
 
     Returns:
-      Locations and channels of the map by the layer's path, and for layers whose size
-      asks for it, but whose input is no map that is known, the reason.
+      The maps' (locations, channels) by the layer's path; and by path the reason why a
+      layer that is wide enough has no known map.
 
     Raises:
-      ValueError: for a choice that cannot be met, naming the layer.
+      ValueError: for an invalid choice, naming the layer.
     """
     seen = {locations[number].path: s for number, s in sightings.items()}
     if doubly_factored is None:
@@ -205,19 +224,16 @@ def find_feature_maps(
         for path, sizes in doubly_factored.items():
             _check_feature_map(path, sizes, seen, batch_size)
         return dict(doubly_factored), {}
-    # A bool is an int, but no number of rows.
-    if type(doubly_factored) is not int or doubly_factored < 1:
-        raise ValueError(
-            f"doubly_factored={doubly_factored!r} must be None, a number of rows of at "
-            "least 1, or {path: (locations, channels)}"
-        )
+    way_out = "pass a number of rows, {path: (locations, channels)} or None"
+    checks.whole("doubly_factored", doubly_factored, way_out)
     maps, unexplained = {}, {}
     for path, sighting in seen.items():
         if not _is_wide(sighting, doubly_factored):
             continue
         inputs, channels = _inputs_of(sighting)[-1], sighting.map_channels
-        if _rows_an_example(sighting, batch_size) != 1:
-            unexplained[path] = "wide, but it sees several rows an example"
+        if _rows_per_example(sighting, batch_size) != 1:
+            unexplained[path] = "wide, but it has several rows per example"
+        # inputs == channels: one location, from a global pool; nothing to factor.
         elif channels is None or inputs == channels or inputs % channels:
             unexplained[path] = (
                 f"wide, but no convolution before it explains {inputs} inputs; pass "
@@ -231,24 +247,25 @@ def find_feature_maps(
 def _check_feature_map(
     path: str, sizes: Any, seen: Mapping[str, Sighting], batch_size: int | None
 ) -> None:
-    """Refuses a feature map that a layer does not have."""
+    """Raises ValueError for a feature map that a layer's input cannot have."""
     if path not in seen or not _is_dense(seen[path]):
         known = type(seen[path].seen.module).__name__ if path in seen else None
         raise ValueError(
             f"doubly_factored names {path!r}, which is {known or 'no layer that runs'};"
-            f" it is for nn.Dense, here {[p for p, s in seen.items() if _is_dense(s)]}"
+            f" choose among the nn.Dense {[p for p, s in seen.items() if _is_dense(s)]}"
         )
     shape, given = _inputs_of(seen[path]), f"doubly_factored[{path!r}]={sizes!r}"
+    # Exact types: True and 6.0 are no sizes.
     pair = isinstance(sizes, Sequence) and [*map(type, sizes)] == [int, int]
     if not pair or min(sizes) < 1 or math.prod(sizes) != shape[-1]:
         raise ValueError(
             f"{given} must be (locations, channels) whose product is {shape[-1]}, the "
             "inputs of the layer"
         )
-    if _rows_an_example(seen[path], batch_size) != 1:
+    if _rows_per_example(seen[path], batch_size) != 1:
         raise ValueError(
-            f"{given} is for one flattened map an example, but the layer's input is "
-            f"{list(shape)}, several rows an example; leave the layer out"
+            f"{given} needs one flattened map per example, but the layer's input "
+            f"{list(shape)} has several rows per example; leave the layer out"
         )
 
 
@@ -257,23 +274,23 @@ def _is_dense(sighting: Sighting) -> bool:
 
 
 def _is_wide(sighting: Sighting, rows: int) -> bool:
-    """Whether a dense layer's input factor has more rows than that."""
+    """Tests whether a dense layer's input factor would exceed ``rows`` rows."""
     use_bias = "bias" in sighting.seen.params
     return _is_dense(sighting) and _inputs_of(sighting)[-1] + use_bias > rows
 
 
 def _inputs_of(sighting: Sighting) -> tuple[int, ...]:
-    """The shape of a dense layer's input."""
     return sighting.seen.arguments["inputs"].shape
 
 
-def _rows_an_example(sighting: Sighting, batch_size: int | None) -> int:
+def _rows_per_example(sighting: Sighting, batch_size: int | None) -> int:
+    # Under a per-example vmap the layer's input has no axis of examples.
     batched = batch_size not in sighting.lanes
     return math.prod(_inputs_of(sighting)[batched:-1])
 
 
 def _channels_made(module: Any) -> int | None:
-    """The channels of the map that a convolution makes; None for other modules."""
+    """Returns a convolution's output channels; None for other modules."""
     convolutional = isinstance(module, (nn.Conv, nn.ConvTranspose))
     return module.features if convolutional else None
 
@@ -285,17 +302,17 @@ def lifted_axes(
     location: capture.Location,
     sighting: Sighting,
 ) -> tuple[int, ...]:
-    """Where ``nn.scan`` and ``nn.vmap`` put their axes in a layer's arrays.
+    """Finds the axes that ``nn.scan`` and ``nn.vmap`` added to a layer's arrays.
 
     Args:
       loss: the scalar loss.
       params: the parameters.
-      args: its other arguments.
-      location: where the layer's arrays lie.
-      sighting: the layer as it ran, with arrays of one copy.
+      args: the loss's other arguments.
+      location: the location of the layer's arrays.
+      sighting: the layer as it ran, with arrays without lifted axes.
 
     Returns:
-      The positions, ascending; empty if the layer is not lifted.
+      The axes' positions, ascending; empty if the layer is not lifted.
 
     Raises:
       Refusal: if no set of positions explains the shapes.
@@ -316,19 +333,20 @@ def lifted_axes(
             "its lifted axis has no common position in its arrays; use axis 0 in "
             "variable_axes"
         )
+    # Sizes alone do not tell a lifted axis from an equally long one of the layer's own.
     for axes in candidates:
-        fits = len(candidates) == 1 or _marker_fits(loss, params, args, location, axes)
-        if fits:
+        if len(candidates) == 1 or _marker_fits(loss, params, args, location, axes):
             return axes
     raise tap_rules.Refusal("its lifted axes could not be told from its own")
 
 
 def _marker_fits(loss, params, args, location, axes) -> bool:
-    """Whether a marker with unequal sizes arrives whole, its lifted axes removed."""
+    """Tests candidate axes with a marker whose own axes have unmistakable sizes."""
     whole = next(
         x for x in capture.lookup(params, location).values() if hasattr(x, "shape")
     )
     copies = tuple(whole.shape[a] for a in axes)
+    # Sizes that no lifted axis has; the marker is abstract and takes no memory.
     one = tuple(1009 + i for i in range(len(whole.shape) - len(axes)))
     shape = capture.with_copies(one, copies, axes)
     marker = f"{_MARKER}{next(_trace_numbers)}_0"
@@ -359,31 +377,20 @@ def _trace(loss, params, args, markers, interceptor) -> None:
 
 
 def _eval_shape(function: Callable[..., Any], *operands: Any) -> None:
-    """``jax.eval_shape`` that leaves what is not an array (flags, names) as it is."""
+    """Calls ``jax.eval_shape``, passing arguments that are not arrays unchanged."""
     leaves, tree = jax.tree.flatten(operands)
-    traced = [hasattr(x, "shape") for x in leaves]
 
     def call(arrays: list[Any]) -> Any:
         found = iter(arrays)
-        return function(
-            *jax.tree.unflatten(
-                tree,
-                [
-                    next(found) if is_traced else x
-                    for x, is_traced in zip(leaves, traced, strict=True)
-                ],
-            )
-        )
+        merged = [next(found) if hasattr(x, "shape") else x for x in leaves]
+        return function(*jax.tree.unflatten(tree, merged))
 
-    jax.eval_shape(call, [x for x, t in zip(leaves, traced, strict=True) if t])
+    jax.eval_shape(call, [x for x in leaves if hasattr(x, "shape")])
 
 
 def _refuse_raw_transform(module: Any) -> None:
-    """Refuses a layer that runs under a JAX transform its scope does not know of.
-
-    Raises:
-      ValueError: naming the module.
-    """
+    """Raises ValueError for a layer under a JAX transform unknown to its scope."""
+    # Flax's lifted transforms give the inner scope the inner trace; raw ones do not.
     now = get_opaque_trace_state(convention="flax")
     scope = module.scope
     while scope is not None:
@@ -400,8 +407,9 @@ def _refuse_raw_transform(module: Any) -> None:
 
 
 def _note_lanes(outputs: Array, parameter: Array, lanes: list[int]) -> None:
-    """Notes the ``vmap`` axes that map a layer's output but not its parameters."""
+    """Records the sizes of ``vmap`` axes that map the output but not the parameters."""
 
+    # Only a batching rule sees the size of an axis that is mapped over.
     @jax.custom_batching.custom_vmap
     def mark(x, parameter):
         del parameter
@@ -411,6 +419,7 @@ def _note_lanes(outputs: Array, parameter: Array, lanes: list[int]) -> None:
     def rule(axis_size, in_batched, x, parameter):
         if not in_batched[1]:
             lanes.append(axis_size)
+        # The rule is traced inside the next vmap out, if there is one.
         _note_lanes(x[0] if in_batched[0] else x, parameter, lanes)
         return x, in_batched[0]
 
@@ -422,7 +431,7 @@ def _differentiable(x: Any) -> bool:
 
 
 def keys_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The bare keys of a path that JAX's tree functions give."""
+    """Converts a key path of JAX's tree functions to bare keys."""
     return tuple(getattr(entry, "key", getattr(entry, "idx", entry)) for entry in path)
 
 

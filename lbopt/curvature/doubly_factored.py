@@ -1,29 +1,28 @@
 r"""The doubly factored block: a wide dense layer on a flattened feature map.
 
-The kernel of a dense layer that reads T locations of C channels is
-``W [T, C, D]``, and a factor of its T·C inputs would be too large to invert.  Each
-example's input is a map ``A [T, C]``, of which the best approximation of rank one is
-kept,
+The kernel of a dense layer that reads T locations of C channels is ``W [T, C, D]``, and
+the factor of its T·C inputs may be too large to invert.  Each example's input is a map
+``A [T, C]``, which is replaced by its best rank-one approximation,
 
 .. math::
   A \approx \kappa\, \psi^\top, \qquad
   \kappa = \sqrt{\sigma_1}\, u_1, \quad \psi = \sqrt{\sigma_1}\, v_1
 
-with the leading singular triple.  If κ, ψ and the gradients g at the outputs are
-independent,
+where :math:`(\sigma_1, u_1, v_1)` is the leading singular triple.  If κ, ψ and the
+gradients g at the outputs are independent,
 
 .. math::
   F \approx K \otimes \Psi \otimes G, \qquad
   K = \mathbb E[\kappa \kappa^\top], \quad
   \Psi = \mathbb E[\psi \psi^\top], \quad G = \mathbb E[g g^\top]
 
-where ``F`` acts on ``W`` in row-major order.  The bias is a block of its own, which is
-G itself.
+where F acts on W in row-major order.  The bias has a block of its own, G.
 
-Source: Ba, Grosse & Martens 2017, on large fully connected layers; the equal split of
-:math:`\sigma_1` and the bias apart as in the authors' code.
+Source: Ba, Grosse & Martens 2017, on large fully connected layers.  The equal split of
+:math:`\sigma_1` and the separate bias follow the authors' code.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,19 +34,19 @@ from lbopt import linalg, patches
 from lbopt._typing import Array, Scalar
 from lbopt.curvature import block, factor
 
-# Of no weight beside the products around them.  On rectified maps of 36 locations × 256
-# channels they leave a relative error of σ₁ below 1e-10 where σ₂ / σ₁ is 0.86 and below
-# 2e-5 where it is 0.94; the closer the two, the less does it matter which is kept.
+# Negligible beside the products around them.  On rectified maps of 36 locations × 256
+# channels the relative error of σ₁ is below 1e-10 if σ₂ / σ₁ is 0.86 and below 2e-5 if
+# it is 0.94; the closer the two, the less it matters which one is kept.
 _ITERATIONS = 32
 
 
 class DoublyFactors(NamedTuple):
-    """The three factors, as statistics ``[*stack, d, d]`` or packed in the state.
+    """The three factors: whole as statistics ``[*stack, d, d]``, packed in the state.
 
     Attributes:
-      k: second moment of the locations' parts, ``K``.
-      c: second moment of the channels' parts, ``Ψ``.
-      g: second moment of the output gradients, ``G``.
+      k: K, the second moment of the location vectors κ.
+      c: Ψ, the second moment of the channel vectors ψ.
+      g: G, the second moment of the output gradients.
     """
 
     k: Any
@@ -59,10 +58,10 @@ class BiasedDoublyFactors(NamedTuple):
     """The factors of a layer with a bias.
 
     Attributes:
-      k: as in ``DoublyFactors``.
-      c: likewise.
-      g: likewise.
-      bias: the Fisher matrix of the bias, G once more; it is damped otherwise.
+      k: K.
+      c: Ψ.
+      g: G.
+      bias: G again, the Fisher matrix of the bias, which takes another damping.
     """
 
     k: Any
@@ -72,14 +71,13 @@ class BiasedDoublyFactors(NamedTuple):
 
 
 class DoublySums(NamedTuple):
-    """What a backward pass adds up.
+    """Sums over the examples of a backward pass.
 
     Attributes:
       k: Σ κ κᵀ.
       c: Σ ψ ψᵀ.
-      g: Σ δ δᵀ of the backward signals, of the kernel and the bias alike: it is made if
-        either is due.
-      rows: how many maps ``k`` and ``c`` sum, ``[1, 1]``.
+      g: Σ δ δᵀ of the backward signals, shared by kernel and bias.
+      rows: number of maps in ``k`` and ``c``, ``[1, 1]``.
     """
 
     k: Any
@@ -89,7 +87,7 @@ class DoublySums(NamedTuple):
 
 
 class DoublyInverses(NamedTuple):
-    """The damped inverses; with exact damping, each a ``factor.Eigenbasis`` instead.
+    """The damped inverses of the three factors.
 
     Attributes:
       k: ``(K + λ_K I)⁻¹``, ``[*stack, T, T]``.
@@ -106,10 +104,10 @@ class BiasedDoublyInverses(NamedTuple):
     """The damped inverses of a layer with a bias.
 
     Attributes:
-      k: as in ``DoublyInverses``.
-      c: likewise.
-      g: likewise.
-      bias: ``(G + λ I)⁻¹``, with exact damping, too.
+      k: ``(K + λ_K I)⁻¹``.
+      c: ``(Ψ + λ_Ψ I)⁻¹``.
+      g: ``(G + λ_G I)⁻¹``.
+      bias: ``(G + λ I)⁻¹``.
     """
 
     k: Any
@@ -121,52 +119,48 @@ class BiasedDoublyInverses(NamedTuple):
 def doubly_factored_block(
     locations: int, channels: int, out_features: int, use_bias: bool, dtype: Any
 ) -> block.CurvatureBlock:
-    r"""The block of a dense layer on a flattened feature map.
+    r"""Builds the block of a dense layer on a flattened feature map.
 
     .. math::
       U = (K + \lambda_K I)^{-1} \otimes (\Psi + \lambda_\Psi I)^{-1} \otimes
-          (G + \lambda_G I)^{-1}\, \nabla W, \qquad
-      u = (G + \lambda I)^{-1}\, \nabla b
+          (G + \lambda_G I)^{-1}\, \nabla W, \quad u = (G + \lambda I)^{-1}\, \nabla b
 
-    with :math:`\lambda_K \lambda_\Psi \lambda_G = \lambda`, see ``linalg.pi_damping``;
-    the ``exact`` variant inverts :math:`K \otimes \Psi \otimes G + \lambda I` itself.
+    with :math:`\lambda_K \lambda_\Psi \lambda_G = \lambda`, see ``linalg.pi_damping``.
 
     Args:
       locations: T.
-      channels: C; the kernel is ``[T·C, D]``, the channels of a location together.
+      channels: C; the kernel is ``[T·C, D]``, channels varying fastest.
       out_features: D.
-      use_bias: whether there is a bias.
-      dtype: type of the statistics and inverses.
+      use_bias: whether the layer has a bias.
+      dtype: dtype of the statistics and inverses.
 
     Returns:
       The curvature block.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from lbopt.curvature import doubly_factored
-      >>> block = doubly_factored.doubly_factored_block(36, 256, 10, True, jnp.float32)
+      >>> block = doubly_factored.doubly_factored_block(36, 256, 10, True, "float32")
       >>> [f.order for f in block.factors]  # in place of 9,217 and 10
       [36, 256, 10, 10]
 
     Source: Ba, Grosse & Martens 2017, three factors with generalised factored damping.
     The paper leaves open a layer that is used several times: each use is a map of its
-    own, and G sums over uses.  Factors of one row are damped like all others.
+    own, and G sums over uses.
     """
+    factors = BiasedDoublyFactors if use_bias else DoublyFactors
     orders = (locations, channels, out_features)
     sums = DoublySums(
         *[jax.ShapeDtypeStruct((order, order), dtype) for order in orders],
         rows=jax.ShapeDtypeStruct((1, 1), dtype),
     )
+    moment = functools.partial(patches.outer_sum, dtype=dtype)
 
     def rank_one_rows(inputs: Array) -> tuple[Array, Array, Array]:
-        maps = inputs.reshape(-1, locations, channels).astype(dtype)
-        kappa, psi = rank_one(maps)
-        return kappa, psi, block.count_rows(len(maps), kappa)
-
-    def moment(rows: Array) -> Array:
-        return patches.outer_sum(rows, dtype)
+        kappa, psi = rank_one(inputs.reshape(-1, locations, channels).astype(dtype))
+        return kappa, psi, block.count_rows(len(kappa), kappa)
 
     def estimate(inputs: Array, output_grads: Array, due: Any) -> DoublySums:
+        # One decomposition serves both; K and Ψ are nearly always due together.
         kappa, psi, rows = block.when(due.k | due.c, rank_one_rows, inputs)
         due_g = due.g | due.bias if use_bias else due.g
         return DoublySums(
@@ -182,24 +176,14 @@ def doubly_factored_block(
         kernel = jnp.einsum("ni,no->io", a, g)
         return {"kernel": kernel} | ({"bias": jnp.sum(g, 0)} if use_bias else {})
 
-    def statistics(means: DoublySums) -> DoublyFactors | BiasedDoublyFactors:
-        if use_bias:
-            return BiasedDoublyFactors(means.k, means.c, means.g, means.g)
-        return DoublyFactors(means.k, means.c, means.g)
-
-    def variant(exact: bool, block_size: int | None) -> block.CurvatureBlock:
+    def cut(block_size: int | None) -> block.CurvatureBlock:
         k, c, g = (factor.cut_symmetric(order, block_size) for order in orders)
-        plain = BiasedDoublyFactors(k, c, g, g) if use_bias else DoublyFactors(k, c, g)
-        turned = plain._replace(k=factor.eigen(k), c=factor.eigen(c), g=factor.eigen(g))
-        solve = _solve_exactly if exact else _solve
-
-        def pack(statistics: Any) -> Any:
-            return type(statistics)(*map(factor.pack, plain, statistics))
+        kinds = factors(k, c, g, *[g] * use_bias)
 
         def precondition(inverses: Any, leaves: block.Leaves) -> dict[str, Array]:
             kernel = leaves["kernel"]
-            v = kernel.reshape(*kernel.shape[:-2], *orders)
-            v = solve((k, c, g), inverses[:3], v)
+            v = kernel.reshape(*kernel.shape[:-2], *orders)  # [*copies, T, C, D]
+            v = _solve((k, c, g), inverses[:3], v)
             natural = {"kernel": v.reshape(kernel.shape)}
             if use_bias:
                 column = leaves["bias"][..., None]
@@ -212,35 +196,35 @@ def doubly_factored_block(
             estimate=estimate,
             gradient=gradient,
             mean=_mean,
-            statistics=statistics,
-            factors=turned if exact else plain,
-            pack=pack,
-            dampings=_undivided if exact else _divided,
+            statistics=lambda means: factors(*means[:3], *[means.g] * use_bias),
+            factors=kinds,
+            pack=lambda statistics: factors._make(map(factor.pack, kinds, statistics)),
+            dampings=_factored_damping,
             inverses=BiasedDoublyInverses if use_bias else DoublyInverses,
             precondition=precondition,
-            variant=variant,
+            cut=cut,
         )
 
-    return variant(False, None)
+    return cut(None)
 
 
 def rank_one(
     maps: Float[Array, "batch t c"],
 ) -> tuple[Float[Array, "batch t"], Float[Array, "batch c"]]:
-    r"""The best approximation of rank one of each map, split evenly.
+    r"""Approximates each map by an outer product of two vectors of equal norm.
 
     .. math::
       A \approx \kappa\, \psi^\top, \qquad
       |\kappa|^2 = |\psi|^2 = \sigma_1, \qquad
       u \leftarrow A A^\top u \,/\, |A A^\top u|
 
-    A fixed number of power iterations on the smaller side.
+    by a fixed number of power iterations on the shorter side.
 
     Args:
-      maps: ``A`` of each example.
+      maps: A of each example.
 
     Returns:
-      κ and ψ, zero for a map of zeros; the sign of the pair is arbitrary.
+      κ and ψ, zero for a map of zeros; the pair's sign is arbitrary.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -249,19 +233,20 @@ def rank_one(
       >>> [round(float(x), 3) for x in (*kappa[0], *psi[0])]  # σ₁ = 5
       [1.342, 1.789, 2.236, 0.0]
 
-    Source: Ba, Grosse & Martens 2017 take the singular vectors; how they are found is
-    our choice.  The iteration starts from the mean and the largest vector of the side:
-    for maps that are not negative the mean is never orthogonal to :math:`u_1`, and the
-    sum of the two vanishes for no map but zero.
+    Source: Ba, Grosse & Martens 2017 use the singular vectors; the algorithm is our
+    choice.
     """
     if maps.shape[-1] < maps.shape[-2]:
         psi, kappa = rank_one(jnp.swapaxes(maps, -1, -2))
         return kappa, psi
     largest = jnp.max(jnp.abs(maps), axis=(-2, -1), keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
+    # Maps of largest entry 1: their squares neither overflow nor vanish.
+    scale = jnp.where(largest > 0, largest, 1)
     a = maps / scale
     across = jnp.swapaxes(a, -1, -2)
-    gram = linalg.matmul(a, across)
+    gram = linalg.matmul(a, across)  # [batch, t, t]
+    # The mean of the rows of a map that is not negative is never orthogonal to u₁; with
+    # the longest row added, the start is zero for no map but zero.
     longest = jnp.argmax(jnp.diagonal(gram, axis1=-2, axis2=-1), -1)[:, None, None]
     start = jnp.mean(gram, -1, keepdims=True) + jnp.take_along_axis(gram, longest, -1)
     u = jax.lax.fori_loop(
@@ -286,14 +271,10 @@ def _mean(sums: DoublySums, terms: Scalar) -> DoublySums:
     )
 
 
-def _divided(means: Any, damping: Scalar) -> Any:
-    """A part of the damping for each factor of the kernel, all of it for the bias."""
+def _factored_damping(means: Any, damping: Scalar) -> Any:
+    """Splits λ among the kernel's three factors and gives the bias all of it."""
     k, c, g = linalg.pi_damping(damping, means.k, means.c, means.g)
-    return _undivided(means, damping)._replace(k=k, c=c, g=g)
-
-
-def _undivided(means: Any, damping: Scalar) -> Any:
-    return type(means)(*(jnp.broadcast_to(damping, x.shape) for x in means))
+    return block.whole_damping(means, damping)._replace(k=k, c=c, g=g)
 
 
 def _solve(
@@ -301,29 +282,10 @@ def _solve(
     inverses: Sequence[Array],
     v: Float[Array, "*stack t c out"],
 ) -> Float[Array, "*stack t c out"]:
-    """The product of each axis with its factor's matrix."""
+    """Multiplies each of the last three axes by its factor's matrix."""
     for i, (kind, inverse) in enumerate(zip(kinds, inverses, strict=True)):
         turned = jnp.moveaxis(v, i - 3, -3)
         rows = turned.reshape(*turned.shape[:-2], -1)
         product = factor.times(kind, inverse, rows).reshape(turned.shape)
         v = jnp.moveaxis(product, -3, i - 3)
     return v
-
-
-def _solve_exactly(
-    kinds: Sequence[factor.Factor],
-    bases: Sequence[factor.Eigenbasis],
-    v: Float[Array, "*stack t c out"],
-) -> Float[Array, "*stack t c out"]:
-    """Between turns into the eigenbases and back, a division by each eigenvalue."""
-    stack, sizes = v.shape[:-3], v.shape[-3:]
-    k, c, g = (basis.values.reshape(*stack, -1) for basis in bases)
-    # The padding of factors that are cut has eigenvectors of its own, in any place.
-    padding = [(0, x.shape[-1] - n) for x, n in zip((k, c, g), sizes, strict=True)]
-    v = jnp.pad(v, [(0, 0)] * len(stack) + padding)
-    eigenvalues = k[..., :, None, None] * c[..., None, :, None] * g[..., None, None, :]
-    damping = bases[0].damping.reshape(*stack, -1)[..., :1, None, None]
-    vectors = [basis.vectors for basis in bases]
-    v = _solve(kinds, [jnp.swapaxes(q, -1, -2) for q in vectors], v)
-    v = _solve(kinds, vectors, v / (eigenvalues + damping))
-    return v[..., : sizes[0], : sizes[1], : sizes[2]]

@@ -1,24 +1,24 @@
 r"""Second moments of gradients in the eigenbases of a layer's two factors (EKFAC).
 
-With eigenvectors ``U_A`` and ``U_G`` of the factors as columns and :math:`\nabla W_n`
-the gradient of one example's term, the curvature is taken for a diagonal in the basis
-:math:`U_A \otimes U_G`,
+With the factors' eigenvectors as columns of ``U_A`` and ``U_G``, and with
+:math:`\nabla W_n` the gradient of one example's loss, the curvature is approximated by
+a diagonal in the basis :math:`U_A \otimes U_G`,
 
 .. math:: F \approx (U_A \otimes U_G)\, \mathrm{diag}(s)\, (U_A \otimes U_G)^\top,
           \qquad s = \mathbb{E}_n\bigl[(U_A^\top\, \nabla W_n\, U_G)^2\bigr]
 
-entry by entry of the kernel matrix.  Of all diagonals in this basis, the Kronecker
-product's own :math:`d_A d_G^\top` among them, it is the nearest to F in the Frobenius
-norm, and it can be renewed between one basis and the next.
+where the square is entrywise.  Of all diagonals in this basis, including the Kronecker
+product's eigenvalues :math:`d_A d_G^\top`, s is the closest to F in the Frobenius norm.
+It can be updated more often than the basis.
 
-A factor that is cut into diagonal blocks has a basis that is cut likewise, and s has
-rows or columns for the padding of its last block.
+A factor cut into diagonal blocks has a block-diagonal basis, and s has extra rows or
+columns for the padding of the last block.
 
-Source: George et al. 2018, §3 and Algorithm 1.  The paper has dense layers and
-convolutions under ``expand``; with ``reduce`` an example's gradient is taken for
-:math:`\bar a \bar g^\top`, as the factors take it.  A layer that is called several
-times counts as so many examples, as for its factors.  On a change of the basis the
-paper computes s anew; here it is carried over (``carried``).
+Source: George et al. 2018, §3 and Algorithm 1.  The paper treats dense layers, and
+convolutions under ``expand``; with ``reduce`` an example's gradient is approximated by
+:math:`\bar a \bar g^\top`, as in the factors.  Each call of a layer that is called
+several times counts as an example, as in the factors.  The paper recomputes s when the
+basis changes; here s is carried over (``carried``).
 """
 
 import math
@@ -31,18 +31,19 @@ from jaxtyping import Float
 from lbopt import linalg
 from lbopt._typing import Array, Scalar
 from lbopt.curvature import block as blocks
+from lbopt.curvature import factor
 
 
 class CorrectedDue(NamedTuple):
-    """What an optimizer wants of a layer: flags, and the bases that it has.
+    """A layer's mask: which statistics are due, and the bases to evaluate s in.
 
     Attributes:
       a: whether the second moment of the inputs is due.
-      g: whether that of the output gradients is.
-      s: whether that of the gradients in the bases is.
-      a_basis: ``U_A``, ``[*copies, *stack, in, in]``, or cut ``[..., parts, rows,
-        rows]``.
-      g_basis: ``U_G``, likewise.
+      g: whether the second moment of the output gradients is due.
+      s: whether the second moment of the gradients in the bases is due.
+      a_basis: ``U_A``, ``[*copies, *stack, in, in]``, or ``[..., parts, rows, rows]``
+        for a cut factor.
+      g_basis: ``U_G``, of the same form.
     """
 
     a: Any
@@ -53,7 +54,7 @@ class CorrectedDue(NamedTuple):
 
 
 class CorrectedStatistics(NamedTuple):
-    """The statistics of a layer, or which of them are due.
+    """The statistics of a layer, or flags that say which of them are due.
 
     Attributes:
       a: second moment of the inputs.
@@ -67,13 +68,13 @@ class CorrectedStatistics(NamedTuple):
 
 
 class CorrectedSums(NamedTuple):
-    """What a backward pass adds up.
+    """Sums over the rows of a backward pass.
 
     Attributes:
       a: Σ a aᵀ.
       g: Σ δ δᵀ of the backward signals.
-      rows: how many rows ``a`` sums, ``[1, 1]``.
-      s: Σ of the squared backward signals of the kernel matrix, in the bases.
+      rows: number of rows in ``a``, ``[1, 1]``.
+      s: Σ of the squared per-example gradients of the kernel matrix, in the bases.
     """
 
     a: Any
@@ -82,44 +83,73 @@ class CorrectedSums(NamedTuple):
     s: Any
 
 
+class Eigenbases(NamedTuple):
+    """The eigenbases of the two factors, kept instead of their inverses.
+
+    Attributes:
+      a: eigendecomposition of A, a ``factor.Eigenbasis``.
+      g: eigendecomposition of G.
+    """
+
+    a: Any
+    g: Any
+
+
+def in_eigenbases(block: blocks.CurvatureBlock) -> blocks.CurvatureBlock:
+    """Returns the block with its factors decomposed instead of inverted.
+
+    Args:
+      block: a block with ``moments``, which then precondition in its place.
+
+    Returns:
+      The block; its ``invert`` returns ``Eigenbases``.
+    """
+    return block._replace(
+        factors=type(block.factors)(*map(factor.eigen, block.factors)),
+        # λ is added to s itself, which is the curvature's own scale: no π.
+        dampings=blocks.whole_damping,
+        inverses=Eigenbases,
+    )
+
+
 def apart(due: Any) -> tuple[Any, tuple[Array, ...]]:
-    """A layer's flags, and the bases that its mask brings, if any."""
+    """Splits a layer's mask into flags and the bases to evaluate s in, if any."""
     if not isinstance(due, CorrectedDue):
         return due, ()
     return CorrectedStatistics(due.a, due.g, due.s), (due.a_basis, due.g_basis)
 
 
 def flags(due: Any) -> list[Any]:
-    """All flags of a mask, without the bases that it brings."""
-    is_mask = lambda node: isinstance(node, CorrectedDue)  # noqa: E731
-    masks = jax.tree.leaves(due, is_leaf=is_mask)
+    """Returns all flags of a mask, without its bases."""
+    masks = jax.tree.leaves(due, is_leaf=lambda node: isinstance(node, CorrectedDue))
     return jax.tree.leaves([apart(mask)[0] for mask in masks])
 
 
 def with_moments(
     block: blocks.CurvatureBlock, copies: int, a_basis: Array, g_basis: Array
 ) -> blocks.CurvatureBlock:
-    """The block whose statistics have the second moments among them.
+    """Adds the second moments s to a block's statistics.
 
     Args:
       block: a block of two symmetric factors.
-      copies: how many leading axes of the bases number copies of the layer.
-      a_basis: ``U_A``; its shape alone is used.
-      g_basis: ``U_G``, likewise.
+      copies: number of leading axes of the bases that number copies of the layer.
+      a_basis: ``U_A``; only its shape is used.
+      g_basis: ``U_G``; only its shape is used.
 
     Returns:
-      The block; its ``estimate`` takes ``(residual, U_A, U_G)`` of one copy in the
-      place of the residual.
+      The block; its ``estimate`` takes ``(residual, U_A, U_G)`` of one copy where the
+      original takes the residual.
     """
     moments, whole = block.moments, block.sums
     assert moments is not None
-    stack = whole.a.shape[:-2]
+    stack = whole.a.shape[:-2]  # convolution groups
+    # Rows and columns of s: all parts of a cut basis in a row, padding included.
     shape = tuple(
         math.prod(x.shape[copies + len(stack) : -1]) for x in (a_basis, g_basis)
     )
 
     def estimate(residual: Any, output_grads: Array, due: Any) -> CorrectedSums:
-        inputs, *bases = residual
+        inputs, *bases = residual  # the interceptor puts the bases beside the residual
         a, g, rows = block.estimate(inputs, output_grads, due)
         s = blocks.when(due.s, moments.sum_squares, output_grads, inputs, *bases)
         return CorrectedSums(a, g, rows, s)
@@ -149,29 +179,30 @@ def sum_squares(
     a_basis: Array,
     g_basis: Array,
 ) -> Float[Array, "*stack rows columns"]:
-    r"""The squared gradients of the examples in the bases, summed over examples.
+    r"""Sums the squared per-example gradients in the bases.
 
     .. math:: \sum_i \Bigl(U_A^\top \bigl(\sum_s a_{i,s}\, \delta_{i,s}^\top\bigr)
               U_G\Bigr)^2
 
-    No more of the examples' gradients exist at once than have room where the rows lie.
+    Per-example gradients are formed in chunks that take no more memory than the rows.
 
     Args:
-      inputs: rows a, the homogeneous coordinate among their features.
+      inputs: rows a, including the homogeneous coordinate.
       output_grads: backward signals δ.
       a_basis: ``U_A``, ``[*stack, (parts,) rows, rows]``.
-      g_basis: ``U_G``, likewise.
+      g_basis: ``U_G``, ``[*stack, (parts,) rows, rows]``.
 
     Returns:
-      The sum, in the type of the bases.
+      The sum, in the dtype of the bases.
     """
     a, g = inputs.astype(a_basis.dtype), output_grads.astype(g_basis.dtype)
     *stack, batch, shared, d_in = a.shape
     d_out = g.shape[-1]
     if shared == 1:
+        # (u_i · a δᵀ · v_j)² = (u_i · a)² (v_j · δ)², one product of squares.
         a, g = _turned(a[..., 0, :], a_basis), _turned(g[..., 0, :], g_basis)
         return linalg.matmul(jnp.swapaxes(a * a, -1, -2), g * g)
-    # Few rows are turned themselves, of many the sum of their products is.
+    # Few rows are cheaper to rotate before they are multiplied, many rows after.
     few = shared * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out)
 
     def in_bases(a: Array, g: Array) -> Array:
@@ -199,41 +230,75 @@ def sum_squares(
 def kronecker_eigenvalues(
     kinds: Any, bases: Any
 ) -> Float[Array, "*copies rows columns"]:
-    r"""The eigenvalues :math:`d_A d_G^\top` of the Kronecker product itself.
+    r"""Returns the eigenvalues :math:`d_A d_G^\top` of the Kronecker product.
 
     Args:
-      kinds: the factors' kinds, a pair.
+      kinds: the kinds of the two factors.
       bases: an ``Eigenbasis`` for each.
 
     Returns:
-      The products, those of the padding of cut factors among them.
+      The products, including the padding of cut factors.
     """
     a, g = (
-        # The values of all parts in a row.
+        # The values of all diagonal blocks in a row.
         x.values if kind.parts == 1 else x.values.reshape(*x.values.shape[:-2], -1)
         for kind, x in zip(kinds, bases, strict=True)
     )
     return a[..., :, None] * g[..., None, :]
 
 
+def precondition(
+    kinds: Any,
+    bases: Eigenbases,
+    s: Float[Array, "*copies rows columns"],
+    matrix: Float[Array, "*copies in out"],
+) -> Float[Array, "*copies in out"]:
+    r"""Preconditions a gradient by the corrected eigenvalues.
+
+    .. math:: U = U_A \left[(U_A^\top\, \nabla W\, U_G) / (s + \lambda)\right] U_G^\top
+
+    Args:
+      kinds: the kinds of the two factors.
+      bases: their eigenbases, and λ.
+      s: second moments of the gradients in the bases.
+      matrix: the gradient ∇W as a kernel matrix.
+
+    Returns:
+      The natural gradient U.
+    """
+    (a, g), ((damping, _, q_a), (_, _, q_g)) = kinds, bases
+    rows, columns = matrix.shape[-2:]
+    # The last block of a cut factor is padded, and eigh may put the padding's
+    # eigenvectors anywhere among its columns.
+    edges = [(0, s.shape[-2] - rows), (0, s.shape[-1] - columns)]
+    v = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + edges)
+    v = factor.times_right(g, v, q_g)
+    v = factor.times(a, _transposed(q_a), v)
+    # One λ per copy, repeated for the diagonal blocks of a cut factor.
+    damping = damping[..., 0] if a.parts > 1 else damping
+    v = v / (s + damping[..., None, None])
+    v = factor.times_right(g, v, _transposed(q_g))
+    return factor.times(a, q_a, v)[..., :rows, :columns]
+
+
 def carried(
     s: Float[Array, "*copies rows columns"], before: Any, after: Any
 ) -> Float[Array, "*copies rows columns"]:
-    r"""Second moments as they are best known in other bases.
+    r"""Carries second moments over to new bases.
 
     .. math:: s' = (R_A \circ R_A)^\top s\, (R_G \circ R_G), \qquad
               R_A = U_A^\top U_A'
 
-    and :math:`R_G` likewise: the diagonal, in the new bases, of the curvature that is
-    diagonal in the old.
+    and :math:`R_G = U_G^\top U_G'`: the diagonal, in the new bases, of the curvature
+    that is diagonal in the old bases.
 
     Args:
-      s: the second moments in the old bases.
+      s: second moments in the old bases.
       before: the old bases, an ``Eigenbasis`` for each factor.
-      after: the new ones.
+      after: the new bases.
 
     Returns:
-      s′; the sum of its entries is that of s.
+      s′, with the same sum as s, the trace of the curvature.
     """
     a, g = (
         linalg.matmul(_transposed(old.vectors), new.vectors)
@@ -246,8 +311,8 @@ def carried(
 def _turned(
     rows: Float[Array, "*stack m d"], basis: Array
 ) -> Float[Array, "*stack m all"]:
-    """Rows in a basis; of one that is cut, with the coordinates of its padding."""
-    if basis.ndim == rows.ndim:
+    """Rotates rows into a basis, with extra coordinates for a cut basis's padding."""
+    if basis.ndim == rows.ndim:  # [*stack, d, d]; a cut basis has one axis more
         return linalg.matmul(rows, basis)
     parts, size = basis.shape[-3:-1]
     edges = [(0, 0)] * (rows.ndim - 1) + [(0, parts * size - rows.shape[-1])]
@@ -260,6 +325,7 @@ def _each_turned(
     rows: Float[Array, "*stack n m d"], basis: Array
 ) -> Float[Array, "*stack n m all"]:
     *stack, n, m, d = rows.shape
+    # The examples share one basis: one product of n·m rows.
     turned = _turned(rows.reshape(*stack, n * m, d), basis)
     return turned.reshape(*stack, n, m, -1)
 
@@ -269,5 +335,5 @@ def _transposed(x: Array) -> Array:
 
 
 def _chunk(batch: int, most: int) -> int:
-    """The largest divisor of the batch that is not above ``most``, or 1."""
+    """Returns the largest divisor of the batch that is at most ``most``, or 1."""
     return max(d for d in range(1, batch + 1) if batch % d == 0 and d <= max(most, 1))

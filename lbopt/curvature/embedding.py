@@ -1,5 +1,10 @@
-"""The block of an embedding: looked up, attended, or both (tied weights)."""
+"""The block of an embedding: looked up, attended, or both (tied weights).
 
+Looked up, an embedding ``E [vocabulary, features]`` is a dense layer on one-hot inputs;
+attended (``Embed.attend``, tied output weights), it is a dense layer with kernel Eᵀ.
+"""
+
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,18 +18,15 @@ from lbopt.curvature import block, kronecker
 
 
 class EmbedSums(NamedTuple):
-    """What a backward pass adds up for an embedding ``E [vocabulary, features]``.
-
-    Looked up, the embedding is a dense layer on one-hot inputs; attended
-    (``Embed.attend``, tied output weights) it is one the other way round.
+    """Sums over the lookups and queries of a backward pass.
 
     Attributes:
-      a: how often each word was looked up; the diagonal of Σ e eᵀ, which is exact.
+      a: number of lookups of each word, which is Σ e eᵀ of one-hot inputs, a diagonal.
       g: Σ δ δᵀ of the looked-up vectors.
-      rows: how many words were looked up, ``[1, 1]``.
-      attended_a: Σ δ² for each word's logit; the diagonal of the full factor.
+      rows: number of lookups, ``[1, 1]``.
+      attended_a: Σ δ² of each word's logit, the diagonal of the full factor.
       attended_g: Σ q qᵀ of the queries.
-      attended_rows: how many queries there were, ``[1, 1]``.
+      attended_rows: number of queries, ``[1, 1]``.
     """
 
     a: Any
@@ -36,26 +38,27 @@ class EmbedSums(NamedTuple):
 
 
 def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBlock:
-    r"""The block of an embedding, looked up, attended or both (tied).
+    r"""Builds the block of an embedding that is looked up, attended or both (tied).
 
-    With lookups :math:`A_1 \otimes G_1` and attention :math:`A_2 \otimes G_2`, one
-    Kronecker product stands for their sum:
+    The sum of the curvatures of the lookups, :math:`A_1 \otimes G_1`, and of the
+    queries, :math:`A_2 \otimes G_2`, is approximated by one Kronecker product:
 
     .. math:: (A_1 + c A_2) \otimes (G_1 + G_2 / c), \qquad
        c^2 = \frac{\operatorname{tr} A_1 \operatorname{tr} G_2}
                   {\operatorname{tr} A_2 \operatorname{tr} G_1}
 
-    where c makes the trace of what is added beyond the sum least.  The vocabulary side
-    is kept as a diagonal.  No paper treats tied weights of opposite roles; both choices
-    are ours.
+    where c minimises the trace of the cross terms.  A is kept as a diagonal.
 
     Args:
       vocabulary: rows of the embedding.
-      features: columns.
-      dtype: type of the statistics and inverses.
+      features: columns of the embedding.
+      dtype: dtype of the statistics and inverses.
 
     Returns:
       The curvature block; ``a`` is ``[vocabulary]``, ``g`` ``[features, features]``.
+
+    Source: both approximations are our choice; no paper treats tied weights, which have
+    the word as input in one use and as output in the other.
     """
     diagonal = jax.ShapeDtypeStruct((vocabulary,), dtype)
     square = jax.ShapeDtypeStruct((features, features), dtype)
@@ -65,12 +68,11 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
     def lookups(words: Int[Array, "*batch"], g: Array) -> tuple[Array, Array]:
         ones = jnp.ones_like(g, shape=words.size, dtype=dtype)
         counts = jnp.zeros_like(g, shape=(vocabulary,), dtype=dtype)
-        # An index out of range made NaN in the forward pass; it is no word.
+        # Flax returns NaN for an index out of range; no word's count may rise for it.
         counts = counts.at[words.reshape(-1)].add(ones, mode="drop")
         return counts, block.count_rows(words.size, g)
 
-    def outer(x: Array) -> Array:
-        return patches.outer_sum(x, dtype)
+    outer = functools.partial(patches.outer_sum, dtype=dtype)
 
     def queries(q: Array) -> tuple[Array, Array]:
         return outer(q), block.count_rows(math.prod(q.shape[:-1]), q)
@@ -83,6 +85,7 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         zeros = [
             jnp.zeros_like(output_grads, shape=s.shape, dtype=s.dtype) for s in shapes
         ]
+        # Lookups have integer inputs, queries have vectors.
         if jnp.issubdtype(inputs.dtype, jnp.integer):
             a, rows = block.when(
                 due.a, lambda g, words: lookups(words, g), output_grads, inputs
@@ -110,22 +113,26 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
             attended_g=block.per_row(sums.attended_g, sums.attended_rows),
         )
 
-    def statistics(means: EmbedSums) -> kronecker.KroneckerFactors:
-        a1, g1, _, a2, g2, _ = means
-        trace = lambda g: jnp.trace(g, axis1=-2, axis2=-1)  # noqa: E731
-        square = (jnp.sum(a1, -1) * trace(g2)) / (jnp.sum(a2, -1) * trace(g1))
-        sound = jnp.isfinite(square) & (square > 0)
-        c = jnp.sqrt(jnp.where(sound, square, 1))
-        return kronecker.KroneckerFactors(
-            a1 + c[..., None] * a2, g1 + g2 / c[..., None, None]
-        )
-
     return kronecker.two_factor_block(
         sums=shapes,
         estimate=estimate,
         gradient=gradient,
         mean=mean,
-        statistics=statistics,
+        statistics=_sum_of_roles,
         to_matrix=lambda leaves: leaves["embedding"],
         from_matrix=lambda matrix: {"embedding": matrix},
+    )
+
+
+def _sum_of_roles(means: EmbedSums) -> kronecker.KroneckerFactors:
+    """Approximates the sum of two Kronecker products by one."""
+    a1, g1, _, a2, g2, _ = means  # diagonals [*copies, vocabulary], matrices
+    trace1, trace2 = (jnp.trace(g, axis1=-2, axis2=-1) for g in (g1, g2))
+    square = (jnp.sum(a1, -1) * trace2) / (jnp.sum(a2, -1) * trace1)
+    # Without one of the roles its traces are 0 and c² is 0, inf or NaN; the sum is then
+    # the other role's product, whatever c is.
+    sound = jnp.isfinite(square) & (square > 0)
+    c = jnp.sqrt(jnp.where(sound, square, 1))
+    return kronecker.KroneckerFactors(
+        a1 + c[..., None] * a2, g1 + g2 / c[..., None, None]
     )

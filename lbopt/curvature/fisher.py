@@ -1,22 +1,23 @@
 r"""Loss, gradient and curvature statistics from one evaluation of the loss.
 
-The Fisher matrix is chosen by what is pulled back through the model:
+Three Fisher matrices differ in the signal that is backpropagated:
 
-* ``empirical``: the loss itself.  One forward and one backward pass.
-* ``sampled``: labels drawn from the model's own predictive distribution, once per
-  example.  The same forward pass, and a second backward pass whose statistics are kept
-  and whose parameter gradient is not.
-* ``exact``: the expectation over the predictive distribution, one backward pass for
-  each output coordinate.  For small models, tests and notebooks.
+* ``empirical``: the loss's own.  One forward and one backward pass.
+* ``sampled``: from labels sampled from the model's predictive distribution, one per
+  example.  The same forward pass and a second backward pass, of which only the
+  statistics are computed, not the parameter gradient.
+* ``exact``: the expectation over the predictive distribution, one backward pass per
+  output coordinate.  For small models, tests and notebooks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import capture, eigen_moments, registry
@@ -31,7 +32,7 @@ from lbopt.in_place import update_if
 
 Fisher: TypeAlias = Literal["empirical", "sampled", "exact"]
 Curvature: TypeAlias = dict[str, Any]
-"""The statistics of each layer by its path."""
+"""Each layer's statistics by path."""
 
 
 def value_grad_and_curvature(
@@ -42,27 +43,26 @@ def value_grad_and_curvature(
     fisher: Fisher = "empirical",
     batch_size: int | None = None,
 ) -> Callable[..., tuple[Any, Params, Curvature]]:
-    r"""Like ``jax.value_and_grad``, with the layers' curvature statistics as well.
+    r"""Extends ``jax.value_and_grad`` by the layers' curvature statistics.
 
-    The gradient is that of the loss; for a layer with inputs a and backward signals δ
-    of the mean over n terms,
+    For a layer with inputs a and backward signals δ of a mean over n terms,
 
     .. math:: A = \frac{1}{nS} \sum a a^\top, \qquad G = n \sum \delta \delta^\top
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``.
-      layers: what ``trace_layers`` found in it.
-      has_aux: whether it returns ``(loss, aux)``.
-      fisher: which Fisher matrix.
-      batch_size: the number n of terms that the loss averages, where it is neither the
-        leading size of the batch nor stated through ``likelihood``.
+      layers: the layers that ``trace_layers`` found in ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      fisher: the Fisher matrix: ``"empirical"``, ``"sampled"`` or ``"exact"``.
+      batch_size: n, the number of terms that the loss averages, if it is neither the
+        leading size of the batch nor declared by ``likelihood``.
 
     Returns:
       ``f(params, *args, rng=None, due=None) -> (value, grads, curvature)``.  ``value``
       is the loss or ``(loss, aux)``; ``curvature`` maps each layer's path to its
-      statistics.  ``rng`` draws the labels of the sampled Fisher.  ``due`` is a mask
-      from ``refresh``: statistics that are not due, or of layers that it does not name,
-      are zero and cost nothing.
+      statistics.  ``rng`` is the key from which the sampled Fisher draws labels.
+      ``due`` is a mask from ``refresh``: statistics that are not due, and those of
+      layers missing from the mask, are zero and cost nothing.
 
     Raises:
       ValueError: for an unknown ``fisher``.
@@ -85,6 +85,8 @@ def value_grad_and_curvature(
         params: Params, *args: Any, rng: Any = None, due: Any = None
     ) -> tuple[Any, Params, Curvature]:
         tapped = run(params, args, rng, due)
+        # XLA drops unused results of two backward passes: the sums of the first, the
+        # parameter gradient of the second.
         grads, sums = tapped.pull_loss()
         if fisher != "empirical":
             sums = tapped.pull_model()
@@ -101,23 +103,24 @@ def curvature_only(
     fisher: Fisher = "sampled",
     batch_size: int | None = None,
 ) -> Callable[..., Curvature]:
-    r"""The layers' curvature statistics alone, for examples of their own.
+    r"""Computes the layers' curvature statistics without the gradient.
 
     .. math:: A = \frac{1}{nS} \sum a a^\top, \qquad G = n \sum \delta \delta^\top
 
-    over a batch that need not be the gradient's: a forward and a backward pass (one for
-    each output coordinate of ``"exact"``) that under ``jit`` makes no gradients but
-    those that a diagonal block is made from.
+    The batch need not be the gradient's.  One forward and one backward pass (one per
+    output coordinate for ``"exact"``); under ``jit`` the only parameter gradients
+    computed are those that diagonal blocks need.
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``.
-      layers: what ``trace_layers`` found in it.
-      has_aux: whether it returns ``(loss, aux)``.
-      fisher: which Fisher matrix.
+      layers: the layers that ``trace_layers`` found in ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      fisher: the Fisher matrix: ``"empirical"``, ``"sampled"`` or ``"exact"``.
       batch_size: as for ``value_grad_and_curvature``.
 
     Returns:
-      ``f(params, *args, rng=None, due=None) -> curvature``, likewise.
+      ``f(params, *args, rng=None, due=None) -> curvature``, with arguments and result
+      as for ``value_grad_and_curvature``.
 
     Raises:
       ValueError: for an unknown ``fisher``.
@@ -134,8 +137,8 @@ def curvature_only(
       >>> f(params, x[:1], rng=jax.random.key(1))["layers_0"].g.shape  # 1/8 of x
       (3, 3)
 
-    Source: sampled labels, on a random eighth of the minibatch: Martens & Grosse 2015;
-    on independent minibatches of other machines: Ba, Grosse & Martens 2017, §3.
+    Source: Martens & Grosse 2015 sample labels for a random eighth of the minibatch;
+    Ba, Grosse & Martens 2017, §3, for independent minibatches on other machines.
     """
     run = _tapped_pass(loss_fn, layers, has_aux, fisher, batch_size)
 
@@ -150,13 +153,13 @@ def curvature_only(
 
 
 class _TappedPass(NamedTuple):
-    """One forward pass with every layer tapped, and what may be pulled back through it.
+    """The result of a forward pass with every layer tapped.
 
     Attributes:
       value: the loss or ``(loss, aux)``.
-      pull_loss: gives the loss's gradient and the layers' sums by path.
-      pull_model: gives the sums of the model's own predictive distribution.
-      means: from sums to statistics.
+      pull_loss: backpropagates the loss; returns its gradient and the sums by path.
+      pull_model: backpropagates the predictive distribution; returns the sums by path.
+      means: divides the sums; returns the statistics by path.
     """
 
     value: Any
@@ -172,12 +175,14 @@ def _tapped_pass(
     fisher: Any,
     batch_size: int | None,
 ) -> Callable[..., _TappedPass]:
-    """``run(params, args, rng, due)``, which runs the loss with taps."""
-    if fisher not in ("empirical", "sampled", "exact"):
-        raise ValueError(f"fisher={fisher!r} must be 'empirical', 'sampled' or 'exact'")
+    """Returns ``run(params, args, rng, due)``, a forward pass with taps."""
+    checks.one_of("fisher", fisher, get_args(Fisher))
+    if batch_size is not None:
+        checks.whole("batch_size", batch_size, "None reads it off the batch")
     if not isinstance(layers, Layers):
         raise ValueError(
-            f"layers={type(layers).__name__} must be what lbopt.trace_layers returns"
+            f"layers={type(layers).__name__} must be the table that lbopt.trace_layers "
+            "returns"
         )
     loss_fn = registry.unjitted(loss_fn)
     known = layers.preconditioned
@@ -185,8 +190,7 @@ def _tapped_pass(
     def run(params: Params, args: Sequence[Any], rng: Any, due: Any) -> _TappedPass:
         if fisher == "sampled" and rng is None:
             raise ValueError(
-                "fisher='sampled' draws labels: pass rng=, a key that is new at every "
-                "step"
+                "fisher='sampled' draws labels: pass rng=, a new key at every step"
             )
         wanted, bases = _wanted(known, due)
         used = {path: _with_bases(layer, bases[path]) for path, layer in known.items()}
@@ -205,6 +209,8 @@ def _tapped_pass(
             ):
                 result = loss_fn(p, *args)
             loss, aux = registry.split_aux(result, has_aux, loss_fn)
+            # Returned beside the loss, the outputs get cotangents of their own: a
+            # second pull back through the same forward pass.
             kept = [] if fisher == "empirical" else [o.value for o in outputs]
             return (loss, kept), aux
 
@@ -231,11 +237,15 @@ def _tapped_pass(
             one = single_outputs(
                 outputs, registry.name_of(loss_fn), f"fisher={fisher!r}"
             )._replace(value=kept[0])
-            none = jnp.zeros_like(loss)
-            pull = lambda signal: collect((none, [signal / n]))[1]  # noqa: E731
+
+            def pull(signal: Array) -> dict[str, Any]:
+                # / n, because sums are those of a loss that averages n terms.
+                return collect((jnp.zeros_like(loss), [signal / n]))[1]
+
             if fisher == "sampled":
                 return pull(_sampled_signal(one, rng))
-            # Without a tap a block sees its gradient summed over the batch.
+            # A block without a tap only sees its gradient summed over the batch, whose
+            # square is right for one example at a time.
             return _summed_exactly(one, pull, one_by_one=len(taps) < len(used))
 
         def means(sums: dict[str, Any]) -> Curvature:
@@ -250,29 +260,29 @@ def _tapped_pass(
 def _wanted(
     used: dict[str, Layer], due: Any
 ) -> tuple[dict[str, Any], dict[str, tuple[Array, ...]]]:
-    """The flags of each layer, and the bases that come with them, if any.
+    """Splits a mask into each layer's flags and eigenbases.
 
     Args:
       used: the layers by path.
-      due: a mask; without one all flags are true, and where it has no entry false.
+      due: a mask, whose missing entries count as false; None for all statistics.
 
     Returns:
-      Flags and bases by path.
+      Flags and bases by path; no bases for layers without corrected eigenvalues.
 
     Raises:
-      ValueError: for the mask of an optimizer of other layers.
+      ValueError: if the mask belongs to other layers.
     """
     strangers = sorted(set(due or ()) - set(used))
     if strangers:
         raise ValueError(
-            f"due has entries {strangers} that layers has not (it has {sorted(used)}); "
+            f"due has entries {strangers} that are not in layers ({sorted(used)}); "
             "pass lbopt.refresh(opt_state) of an optimizer made with the same layers"
         )
     wanted, bases = {}, {}
     for path, layer in used.items():
         factors = layer.block.factor_shapes(())
-        # An optimizer that sees a part of the parameters (optax.masked,
-        # optax.partition) wants the statistics of that part alone.
+        # An optimizer of some parameters (optax.masked, optax.partition) has the mask
+        # of their layers only.
         absent = jax.tree.map(lambda _: due is None, factors)
         mask = absent if due is None else due.get(path, absent)
         kinds = [type(factors)]
@@ -289,7 +299,7 @@ def _wanted(
 
 
 def _with_bases(layer: Layer, bases: tuple[Array, ...]) -> Layer:
-    """The layer with second moments in these bases among its statistics, if any."""
+    """Adds second moments in the given bases, if any, to a layer's statistics."""
     if not bases:
         return layer
     tapped = layer.tapped
@@ -298,25 +308,26 @@ def _with_bases(layer: Layer, bases: tuple[Array, ...]) -> Layer:
 
 
 def _gradient_sums(layer: Layer, grads: Params, due: Any) -> Any:
-    """The sums of a block that needs no tap, from its parameter's own gradient."""
+    """Returns the sums of a block without a tap, from its parameter's gradient."""
     location = layer.tapped.location
     gradient = capture.lookup(grads, location)[location.names[0]]
     return layer.block.estimate(None, gradient, due)
 
 
 def _mean(block: blocks.CurvatureBlock, sums: Any, n: int, due: Any) -> Any:
-    """The statistics of a layer; where none is due its sums are not even read."""
+    """Divides a layer's sums; if no statistic is due, they are not even read."""
     flags = jax.tree.leaves(due)
     if all(isinstance(flag, bool) for flag in flags):
         means = block.mean(sums, n) if any(flags) else sums
     else:
+        # In place: a plain cond would copy all statistics at steps that refresh none.
         some = jnp.any(jnp.asarray(flags))
         means = update_if(some, lambda sums: block.mean(sums, n), sums)
     return block.statistics(means)
 
 
 def _sampled_signal(outputs: Outputs, rng: Array) -> Array:
-    """The gradient of −log p(y | outputs) with y drawn from the model."""
+    """Returns the gradient of −log p(y | outputs) for y drawn from the model."""
     f = jax.lax.stop_gradient(outputs.value)
     if outputs.distribution == "categorical":
         labels = jax.random.categorical(rng, f)
@@ -324,25 +335,25 @@ def _sampled_signal(outputs: Outputs, rng: Array) -> Array:
     if outputs.distribution == "bernoulli":
         p = jax.nn.sigmoid(f)
         return p - jax.random.bernoulli(rng, p).astype(f.dtype)
-    return jax.random.normal(rng, f.shape, f.dtype)
+    return jax.random.normal(rng, f.shape, f.dtype)  # f − y with y ~ N(f, I)
 
 
 def _summed_exactly(
     outputs: Outputs, pull: Callable[[Array], Any], one_by_one: bool
 ) -> Any:
-    r"""The sums of the expected Fisher, one backward pass an output coordinate.
+    r"""Computes the sums of the exact Fisher, one backward pass per output coordinate.
 
-    For one coordinate c of one event the signal is a column of a root of the
-    distribution's Fisher: :math:`\sqrt{p_c}(p - e_c)` for a categorical,
+    The signal of coordinate c of an event is a column of a root of the distribution's
+    Fisher matrix: :math:`\sqrt{p_c}(p - e_c)` for a categorical,
     :math:`\sqrt{p(1-p)}` for a Bernoulli, 1 for a normal.
 
     Args:
-      outputs: the likelihood's argument.
-      pull: from a signal at the outputs to the layers' sums.
-      one_by_one: whether each example has a backward pass of its own.
+      outputs: the arguments of ``likelihood``.
+      pull: maps a signal at the outputs to the layers' sums.
+      one_by_one: whether to run a backward pass for each example separately.
 
     Returns:
-      The sums of all coordinates added up.
+      The sums over all coordinates.
     """
     f = jax.lax.stop_gradient(outputs.value)
     examples = f.shape[0] if one_by_one else 1
@@ -357,7 +368,8 @@ def _summed_exactly(
             chosen = jax.nn.one_hot(example, examples, dtype=f.dtype)
             hot *= jnp.expand_dims(chosen, range(1, f.ndim))
         if outputs.distribution == "categorical":
-            group = jnp.sum(hot, axis=-1, keepdims=True)  # 1 at the coordinate's event
+            # One example may have several events (tokens): 1 at the coordinate's own.
+            group = jnp.sum(hot, axis=-1, keepdims=True)
             root = jnp.sqrt(jnp.sum(p * hot, axis=-1, keepdims=True))
             return root * (p * group - hot)
         if outputs.distribution == "bernoulli":
@@ -368,6 +380,7 @@ def _summed_exactly(
     def add(total: Any, number: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, pull(signal(number))), None
 
+    # The scan's carry has the shapes of one result, so the first pass is outside.
     first = pull(signal(jnp.asarray(0)))
     total, _ = jax.lax.scan(add, first, jnp.arange(1, examples * event))
     return total

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lbopt import collectives, linalg
+from lbopt import linalg
 from lbopt._typing import Array, Params
-from lbopt.collectives import Axis
 from lbopt.curvature import registry
 from lbopt.curvature.likelihood import (
     Outputs,
@@ -26,39 +25,34 @@ def fisher_products(
     vectors: Sequence[Params],
     *args: Any,
     has_aux: bool = False,
-    batch_size: int | None = None,
-    axis_name: str | None = None,
 ) -> Float[Array, "k k"]:
-    r"""What the exact Fisher matrix of a batch makes of every pair of vectors.
+    r"""Computes the exact Fisher matrix's bilinear form for all pairs of vectors.
 
     .. math:: C_{ij} = v_i^\top F v_j
               = \frac1n \sum_{x} (J v_i)^\top F_R\, (J v_j), \qquad
               F = \frac1n \sum_{x} J^\top F_R J
 
-    with the Jacobian J of the outputs at an example x and the Fisher matrix of the
-    distribution there: :math:`F_R = \mathrm{diag}(p) - p p^\top` for a categorical,
-    :math:`\mathrm{diag}(p (1 - p))` for a Bernoulli, the identity for a normal.  One
-    forward pass carries the parameters and all k vectors; there is no backward pass,
-    and no labels are drawn.
+    with J the Jacobian of the outputs at an example x, and :math:`F_R` the Fisher
+    matrix of the distribution at those outputs: :math:`\mathrm{diag}(p) - p p^\top` for
+    a categorical, :math:`\mathrm{diag}(p (1 - p))` for a Bernoulli, the identity for a
+    normal.  One forward pass carries the parameters and all k tangents; there is no
+    backward pass, and no labels are sampled.
 
     Args:
-      loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``, which calls
-        ``lbopt.likelihood`` once; as for ``value_grad_and_curvature``.
-      params: where F is taken.
+      loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``; calls
+        ``lbopt.likelihood`` once.
+      params: the parameters at which F is evaluated.
       vectors: k trees shaped like the parameters.
-      *args: the loss's other arguments.  A part of the batch makes F cheaper.
+      *args: the loss's other arguments; part of the batch makes the products cheaper.
+        On several devices the mean of their products belongs to the whole batch.
       has_aux: whether the loss returns ``(loss, aux)``.
-      batch_size: the number n of terms that the loss averages, where it is neither the
-        leading size of the batch nor stated through ``likelihood``.
-      axis_name: the mesh axis over whose devices examples are spread; F is then that of
-        all of them.
 
     Returns:
-      The symmetric matrix C, in float32 or better.
+      The symmetric matrix C, in at least float32.
 
     Raises:
-      ValueError: for no vectors, a vector that is not shaped like the parameters, and a
-        loss that does not call ``likelihood`` once outside of all transforms.
+      ValueError: if there are no vectors, a vector is not shaped like the parameters,
+        or the loss does not call ``likelihood`` exactly once, outside all transforms.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -71,9 +65,9 @@ def fisher_products(
       >>> fisher_products(loss_fn, w, [u, v], x, y).tolist()  # xᵀx / 2
       [[1.0, 1.0], [1.0, 2.0]]
 
-    Source: Martens & Grosse 2015, appendix C, which takes a quarter of the batch for
-    them.  Where examples share statistics (batch normalisation) J is that of the whole
-    batch.  Each vector is rounded to the type of the parameters, as derivatives are.
+    Source: Martens & Grosse 2015, appendix C, with a quarter of the batch.  If examples
+    are coupled (batch normalisation), J is the Jacobian of the whole batch.  Vectors
+    are cast to the parameters' dtypes.
     """
     loss_fn = registry.unjitted(loss_fn)
     found: list[Outputs] = []
@@ -84,18 +78,18 @@ def fisher_products(
         registry.split_aux(result, has_aux, loss_fn)
         return single_outputs(found, registry.name_of(loss_fn), "fisher_products").value
 
+    # Under vmap the primal is computed once, not k times: out_axes=None proves it.
     def pushed(vector: Params) -> tuple[Array, Array]:
         return jax.jvp(outputs_of, (params,), (vector,))
 
     side_by_side = _side_by_side(vectors, params)
     outputs, tangents = jax.vmap(pushed, out_axes=(None, 0))(side_by_side)
     roots = _roots(outputs[None], tangents, found[0].distribution)
-    products = linalg.matmul(roots, roots.T) / count_terms(found, batch_size, args)
-    return collectives.mean(products, Axis(axis_name, 1))
+    return linalg.matmul(roots, roots.T) / count_terms(found, None, args)
 
 
 def _side_by_side(vectors: Sequence[Params], params: Params) -> Params:
-    """The vectors along a first axis, in the types of the parameters."""
+    """Stacks the vectors along a leading axis, in the parameters' dtypes."""
     if not vectors:
         raise ValueError("vectors is empty; pass at least one tree shaped like params")
     expected = _shapes(params)
@@ -108,6 +102,7 @@ def _side_by_side(vectors: Sequence[Params], params: Params) -> Params:
                     f"params{path} has {expected.get(path)}; pass trees shaped like "
                     "params, such as gradients or updates"
                 )
+    # jax.jvp accepts tangents of the primals' dtypes only.
     return jax.tree.map(lambda p, *v: jnp.stack(v).astype(p.dtype), params, *vectors)
 
 
@@ -121,12 +116,15 @@ def _roots(
     tangents: Float[Array, "k *batch"],
     distribution: str,
 ) -> Float[Array, "k size"]:
-    """Rows whose inner products are those of the tangents in the outputs' Fisher."""
+    """Multiplies tangents by a root of F_R: inner products of rows are tᵢᵀ F_R tⱼ."""
+    # Sums over a batch lose too much in half precision.
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     f, t = outputs.astype(dtype), tangents.astype(dtype)
     if distribution == "categorical":
         p = jax.nn.softmax(f)
+        # (diag(p) − p pᵀ) = Rᵀ R with R = diag(√p) (I − 1 pᵀ).
         t = jnp.sqrt(p) * (t - jnp.sum(p * t, axis=-1, keepdims=True))
     elif distribution == "bernoulli":
+        # σ(−f), because 1 − σ(f) cancels for large f.
         t = jnp.sqrt(jax.nn.sigmoid(f) * jax.nn.sigmoid(-f)) * t
     return t.reshape(len(t), -1)

@@ -1,12 +1,12 @@
-"""How each layer of ``flax.linen`` is seen: its block, and what its tap saves.
+"""Tap rules for the layers of ``flax.linen``.
 
-A rule stands for one method of one Flax class and is found by the function that runs,
-never by ``isinstance``: a subclass that calls ``super().__call__`` is tapped once,
-inside, and ``nn.remat(nn.Dense)`` is the same function in a new class.
+A rule is looked up by the function that runs, never by ``isinstance``: a subclass that
+calls ``super().__call__`` is tapped once, inside, and ``nn.remat(nn.Dense)`` is the
+same function in a new class.
 
-What Flax cannot intercept (``nn.nowrap`` methods, dunder methods other than
-``__call__``, fields, descriptors) cannot be tapped either; the parameters of such code
-fall back to the diagonal block.
+Code that Flax cannot intercept (``nn.nowrap`` methods, dunder methods other than
+``__call__``, fields, descriptors) cannot be tapped, and its parameters fall back to
+diagonal blocks.
 """
 
 import inspect
@@ -32,15 +32,16 @@ from lbopt.curvature.tap_rules import Choice, Refusal, Rule, Rules, Seen
 
 
 def find_rule(method: Callable[..., Any], own: Rules) -> Rule | None:
-    """The rule of the function behind a bound Flax method, if there is one.
+    """Finds the rule of the function behind a bound Flax method.
 
     Args:
-      method: the method.
-      own: the user's rules as ``own_rules`` returns them; they come first.
+      method: the bound method.
+      own: the user's rules as returned by ``own_rules``; they take precedence.
 
     Returns:
-      The rule.
+      The rule, or None.
     """
+    # Flax binds methods with functools.partial.
     function = getattr(method, "func", method)
     return own.get(function) or _RULES.get(function)
 
@@ -53,7 +54,8 @@ def _dtype(seen: Seen, name: str = "kernel") -> Any:
 
 
 def _inputs(seen: Seen) -> Array:
-    """The layer's input after the module's own cast, so that no second copy is kept."""
+    """Returns the layer's input after the module's own cast."""
+    # The layer's backward pass keeps the cast input anyway; the tap saves the same one.
     x, *_ = seen.module.promote_dtype(
         seen.arguments["inputs"],
         seen.params["kernel"],
@@ -87,7 +89,7 @@ def _dense_general(seen: Seen, batched: bool, choice: Choice):
 
 
 def _embed(seen: Seen, batched: bool, choice: Choice):
-    del batched, choice  # words and queries are rows in any case
+    del batched, choice  # each word and each query is a row, whatever the axes mean
     vocabulary, features = seen.params["embedding"].shape
     return embedding.embed_block(vocabulary, features, _dtype(seen, "embedding"))
 
@@ -108,7 +110,7 @@ def _query(seen: Seen) -> Array:
 
 def _conv(seen: Seen, batched: bool, choice: Choice):
     module = seen.module
-    if not module.shared_weights:
+    if not module.shared_weights:  # nn.ConvLocal
         raise Refusal("the kernel is not shared by the locations")
     if module.mask is not None:
         raise Refusal("the kernel is masked")
@@ -122,6 +124,7 @@ def _conv(seen: Seen, batched: bool, choice: Choice):
         size, strides, ((0, 0),) * len(size), input_dilation, kernel_dilation
     )
     mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(module.padding))
+    # Zero padding is part of the window, which skips it; other edges are real inputs.
     if mode is None:
         spatial = seen.arguments["inputs"].shape[-len(size) - 1 : -1]
         window = window._replace(padding=_padding(module.padding, spatial, window))
@@ -148,11 +151,12 @@ def _conv(seen: Seen, batched: bool, choice: Choice):
 def _padding(
     padding: Any, spatial: tuple[int, ...], window: patches.Window
 ) -> tuple[tuple[int, int], ...]:
-    """Flax's zero padding of a convolution, made explicit."""
+    """Returns a convolution's zero padding as pairs, one for each axis."""
     if padding == "CAUSAL":
         return ((window.span[0], 0),)
     if not isinstance(padding, str):
         return _explicit_padding(padding, len(spatial))
+    # "SAME" depends on the input's size after dilation.
     dilated = [
         (s - 1) * d + 1 for s, d in zip(spatial, window.input_dilation, strict=True)
     ]
@@ -170,19 +174,21 @@ def _conv_transpose(seen: Seen, batched: bool, choice: Choice):
     strides = _as_tuple(module.strides, rank)
     dilation = _as_tuple(module.kernel_dilation, rank)
     flip = module.transpose_kernel
-    circular = module.padding == "CIRCULAR"
-    if circular:
-        window = patches.Window(
-            size, (1,) * rank, ((0, 0),) * rank, (1,) * rank, dilation
-        )
-        pad = lambda x: _wrap_transposed(  # noqa: E731
-            _merge_batch(x, rank), window.span, strides, flip
-        )
+    # A transposed convolution is a convolution with stride 1 of the dilated input.
+    if module.padding == "CIRCULAR":
+        padding, input_dilation = ((0, 0),) * rank, (1,) * rank
     else:
         spans = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
         padding = _transposed_padding(module.padding, spans, strides)
-        window = patches.Window(size, (1,) * rank, padding, strides, dilation)
-        pad = lambda x: _merge_batch(x, rank)  # noqa: E731
+        input_dilation = strides
+    window = patches.Window(size, (1,) * rank, padding, input_dilation, dilation)
+
+    def pad(x: Array) -> Array:
+        x = _merge_batch(x, rank)
+        if module.padding != "CIRCULAR":
+            return x
+        return _wrap_transposed(x, window.span, strides, flip)
+
     in_features, out_features = shape[-2:] if not flip else shape[:-3:-1]
     linear = linear_maps.conv_linear(
         window,
@@ -197,7 +203,7 @@ def _conv_transpose(seen: Seen, batched: bool, choice: Choice):
 
 
 def _transposed_padding(padding, spans, strides) -> tuple[tuple[int, int], ...]:
-    """The padding of the dilated input that makes ``lax.conv_transpose``."""
+    """Returns the padding of the dilated input that ``lax.conv_transpose`` uses."""
     if not isinstance(padding, str):
         return _explicit_padding(padding, len(spans))
     pads = []
@@ -212,10 +218,10 @@ def _transposed_padding(padding, spans, strides) -> tuple[tuple[int, int], ...]:
 
 
 def _wrap_transposed(x: Array, spans, strides, flip: bool) -> Array:
-    """A dilated input with periodic edges, on which a plain convolution is circular."""
-    # Flax convolves with all the padding that touches the input, and wraps the result
-    # around the period, input size × stride, after an offset that depends on its size;
-    # both are moved to the input here.
+    """Dilates the input and wraps its edges, so that convolving it is circular."""
+    # Flax convolves with "VALID" padding and then wraps the outputs around the period,
+    # input size × stride, at an offset that depends on the size; here the input is
+    # wrapped instead, by the same offset.
     for i, (span, stride) in enumerate(zip(spans, strides, strict=True)):
         axis, size = i + 1, x.shape[i + 1]
         period = size * stride
@@ -267,7 +273,7 @@ def _norm(seen: Seen, batched: bool, choice: Choice):
 
 
 def _reduced(reduce: Callable[[Any, Array], tuple[tuple[int, ...], int]]):
-    """A residual of (input, mean, 1/deviation) over the axes that ``reduce`` names."""
+    """Returns the ``residual`` of a layer normalised over the axes from ``reduce``."""
 
     def residual(seen: Seen) -> unit_wise.NormResidual:
         module, x = seen.module, seen.arguments["x"]
@@ -276,6 +282,7 @@ def _reduced(reduce: Callable[[Any, Array], tuple[tuple[int, ...], int]]):
         values = jnp.asarray(x, block.statistics_dtype(x.dtype))
         mask = seen.arguments.get("mask")
         if groups:
+            # [..., groups, channels of a group], reduced over the last axis as well.
             split = (*x.shape[:-1], groups, x.shape[-1] // groups)
             values = values.reshape(split)
             mask = None if mask is None else jnp.broadcast_to(mask, x.shape)
@@ -293,8 +300,10 @@ def _reduced(reduce: Callable[[Any, Array], tuple[tuple[int, ...], int]]):
 
 
 def _moments(module: Any, x: Array, axes, mask, centred: bool) -> tuple[Array, Array]:
-    """Mean and variance by Flax's own formula; XLA merges them with the layer's."""
+    """Computes mean and variance."""
 
+    # By Flax's own formula, operation by operation: XLA then merges them with the
+    # layer's, and nothing is computed twice.
     def mean_of(y: Array) -> Array:
         y = jnp.mean(y, axes, keepdims=True, where=mask)
         if module.axis_name is None:
@@ -321,6 +330,7 @@ def _batch_norm_residual(seen: Seen) -> unit_wise.NormResidual:
     )
     if not running:
         return _over_batch(seen)
+    # x̂ is never recovered as (y − β) / γ, which fails for γ near 0.
     features = {axis % x.ndim for axis in _as_tuple(module.axis, 1)}
     shape = [size if i in features else 1 for i, size in enumerate(x.shape)]
     mean = module.get_variable("batch_stats", "mean").reshape(shape)
@@ -352,7 +362,6 @@ _over_batch = _reduced(_batch_axes)
 _EMBED = ("embedding",)
 _NORM = ("scale", "bias")
 
-# One line for each method of Flax that is tapped.
 _RULES: dict[Any, Rule] = {
     inspect.unwrap(method): rule
     for method, rule in (

@@ -1,21 +1,22 @@
-"""What a loss says of its outputs' distribution, and how others hear it."""
+"""The distribution of a model's outputs, as declared inside the loss."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
 from jax.extend.core import get_opaque_trace_state
 
+from lbopt import checks
 from lbopt._typing import Array
 from lbopt.curvature import discovery
 
 Distribution: TypeAlias = Literal["categorical", "normal", "bernoulli"]
 
-_DISTRIBUTIONS = ("categorical", "normal", "bernoulli")
 
-
+# A module, because an interceptor sees calls of modules and nothing else; with it, no
+# global list of outputs is needed.
 class _Likelihood(nn.Module):
-    """Carries the model's outputs past the interceptor."""
+    """The identity, visible to interceptors."""
 
     distribution: str
     terms: int | None
@@ -27,48 +28,48 @@ class _Likelihood(nn.Module):
 def likelihood(
     outputs: Array, distribution: Distribution, *, terms: int | None = None
 ) -> Array:
-    r"""States that the loss is a negative log-likelihood of ``outputs``.
+    r"""Declares that the loss is a negative log-likelihood of ``outputs``.
 
-    An identity, called by a loss on the model's outputs, outside any transform:
+    An identity that a loss calls on the model's outputs, outside any transform:
 
     * ``categorical``: logits of a softmax over the last axis,
     * ``bernoulli``: logits of independent sigmoids,
     * ``normal``: means of a Gaussian of unit variance; the loss is
       :math:`\tfrac12 \lVert f - y \rVert^2`.
 
-    Needed for ``fisher="sampled"`` and ``"exact"`` only.
+    Only ``fisher="sampled"``, ``fisher="exact"`` and ``fisher_products`` need it.
 
     Args:
-      outputs: what the distribution is parametrised by, ``[batch, ...]``.
-      distribution: its name.
-      terms: how many terms the loss averages, if not the batch size (for example
+      outputs: the distribution's parameters, ``[batch, ...]``.
+      distribution: the distribution's name.
+      terms: number of terms that the loss averages, if not the batch size (for example
         batch × tokens).
 
     Returns:
-      ``outputs``.
+      ``outputs``, unchanged.
 
     Raises:
-      ValueError: for an unknown distribution.
+      ValueError: for an unknown distribution or a number of terms below 1.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
       >>> lbopt.likelihood(jnp.zeros((2, 3)), "categorical").shape
       (2, 3)
     """
-    if distribution not in _DISTRIBUTIONS:
-        raise ValueError(
-            f"distribution={distribution!r} must be one of {_DISTRIBUTIONS}"
-        )
+    checks.one_of("distribution", distribution, get_args(Distribution))
+    if terms is not None:
+        checks.whole("terms", terms, "None stands for the batch size")
+    # parent=None: inside a module's method it would become a submodule of that module.
     return _Likelihood(distribution, terms, parent=None)(outputs)
 
 
 class Outputs(NamedTuple):
-    """What a call of ``likelihood`` passed.
+    """The arguments of a call of ``likelihood``.
 
     Attributes:
       value: the model's outputs.
       distribution: the distribution's name.
-      terms: how many terms the loss averages, where it was stated.
+      terms: number of terms that the loss averages, or None.
     """
 
     value: Array
@@ -77,7 +78,8 @@ class Outputs(NamedTuple):
 
 
 def listen(outputs: list[Outputs]) -> Callable[..., Any]:
-    """An interceptor that notes what ``likelihood`` is called on, in order."""
+    """Returns an interceptor that appends the arguments of each ``likelihood`` call."""
+    # An inner transform's tracer would leak if it were kept beyond that transform.
     trace = get_opaque_trace_state(convention="flax")
 
     def interceptor(next_fun, args, kwargs, context):
@@ -98,7 +100,19 @@ def listen(outputs: list[Outputs]) -> Callable[..., Any]:
 def count_terms(
     outputs: Sequence[Outputs], batch_size: int | None, args: Sequence[Any]
 ) -> int:
-    """How many terms the loss averages."""
+    """Returns the number of terms that the loss averages.
+
+    Args:
+      outputs: the arguments of the calls of ``likelihood``.
+      batch_size: the number stated to lbopt, or None.
+      args: the loss's arguments after the parameters.
+
+    Returns:
+      The stated number, or else the batch size.
+
+    Raises:
+      ValueError: if different numbers are stated, or none and no argument is a batch.
+    """
     stated = {o.terms for o in outputs if o.terms is not None}
     if batch_size is not None:
         stated.add(batch_size)
@@ -111,7 +125,7 @@ def count_terms(
     if n is None:
         raise ValueError(
             "no argument of the loss looks like a batch (arrays that share a leading "
-            "size); state it by batch_size="
+            "size); state it by batch_size= or by likelihood(..., terms=)"
         )
     return n
 
@@ -119,18 +133,18 @@ def count_terms(
 def single_outputs(
     outputs: Sequence[Outputs], loss_name: str, needed_by: str
 ) -> Outputs:
-    """What the one call of ``likelihood`` passed.
+    """Returns the arguments of the only call of ``likelihood``.
 
     Args:
-      outputs: all that was noted.
+      outputs: the arguments of all calls.
       loss_name: the loss function's name, for the message.
-      needed_by: what needs the outputs, likewise.
+      needed_by: the function or option that needs the outputs, for the message.
 
     Returns:
-      The outputs.
+      The arguments.
 
     Raises:
-      ValueError: if it was not called once.
+      ValueError: unless there was exactly one call.
     """
     if len(outputs) != 1:
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Layers as matrices: how dense layers and convolutions share one linear map.
+"""Dense layers and convolutions as matrices applied to rows.
 
-A layer's parameters are a matrix ``W [in, out]`` that is applied to rows: the kernel,
-with the bias as its last row where there is one.  Each function here describes one kind
-of layer as a :class:`SharedLinear`, in the weight-sharing format
-``[*stack, batch, shared, features]``.
+The parameters of a layer are a matrix ``W [in, out]``: the kernel, with any bias as its
+last row.  Each builder describes one kind of layer as a :class:`SharedLinear`, in the
+weight-sharing format ``[*stack, batch, shared, features]``.
 """
 
 import math
@@ -20,7 +19,7 @@ from lbopt.curvature import block
 
 
 class SharedLinear(NamedTuple):
-    """How one kind of layer is a matrix applied to rows.
+    """A layer as a matrix applied to rows.
 
     Attributes:
       in_features: rows of the kernel matrix, without the bias.
@@ -28,12 +27,12 @@ class SharedLinear(NamedTuple):
       stack: sizes of the axes that number independent matrices (groups).
       use_bias: whether the bias is the last row of the matrix.
       input_rows: ``inputs -> [*stack, batch, shared, in]``.
-      input_moment: ``(inputs, homogeneous, dtype) -> (Σ a aᵀ, rows)`` over all rows.
+      input_moment: ``(inputs, homogeneous, dtype) -> (Σ a aᵀ, number of rows)``.
       input_mean: ``(inputs, dtype) -> [*stack, batch, in]``, the mean over locations.
       output_rows: ``output_grads -> [*stack, batch, shared, out]``.
-      kernel_shape: shape of the kernel in Flax, of one copy of the layer.
-      bias_shape: shape of the bias, likewise.
-      kernel_matrix: kernel of one copy of the layer ``-> [*stack, in, out]``.
+      kernel_shape: shape of the kernel in Flax, without lifted axes.
+      bias_shape: shape of the bias in Flax, without lifted axes.
+      kernel_matrix: ``kernel -> [*stack, in, out]``, without lifted axes.
       matrix_kernel: the inverse of ``kernel_matrix``.
     """
 
@@ -52,11 +51,21 @@ class SharedLinear(NamedTuple):
 
 
 def moment_of(rows: Array, homogeneous: bool, dtype: Any) -> Array:
-    """Σ a aᵀ over ``[*stack, batch, shared, features]``, with a 1 appended or not."""
+    """Returns Σ a aᵀ over ``[*stack, batch, shared, features]``.
+
+    Args:
+      rows: the rows a.
+      homogeneous: whether to append a 1 to each row.
+      dtype: dtype of the accumulated sum.
+
+    Returns:
+      ``[*stack, d, d]``, or ``[*stack, d + 1, d + 1]`` with the 1.
+    """
     stack = rows.ndim - 3
     total = patches.outer_sum(rows, dtype, stack=stack)
     if not homogeneous:
         return total
+    # Three sums instead of one over copied rows with a column of ones.
     count = math.prod(rows.shape[stack:-1])
     edge = jnp.sum(rows, axis=(-3, -2), dtype=dtype)
     return _append_ones(total, edge, count)
@@ -65,7 +74,7 @@ def moment_of(rows: Array, homogeneous: bool, dtype: Any) -> Array:
 def _append_ones(
     total: Float[Array, "*stack d d"], edge: Float[Array, "*stack d"], count: int
 ) -> Float[Array, "*stack e e"]:
-    """Σ [a; 1] [a; 1]ᵀ from Σ a aᵀ, Σ a and the number of rows."""
+    """Returns Σ [a; 1] [a; 1]ᵀ, given Σ a aᵀ, Σ a and the number of rows."""
     corner = jnp.full_like(edge[..., :1], count)
     top = jnp.concatenate([total, edge[..., None]], -1)
     bottom = jnp.concatenate([edge, corner], -1)[..., None, :]
@@ -73,7 +82,7 @@ def _append_ones(
 
 
 def join_bias(leaves: block.Leaves, linear: SharedLinear) -> Array:
-    """Kernel and bias of a layer's copies as ``[*copies, *stack, in (+ 1), out]``."""
+    """Joins kernel and bias as ``[*copies, *stack, in (+ 1), out]``."""
     kernel = leaves["kernel"]
     copies = kernel.shape[: kernel.ndim - len(linear.kernel_shape)]
     matrix = _over_copies(linear.kernel_matrix, kernel, len(copies))
@@ -84,7 +93,7 @@ def join_bias(leaves: block.Leaves, linear: SharedLinear) -> Array:
 
 
 def split_bias(matrix: Array, linear: SharedLinear) -> dict[str, Array]:
-    """The inverse of ``join_bias``."""
+    """Splits ``[*copies, *stack, in (+ 1), out]`` into kernel and bias."""
     copies = matrix.ndim - len(linear.stack) - 2
     kernel = _over_copies(
         linear.matrix_kernel, matrix[..., : linear.in_features, :], copies
@@ -99,6 +108,7 @@ def split_bias(matrix: Array, linear: SharedLinear) -> dict[str, Array]:
 
 
 def _over_copies(function: Callable[[Array], Array], x: Array, copies: int) -> Array:
+    # The map reshapes to fixed sizes, so lifted axes are mapped over one by one.
     for _ in range(copies):
         function = jax.vmap(function)
     return function(x)
@@ -115,16 +125,16 @@ def dense_linear(
     axis: tuple[int, ...] = (-1,),
     batch_dims: tuple[int, ...] = (),
 ) -> SharedLinear:
-    """A dense layer, or Flax's ``DenseGeneral``, as a shared linear map.
+    """Describes ``Dense`` or ``DenseGeneral`` as a shared linear map.
 
     Args:
       kernel_shape: the kernel's shape in Flax: batch dimensions, contracted
         dimensions, output features.
-      use_bias: whether there is a bias.
-      batched: whether the first axis left over numbers examples; else the layer sees
-        one example per call (under a per-example ``vmap``).
+      use_bias: whether the layer has a bias.
+      batched: whether the first remaining axis numbers examples; if False, each call
+        sees one example (under a per-example ``vmap``).
       axis: the contracted input axes.
-      batch_dims: leading input axes of which each position has its own kernel.
+      batch_dims: leading input axes along which every position has its own kernel.
 
     Returns:
       The layer as a shared linear map.
@@ -138,6 +148,7 @@ def dense_linear(
         contracted = [i % x.ndim for i in axis]
         first = [i % x.ndim for i in batch_dims]
         rest = [i for i in range(x.ndim) if i not in (*contracted, *first)]
+        # As in Flax's kernel: batch dimensions first, contracted ones last.
         x = jnp.transpose(x, (*first, *rest, *contracted))
         return _batch_and_shared(x, n_stack, n_in, batched)
 
@@ -162,8 +173,9 @@ def dense_linear(
 
 
 def _batch_and_shared(x: Array, stack: int, trailing: int, batched: bool) -> Array:
-    """``[*stack, *rest, *features]`` to ``[*stack, batch, shared, features]``."""
+    """Reshapes ``[*stack, *rest, *features]`` to the weight-sharing format."""
     rest = x.shape[stack : x.ndim - trailing]
+    # An input without a free axis is one example, as in a call on one vector.
     batch = rest[0] if batched and rest else 1
     features = math.prod(x.shape[x.ndim - trailing :])
     return x.reshape(*x.shape[:stack], batch, -1, features)
@@ -183,38 +195,39 @@ def conv_linear(
     groups: int = 1,
     flip: bool = False,
 ) -> SharedLinear:
-    """A convolution as a linear map shared by its output locations.
+    """Describes a convolution as a linear map shared by its output locations.
 
     Args:
-      window: geometry, after ``pad``.
-      pad: what Flax does to the input before it convolves (circular or reflected
-        edges, batch axes merged), to channels-last with one batch axis.
+      window: the geometry after ``pad``.
+      pad: merges the batch axes and pads circular or reflected edges, as Flax does
+        before it convolves; returns ``[batch, *spatial, channels]``.
       in_features: input channels of one group.
       out_features: output channels of all groups.
-      use_bias: whether there is a bias.
-      batched: whether the first of the axes before the map numbers examples; else the
-        layer sees one example per call.
+      use_bias: whether the layer has a bias.
+      batched: whether the first axis before the map numbers examples; if False, each
+        call sees one example.
       groups: feature groups; each is an independent matrix.
-      flip: whether the kernel is stored mirrored, with its two feature axes exchanged
+      flip: whether the kernel is stored mirrored, with its feature axes exchanged
         (``ConvTranspose(transpose_kernel=True)``).
 
     Returns:
       The layer as a shared linear map.
     """
     taps, per_group = math.prod(window.size), out_features // groups
-    stack = (groups,) if groups > 1 else ()
+    stack = (groups,) if groups > 1 else ()  # one group: matrices without a stack axis
     rank = len(window.size)
-    spatial = tuple(range(rank))
     features = (out_features, in_features) if flip else (in_features, out_features)
+    kernel_matrix, matrix_kernel = _conv_kernel_maps(
+        window.size, in_features, out_features, groups, flip
+    )
 
-    def examples(x: Array) -> int:
-        """How many examples an input or output of the layer holds."""
+    def examples(x: Array) -> int:  # in an input or output of the layer
         return x.shape[0] if batched and x.ndim > rank + 1 else 1
 
     def by_group(x: Array, batch: int) -> Array:
-        """``[..., taps * groups * in]`` to one matrix of rows a group."""
         if not stack:
             return x.reshape(batch, -1, taps * in_features)
+        # Patches list the channels of all groups together at each tap.
         x = x.reshape(batch, -1, taps, groups, in_features)
         return jnp.moveaxis(x, 3, 0).reshape(groups, batch, -1, taps * in_features)
 
@@ -227,6 +240,7 @@ def conv_linear(
             return moment_of(grouped, homogeneous, dtype), rows
         total = patches.patch_moment(x, window, dtype)
         if homogeneous:
+            # Patches are linear in x: sum over the batch first, extract once.
             over_batch = jnp.sum(x, axis=0, keepdims=True, dtype=dtype)
             edge = patches.patch_sum(over_batch, window)[0]
             total = _append_ones(total, edge, rows)
@@ -236,7 +250,7 @@ def conv_linear(
         return by_group(patches.extract_patches(pad(x), window), examples(x))
 
     def mean_rows(x: Array, dtype: Any) -> Array:
-        padded = pad(x).astype(dtype)
+        padded = pad(x).astype(dtype)  # before the sum over locations, not after
         locations = math.prod(patches.output_size(window, padded.shape[1:-1]))
         means = patches.patch_sum(padded, window) / locations
         return jnp.mean(by_group(means, examples(x)), axis=-2)
@@ -244,22 +258,7 @@ def conv_linear(
     def output_rows(g: Array) -> Array:
         if not stack:
             return g.reshape(examples(g), -1, out_features)
-        g = g.reshape(examples(g), -1, groups, per_group)
-        return jnp.moveaxis(g, 2, 0)
-
-    def kernel_matrix(kernel: Array) -> Array:
-        if flip:
-            kernel = jnp.swapaxes(jnp.flip(kernel, spatial), -1, -2)
-        if not stack:
-            return kernel.reshape(taps * in_features, out_features)
-        kernel = kernel.reshape(taps * in_features, groups, per_group)
-        return jnp.moveaxis(kernel, 1, 0)
-
-    def matrix_kernel(matrix: Array) -> Array:
-        if stack:
-            matrix = jnp.moveaxis(matrix, 0, 1)
-        kernel = matrix.reshape(*window.size, in_features, out_features)
-        return jnp.flip(jnp.swapaxes(kernel, -1, -2), spatial) if flip else kernel
+        return jnp.moveaxis(g.reshape(examples(g), -1, groups, per_group), 2, 0)
 
     return SharedLinear(
         in_features=taps * in_features,
@@ -275,3 +274,27 @@ def conv_linear(
         kernel_matrix=kernel_matrix,
         matrix_kernel=matrix_kernel,
     )
+
+
+def _conv_kernel_maps(
+    size: tuple[int, ...], in_features: int, out_features: int, groups: int, flip: bool
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Returns the maps between a convolution's kernel and its matrices."""
+    spatial = tuple(range(len(size)))
+    rows, per_group = math.prod(size) * in_features, out_features // groups
+
+    def kernel_matrix(kernel: Array) -> Array:
+        if flip:
+            kernel = jnp.swapaxes(jnp.flip(kernel, spatial), -1, -2)
+        if groups == 1:
+            return kernel.reshape(rows, out_features)
+        # Flax's output channels run through the groups, one after another.
+        return jnp.moveaxis(kernel.reshape(rows, groups, per_group), 1, 0)
+
+    def matrix_kernel(matrix: Array) -> Array:
+        if groups > 1:
+            matrix = jnp.moveaxis(matrix, 0, 1)
+        kernel = matrix.reshape(*size, in_features, out_features)
+        return jnp.flip(jnp.swapaxes(kernel, -1, -2), spatial) if flip else kernel
+
+    return kernel_matrix, matrix_kernel

@@ -1,8 +1,8 @@
-r"""When statistics are renewed, and what the state says of it.
+r"""Refresh schedules of statistics and inverses.
 
-Either at a fixed period, or by the adaptive rule of SP-NGD: each statistic X has its
-own clock, whose interval grows like the Fibonacci numbers while X stays similar to its
-last two values and is halved when it does not,
+Statistics are refreshed at a fixed period, or by the adaptive rule of SP-NGD: each
+statistic X has its own interval Δ, which grows like the Fibonacci numbers while X stays
+similar to its last two values and is halved otherwise,
 
 .. math::
   \Delta = \begin{cases}
@@ -25,18 +25,18 @@ from lbopt.curvature.eigen_moments import CorrectedDue
 
 
 class Refresh(NamedTuple):
-    """The clocks of an optimizer's statistics and inverses.
+    """The refresh state of an optimizer's statistics and inverses.
 
-    Statistics are numbered as the leaves of the factors; inverses as their units, a
-    number for each copy and each diagonal block of a factor.
+    Statistics are numbered like the leaves of the factors; inverses by unit, one for
+    each copy and each diagonal block of a factor.
 
     Attributes:
-      due: whether a statistic is wanted at the coming step, ``[statistics]``.
-      renewals: how often it was renewed, ``[statistics]``.
-      statistic_step: the step at which it was last renewed, −1 before the first.
-      interval: steps from its last renewal to the next, where that is adaptive.
-      previous_interval: the interval before.
-      inverse_step: the step at which a unit was last inverted, ``[units]``, −1 before.
+      due: whether a statistic is due at the next step, ``[statistics]``.
+      renewals: number of refreshes so far, ``[statistics]``.
+      statistic_step: step of the last refresh, −1 before the first, ``[statistics]``.
+      interval: Δ, steps from the last refresh to the next, ``[statistics]``.
+      previous_interval: Δ₋₁, the interval before, ``[statistics]``.
+      inverse_step: step of a unit's last inversion, −1 before the first, ``[units]``.
     """
 
     due: Any
@@ -48,7 +48,15 @@ class Refresh(NamedTuple):
 
 
 def init_refresh(statistics: int, units: int) -> Refresh:
-    """Clocks before the first step, at which everything is due."""
+    """Returns the state before the first step, at which everything is due.
+
+    Args:
+      statistics: number of statistics.
+      units: number of units of inversion work.
+
+    Returns:
+      The refresh state.
+    """
     return Refresh(
         due=jnp.ones(statistics, bool),
         renewals=jnp.zeros(statistics, jnp.int32),
@@ -60,15 +68,15 @@ def init_refresh(statistics: int, units: int) -> Refresh:
 
 
 def is_due(count: Array, period: Count | int, phase: Any = 0) -> Array:
-    """Whether something with this period and phase is renewed at step ``count``.
+    """Tests whether a fixed schedule falls on step ``count``.
 
     Args:
       count: the step, from 0.
-      period: steps from one renewal to the next.
-      phase: the first step, below the period; one or an array of them.
+      period: steps from one refresh to the next.
+      phase: the step of the first refresh, below the period; a number or an array.
 
     Returns:
-      A flag for each phase.
+      One flag for each phase.
     """
     return jnp.asarray((count - jnp.asarray(phase)) % period == 0)
 
@@ -79,13 +87,13 @@ def next_interval(
     interval: Int[Array, "*s"],
     previous: Int[Array, "*s"],
 ) -> Int[Array, "*s"]:
-    """The steps until the next renewal, by SP-NGD's rule.
+    """Returns the steps until the next refresh, by SP-NGD's rule.
 
     Args:
-      similar: whether the new statistic is similar to the last, X ~ X₋₁.
-      similar_before: whether it is similar to the one before, X ~ X₋₂.
-      interval: Δ₋₁, the last interval.
-      previous: Δ₋₂, the one before.
+      similar: X ~ X₋₁.
+      similar_before: X ~ X₋₂.
+      interval: Δ₋₁.
+      previous: Δ₋₂.
 
     Returns:
       Δ.
@@ -99,28 +107,28 @@ def next_interval(
       >>> [int(next_interval(*kind, last, before)) for kind in kinds]
       [8, 5, 2]
 
-    Source: Osawa et al. 2022 (SP-NGD), Algorithm 2.  The paper leaves open the start
-    (we take Δ₋₁ = Δ₋₂ = 1) and what a missing X₋₁ or X₋₂ counts as (not similar); a
-    statistic that always stays similar is then renewed at steps 1, 2, 3, 5, 8, 13, ….
+    Source: Osawa et al. 2022 (SP-NGD), Algorithm 2.  The paper leaves open the initial
+    intervals (here Δ₋₁ = Δ₋₂ = 1) and the case of a missing X₋₁ or X₋₂ (here not
+    similar).  A statistic that always stays similar is refreshed at steps 1, 2, 3, 5,
+    8, 13, ….
     """
     grown = jnp.where(similar_before, interval + previous, interval)
     return jnp.where(similar, grown, jnp.maximum(1, interval // 2))
 
 
 def refresh(opt_state: OptState) -> dict[str, Any]:
-    """Which statistics the optimizer wants at the coming step.
+    """Reads off an optimizer's state which statistics are due at the next step.
 
     Args:
-      opt_state: the state of any optax chain that holds a curvature transform.
+      opt_state: the state of any optax chain that contains a curvature transform.
 
     Returns:
-      For each layer's path its statistics' type with a flag in the place of each
-      array, to pass as ``due=`` to the function that ``value_grad_and_curvature``
-      makes; and, for layers whose eigenvalues are corrected, the bases in which it is
-      to evaluate them.
+      A mask to pass as ``due=`` to the function made by ``value_grad_and_curvature``.
+      It maps each layer's path to its statistics' type with a flag in place of each
+      array, and includes the eigenbases of layers with corrected eigenvalues.
 
     Raises:
-      ValueError: if no curvature transform is in the state.
+      ValueError: if the state contains no curvature transform.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -135,7 +143,7 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
     """
     masks: dict[str, Any] = {}
     for node in _curvature_states(opt_state):
-        # Without the mark that says how they lie on devices, if there is one.
+        # Distributed factors are wrapped in sharding.Sharded, the mark of split arrays.
         factors = getattr(node.factors, "shards", node.factors)
         tree = jax.tree.structure(factors)
         due = node.refresh.due
@@ -148,18 +156,19 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
 
 
 def inverse_age(opt_state: OptState) -> dict[str, Any]:
-    """How old the inverses in a state are.
+    """Reads off an optimizer's state how old its inverses are.
 
     Args:
-      opt_state: the state of any optax chain that holds a curvature transform.
+      opt_state: the state of any optax chain that contains a curvature transform.
 
     Returns:
-      For each layer's path its statistics' type with a number in the place of each
-      array: the steps from that whose factor the inverse was made from to the last, of
-      its oldest copy; where there is no inverse yet the steps taken.
+      A mapping from each layer's path to its statistics' type, with a number in place
+      of each array: the steps between the factors that the inverse was computed from
+      and the last step, for the oldest of its copies.  Before the first inversion this
+      is the number of steps taken.
 
     Raises:
-      ValueError: if no curvature transform is in the state.
+      ValueError: if the state contains no curvature transform.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -179,17 +188,20 @@ def inverse_age(opt_state: OptState) -> dict[str, Any]:
     """
     ages: dict[str, Any] = {}
     for node in _curvature_states(opt_state):
+        # One trace per unit, in the order of inverse_step.
         leaves, tree = jax.tree.flatten(node.traces)
         ends = list(itertools.accumulate(x.size for x in leaves))
         parts = jnp.split(node.refresh.inverse_step, ends[:-1])
+        # −1, the step before the first, gives the number of steps taken.
         oldest = [node.count - 1 - jnp.min(steps) for steps in parts]
         ages.update(jax.tree.unflatten(tree, oldest))
     return ages
 
 
 def _curvature_states(opt_state: OptState) -> list[Any]:
-    """The states of the curvature transforms in a chain's."""
+    """Finds the states of the curvature transforms in a chain's state."""
 
+    # By a field, not by type: KfacState is defined above this package.
     def has_refresh(node: Any) -> bool:
         return isinstance(getattr(node, "refresh", None), Refresh)
 
@@ -198,7 +210,6 @@ def _curvature_states(opt_state: OptState) -> list[Any]:
     if not found:
         raise ValueError(
             f"opt_state={type(opt_state).__name__} holds no curvature transform; pass "
-            "the state of a chain with lbopt.scale_by_kfac in it; without one leave "
-            "due= out"
+            "the state of a chain that contains lbopt.scale_by_kfac, or leave due= out"
         )
     return found

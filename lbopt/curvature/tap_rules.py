@@ -1,7 +1,7 @@
-"""What a rule is: which block a layer gets, and what its tap saves.
+"""Tap rules: the block that a layer gets, and the residual that its tap saves.
 
-A rule stands for one method of one Flax class.  Those for Flax's own layers are in
-``curvature.flax_layers``; a user's are given to ``trace_layers``.
+A rule applies to one method of one Flax class.  The rules of Flax's own layers are in
+``curvature.flax_layers``; users pass rules of their own to ``trace_layers``.
 """
 
 import inspect
@@ -15,12 +15,12 @@ Arguments = Mapping[str, Any]
 
 
 class Seen(NamedTuple):
-    """One call of a layer, as its rule sees it.
+    """One call of a layer.
 
     Attributes:
       module: the bound Flax module.
       arguments: the call's arguments by name.
-      params: the layer's own parameters, one copy of them.
+      params: the layer's own parameters, without lifted axes.
     """
 
     module: Any
@@ -29,13 +29,13 @@ class Seen(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which of the approximations that suit a layer it gets.
+    """The user's choice among the approximations that suit a layer.
 
     Attributes:
       sharing: how locations that share a kernel are treated.
-      norm_blocks: what a normalisation layer's block holds.
-      feature_map: locations and channels of the map that a dense layer's input is
-        flattened from, where it gets a factor for each; None where it gets one factor.
+      norm_blocks: the kind of a normalisation layer's block.
+      feature_map: locations and channels of the feature map that a dense layer's input
+        is flattened from, for a doubly factored block; None for a Kronecker block.
     """
 
     sharing: kronecker.WeightSharing
@@ -44,13 +44,13 @@ class Choice(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How one method of one Flax class is tapped.
+    """The rule by which one method of one Flax class is tapped.
 
     Attributes:
-      block: ``(seen, batched, choice) -> block``; raises ``Refusal`` with the reason
-        where the theory does not hold.
-      residual: ``seen -> arrays`` that the backward rule needs.
-      names: the names of the parameters that the block covers.
+      block: ``(seen, batched, choice) -> block``; raises ``Refusal`` with the reason if
+        the theory does not hold.
+      residual: ``seen -> arrays`` that the backward pass needs.
+      names: names of the parameters that the block covers.
     """
 
     block: Callable[[Seen, bool, Choice], block.CurvatureBlock]
@@ -58,24 +58,24 @@ class Rule(NamedTuple):
     names: tuple[str, ...] = ("kernel", "bias")
 
 
-class Refusal(Exception):  # noqa: N818  (a verdict that falls back, not an error)
-    """Why a layer that is otherwise known gets no block of its own."""
+class Refusal(Exception):  # noqa: N818  (no "Error": it is caught, the layer falls back)
+    """The reason why a layer with a rule falls back to diagonal blocks."""
 
 
 Rules: TypeAlias = Mapping[Callable[..., Any], Rule]
 
 
 def own_rules(rules: Mapping[Any, Any]) -> Rules:
-    """A user's rules by the functions as they stand in the classes, not as Flax wraps.
+    """Keys a user's rules by the functions behind the methods.
 
     Args:
       rules: the rules by method.
 
     Returns:
-      The rules by function.
+      The rules by unwrapped function.
 
     Raises:
-      ValueError: if one is none, or is not given for a method.
+      ValueError: for a key that is not a method or a value that is not a ``Rule``.
     """
     for method, rule in rules.items():
         name = getattr(method, "__qualname__", repr(method))
@@ -88,11 +88,13 @@ def own_rules(rules: Mapping[Any, Any]) -> Rules:
                 f"rules[{name}]={rule!r} is a {type(rule).__name__}; it must be a "
                 "tap_rules.Rule(block, residual, names)"
             )
+    # Flax wraps the methods of a class; the interceptor sees the function inside.
     return {inspect.unwrap(method): rule for method, rule in rules.items()}
 
 
 def bind_arguments(method: Any, args: tuple, kwargs: Mapping[str, Any]) -> Arguments:
-    """The call's arguments by the names of the method's signature."""
+    """Returns a call's arguments by name, defaults included."""
+    # Positional or by keyword, a rule reads every argument by its name.
     bound = inspect.signature(method).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments

@@ -1,8 +1,8 @@
-r"""Blocks of normalisation layers: scale and bias, unit by unit or all together.
+r"""Blocks of normalisation layers: 2×2 per channel, or all channels together.
 
 A normalisation layer multiplies the normalised input :math:`\hat x` by a scale γ and
-adds a bias β, per channel.  The unit-wise block keeps, for each channel, the 2×2 Fisher
-matrix of its own pair and drops what couples channels:
+adds a bias β, per channel.  The unit-wise block keeps the 2×2 Fisher matrix of each
+channel's pair and drops the coupling between channels:
 
 .. math::
   F_c = \frac1n \sum_i
@@ -10,12 +10,12 @@ matrix of its own pair and drops what couples channels:
                   \gamma_i' \beta_i' & \beta_{i}'^2 \end{pmatrix}, \qquad
   \gamma_i' = \sum_s g_{i,s}\, \hat x_{i,s}, \quad \beta_i' = \sum_s g_{i,s}
 
-and inverts it in closed form after λ is added to its diagonal.  Where a layer has only
-one of the two, the block is 1×1.  The full block keeps the whole 2c×2c matrix, what the
-unit-wise one is measured against.
+and inverts it in closed form after λ is added to its diagonal.  For a layer with only
+one of the two parameters the block is 1×1.  The full block keeps the whole 2c×2c matrix
+and serves as the reference for the unit-wise one.
 
 Source: Osawa et al. 2022 (SP-NGD), §4.2, Eq. 14–17.  The paper leaves implicit that the
-sums over locations come before the square; the authors' code does that.
+sum over locations comes before the square, as in the authors' code.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from lbopt import linalg
-from lbopt._typing import Array, Scalar
+from lbopt._typing import Array
 from lbopt.curvature import block, factor
 
 NormBlocks = Literal["unit_wise", "full"]
@@ -36,15 +36,15 @@ class UnitWiseFactors(NamedTuple):
     """The Fisher matrix of each channel's own parameters.
 
     Attributes:
-      f: ``[*stack, c, k, k]`` with k = 2 (scale, bias) or 1; packed in the state
-        ``[*stack, c, k (k + 1) / 2]`` as ``(scale², scale·bias, bias²)``.
+      f: ``[*stack, c, k, k]`` with k = 2 (scale, bias) or 1; in the state packed as
+        ``[*stack, c, k (k + 1) / 2]``, (scale², scale·bias, bias²).
     """
 
     f: Any
 
 
 class UnitWiseSums(NamedTuple):
-    """Σ of the squares and products of each example's backward signals, packed."""
+    """Σ of squares and products of per-example backward signals, packed."""
 
     f: Any
 
@@ -66,24 +66,24 @@ class FullFactors(NamedTuple):
 
 
 class FullSums(NamedTuple):
-    """Σ of products of each example's backward signals, ``[k c, k c]``."""
+    """Σ of outer products of per-example backward signals, ``[k c, k c]``."""
 
     f: Any
 
 
 class FullInverses(NamedTuple):
-    """The damped inverses, whole."""
+    """The damped inverses, unpacked."""
 
     f_inv: Any
 
 
 class NormResidual(NamedTuple):
-    """What a normalisation layer's tap saves.
+    """The residual that a normalisation layer's tap saves.
 
     Attributes:
       inputs: the layer's input.
-      mean: what was subtracted, of a shape that broadcasts against the input.
-      rstd: what it was multiplied by, likewise.
+      mean: the mean subtracted from it, broadcastable against the input.
+      rstd: the reciprocal standard deviation, broadcastable against the input.
     """
 
     inputs: Array
@@ -100,15 +100,15 @@ def unit_wise_block(
     feature_axes: tuple[int, ...] = (-1,),
     shape: tuple[int, ...] | None = None,
 ) -> block.CurvatureBlock:
-    """The block of a normalisation layer.
+    """Builds the unit-wise block of a normalisation layer.
 
     Args:
       channels: number of channels, c.
-      names: the parameters it has, of ``("scale", "bias")`` in this order.
+      names: the layer's parameters, a part of ``("scale", "bias")`` in this order.
       batched: whether the first input axis numbers examples.
-      dtype: type of the statistics and inverses.
+      dtype: dtype of the statistics and inverses.
       feature_axes: the input axes that number channels, counted from the end.
-      shape: the parameters' own shape, ``(channels,)`` if None.
+      shape: the parameters' shape; ``(channels,)`` if None.
 
     Returns:
       The curvature block.
@@ -121,6 +121,7 @@ def unit_wise_block(
     def sums(*arrays: Array) -> Array:
         rows = per_example(*arrays)
         pairs = [(i, j) for i in range(k) for j in range(i, k)]
+        # Packed at once: three sums of vectors, no [batch, c, 2, 2] in between.
         return jnp.stack([jnp.sum(rows[i] * rows[j], 0) for i, j in pairs], -1)
 
     def estimate(
@@ -135,7 +136,8 @@ def unit_wise_block(
         leading = full.shape[:-3]
         stacked = jnp.stack(
             [leaves[name].reshape(*leading, channels) for name in names], -1
-        )
+        )  # [*copies, c, k]
+        # Multiplied and added as vectors: 2×2 is too small for matrix products.
         natural = jnp.sum(full * stacked[..., None, :], -1)
         return {
             name: natural[..., i].reshape(*leading, *shape)
@@ -150,10 +152,11 @@ def unit_wise_block(
         mean=lambda sums, terms: UnitWiseSums(block.per_example(sums.f, terms)),
         statistics=lambda means: UnitWiseFactors(_unpack(means.f)),
         factors=UnitWiseFactors(
+            # A 1×1 block per channel is a diagonal.
             factor.pairs(channels) if k == 2 else factor.diagonal((channels, 1))
         ),
         pack=lambda factors: UnitWiseFactors(_pack(factors.f)),
-        dampings=_undivided,
+        dampings=block.whole_damping,  # scale and bias share λ: no π
         inverses=UnitWiseInverses,
         precondition=precondition,
     )
@@ -168,15 +171,15 @@ def full_block(
     feature_axes: tuple[int, ...] = (-1,),
     shape: tuple[int, ...] | None = None,
 ) -> block.CurvatureBlock:
-    """The block of a normalisation layer that couples its channels.
+    """Builds the full block of a normalisation layer, which couples its channels.
 
     Args:
-      channels: as for ``unit_wise_block``, and so is the rest.
-      names: the parameters it has.
+      channels: number of channels, c.
+      names: the layer's parameters, a part of ``("scale", "bias")`` in this order.
       batched: whether the first input axis numbers examples.
-      dtype: type of the statistics and inverses.
-      feature_axes: the input axes that number channels.
-      shape: the parameters' own shape.
+      dtype: dtype of the statistics and inverses.
+      feature_axes: the input axes that number channels, counted from the end.
+      shape: the parameters' shape; ``(channels,)`` if None.
 
     Returns:
       The curvature block.
@@ -186,7 +189,7 @@ def full_block(
     per_example = _signals(channels, names, batched, dtype, feature_axes)
 
     def sums(*arrays: Array) -> Array:
-        rows = jnp.concatenate(per_example(*arrays), -1)
+        rows = jnp.concatenate(per_example(*arrays), -1)  # [batch, k c]
         return linalg.matmul(rows.T, rows)
 
     def estimate(
@@ -194,8 +197,7 @@ def full_block(
     ) -> FullSums:
         return FullSums(block.when(due.f, sums, *residual, output_grads))
 
-    def variant(exact: bool, block_size: int | None) -> block.CurvatureBlock:
-        del exact  # λ is added to the curvature itself in any case
+    def cut(block_size: int | None) -> block.CurvatureBlock:
         kind = factor.cut_symmetric(order, block_size)
 
         def precondition(
@@ -204,7 +206,7 @@ def full_block(
             first = leaves[names[0]]
             leading = first.shape[: first.ndim - len(shape)]
             rows = [leaves[name].reshape(*leading, channels) for name in names]
-            column = jnp.concatenate(rows, -1)[..., None]
+            column = jnp.concatenate(rows, -1)[..., None]  # scales before biases
             natural = factor.times(kind, inverses.f_inv, column)[..., 0]
             parts = jnp.split(natural, len(names), -1)
             return {
@@ -221,20 +223,20 @@ def full_block(
             statistics=lambda means: FullFactors(means.f),
             factors=FullFactors(kind),
             pack=lambda factors: FullFactors(factor.pack(kind, factors.f)),
-            dampings=_undivided,
+            dampings=block.whole_damping,
             inverses=FullInverses,
             precondition=precondition,
-            variant=variant,
+            cut=cut,
         )
 
-    return variant(False, None)
+    return cut(None)
 
 
 BLOCKS: dict[str, Callable[..., block.CurvatureBlock]] = {
     "unit_wise": unit_wise_block,
     "full": full_block,
 }
-"""The blocks of normalisation layers by their kinds."""
+"""The builders of normalisation layers' blocks, by kind."""
 
 
 def _signals(
@@ -244,13 +246,15 @@ def _signals(
     dtype: Any,
     feature_axes: tuple[int, ...],
 ) -> Callable[..., list[Array]]:
-    """``(*residual, output_grads) -> `` each example's gradients, ``[batch, c]``."""
+    """Returns ``(*residual, output_grads) -> [[batch, c], ...]``, a list by name."""
 
     def per_example(inputs: Array, mean: Array, rstd: Array, g: Array) -> list[Array]:
         g = g.astype(dtype)
         normalised = (inputs.astype(dtype) - mean.astype(dtype)) * rstd.astype(dtype)
         terms = {"scale": g * normalised, "bias": g}
+        # The axes left over are locations; they are summed before squaring (Eq. 15).
         features = [axis % g.ndim for axis in feature_axes]
+        # BatchNorm(axis=0) has channels first and then no axis of examples.
         examples = [0] if batched and 0 not in features else []
         locations = tuple(
             i for i in range(g.ndim) if i not in features and i not in examples
@@ -275,16 +279,12 @@ def _gradient(
     return gradient
 
 
-def _undivided(means: Any, damping: Scalar) -> Any:
-    """The whole damping for the one factor."""
-    return type(means)(jnp.broadcast_to(damping, means.f.shape))
-
-
 def _unpack(
     packed: Float[Array, "*stack c packed"],
 ) -> Float[Array, "*stack c k k"]:
     if packed.shape[-1] == 1:
         return packed[..., None]
+    # (11, 12, 22) to the rows (11, 12) and (12, 22).
     return jnp.stack([packed[..., :2], packed[..., 1:]], -2)
 
 

@@ -1,14 +1,14 @@
-"""Whether what the taps capture is truly the layers' own.
+"""Checks of captured statistics against autodiff, on one real batch.
 
-Three checks on one real batch.  With every flag off, each statistic must be exactly
-zero: otherwise the loss reads the probes, for example through a norm of each array of
-the parameters.  Probes must arrive as they were put in.  And the sum of input ⊗ output
-gradient must be the gradient that automatic differentiation finds for the layer's
-arrays: otherwise something between the parameters and the layer changes them
-(``nn.map_variables``, ``nn.WeightNorm``), a layer is tapped twice, or it is used in a
-way that its tap does not see.  A penalty on the parameters is such a use, too, but a
-harmless one: what it adds to the gradient does not depend on the batch, so two batches
-are compared, the given one and its first half, doubled.
+1. With no statistic due, every sum must be exactly zero.  If not, the loss reads the
+   probes, for example through a norm of each array of the parameters.
+2. Probes must reach the layer unchanged.  If not, something between the parameters and
+   the layer changes them (``nn.map_variables``).
+3. Σ input ⊗ output gradient must be the gradient of the layer's arrays.  If not, the
+   arrays are reparametrised (``nn.WeightNorm``), the layer is tapped twice, or part of
+   its use bypasses the tap.  A penalty on the parameters bypasses it too, harmlessly:
+   its gradient is independent of the batch, and cancels between two batches, the given
+   one and its first half repeated.
 """
 
 import collections
@@ -23,7 +23,7 @@ from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import capture
 
-_WAY_OUT = "Leave this layer to another optimizer, by optax.partition."
+_WAY_OUT = "leave this layer to another optimizer, by optax.partition"
 
 
 def verify(
@@ -40,10 +40,10 @@ def verify(
       params: the parameters, arrays.
       args: the loss's other arguments.
       tapped: the layers by path.
-      batch_size: examples in the batch.
+      batch_size: number of examples in the batch, if known.
 
     Raises:
-      ValueError: naming the first layer whose statistics are not its own.
+      ValueError: if a layer's statistics are wrong, naming the first such layer.
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
         raise ValueError(
@@ -58,10 +58,11 @@ def verify(
         if any(bool(jnp.any(x != 0)) for x in total):
             raise ValueError(
                 f"layer {path!r}: its statistics are not zero when none is due, so "
-                "loss_fn reads the probes that ride in params. Regularise with the "
+                "loss_fn reads the probes inside params; regularise with the "
                 "optimizer's weight_decay, or by a sum of squares over the parameters, "
-                "instead of a norm of each array."
+                "instead of a norm of each array"
             )
+    # All layers in one run; one by one only to name the culprits.
     if not _arrive_whole(loss, params, args, whole, set(range(len(whole)))):
         changed = [
             path
@@ -70,10 +71,11 @@ def verify(
         ]
         raise ValueError(
             f"layers {changed}: something between params and the layer changes its "
-            f"parameters (nn.map_variables). {_WAY_OUT}"
+            f"parameters (nn.map_variables); {_WAY_OUT}"
         )
     twins = {path: _gradient_twin(layer, params) for path, layer in tapped.items()}
     batches = [args]
+    # One example, or a batch of unknown size, has no second batch to compare with.
     if batch_size is not None and batch_size > 1:
         batches.append(_first_half_doubled(args, batch_size))
     runs = [_gradients(loss, params, batch, twins) for batch in batches]
@@ -82,7 +84,7 @@ def verify(
 
 
 def _arrive_whole(loss, params, args, tapped, numbers) -> bool:
-    """Whether the probes of some layers, all ones, are ones where they are used."""
+    """Tests whether probes of ones still are ones inside the given layers."""
     probes = capture.make_probes(tapped, [None for _ in tapped])
 
     def interceptor(next_fun, args, kwargs, context):
@@ -91,7 +93,7 @@ def _arrive_whole(loss, params, args, tapped, numbers) -> bool:
         if found is None or found[0] not in numbers:
             return outputs
         arrived = [jnp.all(found[2][name] == 1) for name in probes.names(found[0])]
-        # A layer can be inside any transform, out of which its outputs lead.
+        # The layer may be inside any transform; only its outputs lead out of it.
         return jnp.where(jnp.all(jnp.stack(arrived)), outputs, jnp.nan)
 
     with nn.intercept_methods(interceptor):
@@ -99,7 +101,7 @@ def _arrive_whole(loss, params, args, tapped, numbers) -> bool:
 
 
 def _first_half_doubled(args: Sequence[Any], batch_size: int) -> Sequence[Any]:
-    """Another batch of the same shapes, of valid examples."""
+    """Returns a different batch of the same shapes: the first half, each twice."""
 
     def double(x: Any) -> Any:
         shape = getattr(x, "shape", ())
@@ -111,8 +113,8 @@ def _first_half_doubled(args: Sequence[Any], batch_size: int) -> Sequence[Any]:
 
 
 def _gradients(loss, params, args, twins) -> dict[str, Any]:
-    """Each layer's gradients by name, as captured and as autodiff finds them."""
-    due = [True for _ in twins]
+    """Returns each layer's gradients by name: captured, autodiff's, rounding unit."""
+    due = [True for _ in twins]  # a twin has no flags
     grads, captured = _differentiate(loss, params, args, list(twins.values()), due)
     pairs = {}
     for (path, twin), own in zip(twins.items(), captured, strict=True):
@@ -142,24 +144,25 @@ def _differentiate(loss, params, args, tapped, due):
 
 
 def _flags(layer: capture.Tapped, value: bool) -> Any:
-    """One flag for each statistic of a layer."""
+    """Returns one flag for each statistic of a layer."""
     factors = jax.eval_shape(lambda: layer.block.init(()))[0]
     return jax.tree.map(lambda _: value, factors)
 
 
 def _gradient_twin(layer: capture.Tapped, params: Params) -> capture.Tapped:
-    """The layer with a block whose sums are its own gradient.
+    """Returns the layer with a block whose sums are its own gradient.
 
     Args:
       layer: the layer.
       params: the parameters.
 
     Returns:
-      The twin; its last sum is the rounding unit of the layer's outputs, once a use.
+      The twin; its last sum is the rounding unit of the layer's outputs, per call.
     """
     arrays = capture.lookup(params, layer.location)
     names = layer.location.names
-    # Not the arrays' own names: transforms like nn.WeightNorm choose arrays by name.
+    # Probes named like the arrays would be normalised by nn.WeightNorm, too, which
+    # chooses arrays by name.
     fields = [f"gradient{i}" for i in range(len(names))]
     kind = collections.namedtuple("Gradient", (*fields, "epsilon"))
     sums = kind(
@@ -190,30 +193,32 @@ def _gradient_twin(layer: capture.Tapped, params: Params) -> capture.Tapped:
 
 
 def _compare(path: str, runs: Sequence[Mapping[str, tuple[Any, Any, float]]]) -> None:
-    """Refuses a layer whose unseen gradient is not the same for every batch.
+    """Compares captured gradients with autodiff's.
 
     Args:
-      path: the layer's name.
-      runs: for one or two batches, the captured gradient, the true one and the
-        rounding unit, by name.
+      path: the layer's path.
+      runs: for one or two batches, by name: captured gradient, autodiff's, rounding
+        unit.
 
     Raises:
-      ValueError: naming the layer.
+      ValueError: if their difference depends on the batch.
     """
-    # A gradient that cancels to zero (a bias before a normalisation layer) is rounding
-    # alone, so errors are measured against the layer's largest entry.
+    # A gradient that is zero but for rounding (a bias before a normalisation layer) has
+    # no scale of its own, so errors are relative to the layer's largest entry.
     arrays = [x for run in runs for pair in run.values() for x in pair[:2]]
     scale = max(float(jnp.max(jnp.abs(x))) for x in arrays)
     for name in runs[0]:
         unseen = [run[name][1] - run[name][0] for run in runs]
+        # The same for every batch: the gradient of a penalty, which is no fault.
         difference = unseen[0] - unseen[1] if len(unseen) == 2 else unseen[0]
         error = float(jnp.max(jnp.abs(difference)))
-        # Half of the digits: sums of rounding errors stay below, mistakes do not.
+        # Half of the digits: accumulated rounding stays below this, mistakes do not.
+        # Written so that NaN fails, too.
         if not error <= max(run[name][2] for run in runs) ** 0.5 * scale:
             raise ValueError(
                 f"layer {path!r}: the sum of input times output gradient differs from "
-                f"the gradient of {name!r} by {error:.3g} (largest entry {scale:.3g}). "
-                "Something between params and the layer changes its parameters "
+                f"the gradient of {name!r} by {error:.3g} (largest entry {scale:.3g}), "
+                "so something between params and the layer changes its parameters "
                 "(nn.map_variables, nn.WeightNorm, nn.SpectralNorm), or part of its "
-                f"use is not seen. {_WAY_OUT}"
+                f"use bypasses the layer; {_WAY_OUT}"
             )

@@ -87,6 +87,7 @@ def kfac(
     checks.positive("damping", damping, "1e-3 is a usual start", schedule=True)
     precondition = scale_by_kfac(
         layers,
+        # The Hessian of the penalty β‖w‖²/2 is βI.
         damping=_add(damping, weight_decay),
         factor_decay=factor_decay,
         periods=periods,
@@ -95,10 +96,12 @@ def kfac(
         placement=placement,
     )
     if kl_clip is not None:
+        # Inside, because the bound is on Δ, not on the velocity.
         precondition = clip_by_kl(
             precondition, kl_clip, learning_rate, axis_name=placement.axis_name
         )
     return optax.chain(
+        # Before the preconditioner: the penalty is part of the loss, not decoupled.
         optax.add_decayed_weights(weight_decay),
         precondition,
         optax.identity() if momentum is None else optax.trace(momentum),

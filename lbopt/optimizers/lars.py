@@ -79,6 +79,7 @@ def lars(
                 "clip=True must not be set with variant='optax', which is optax.lars "
                 "and has no clip; use variant='paper'"
             )
+        # optax masks what is adapted, the complement of ``skip``.
         adapted = True if skip is None else matching("skip", skip).inverted
         return optax.lars(
             learning_rate,

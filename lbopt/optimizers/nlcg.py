@@ -13,7 +13,7 @@ def nlcg(
     beta: Beta | Scalar = "fletcher_reeves",
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
-    control_period: Count | int = 5,
+    control_period: Count = 5,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditioned nonlinear conjugate gradients for large batches.

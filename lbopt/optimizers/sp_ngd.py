@@ -94,7 +94,9 @@ def sp_ngd(
             block_size=block_size,
             placement=placement,
         ),
+        # Eq. 23; it applies the rate itself.
         scale_by_velocity(learning_rate, momentum, variant=velocity),
+        # Last, because Eq. 24 normalises w + u with the whole step u.
         optax.identity()
         if rescale is None
         else rescale_weights(layers, shrink_only=rescale == "shrink_only"),

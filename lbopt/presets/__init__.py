@@ -1,4 +1,4 @@
-"""Published settings, by their source; what they leave open stands in the modules."""
+"""Published settings by source; the modules say what the sources leave open."""
 
 from lbopt.presets.lars import (
     CAFFE_2017,
@@ -10,7 +10,7 @@ from lbopt.presets.lars import (
     LarsPreset,
 )
 from lbopt.presets.nlcg import ADYA_2018, NLCG_RESNET50, NlcgPreset
-from lbopt.presets.sp_ngd import OSAWA_2019, OSAWA_2022, SpNgdPreset
+from lbopt.presets.sp_ngd import OSAWA_2019, OSAWA_2022, SpNgdPreset, SpNgdResult
 
 __all__ = [
     "ADYA_2018",
@@ -26,4 +26,5 @@ __all__ = [
     "LarsPreset",
     "NlcgPreset",
     "SpNgdPreset",
+    "SpNgdResult",
 ]

@@ -17,27 +17,27 @@ solver files round that (156 steps at 8,192), and with their number give their s
 
 What is not here, and what is open:
 
-1. the ResNet-50 table of the third arXiv version is known at second hand alone: it is
-   unverified here, and left out;
+1. the ResNet-50 table of the third arXiv version is known only at second hand: it is
+   unverified and left out;
 2. its abstract claims ResNet-50 at 32K without loss of accuracy; the authors' own
    revision for ICLR weakened that to 16K, and its table shows 72.5 against 73.8 (with
    more augmentation, against 75.8);
-3. batches of 16K and 32K were emulated by accumulating gradients (``accumulation``, as
-   in the solver files), averaged before the norms are taken;
+3. batches of 16K and 32K were emulated by accumulating the gradients of 2 and 4
+   micro-batches (solver files), averaged before the norms are taken;
 4. the decay counts from step 0, as in Caffe, so that the rate jumps down where the
    warm-up ends; the paper does not say;
-5. the warm-up of the paper's rows starts at 1, as in the solver files; that of its runs
-   with momentum alone at 0, Caffe's default;
+5. the warm-up of the paper's rows starts at 1, as in the solver files; that of its
+   runs without LARS starts at 0, Caffe's default;
 6. the longer runs keep the warm-up of the run of 100 epochs;
 7. ResNet-50 at batch 256: the table's baseline is 75.8, the text's 75.4.  AlexNet
    without LARS at 512: 58.8 and 57.6.  AlexNet-BN without LARS at 512: 100 epochs, the
    text says 128;
 8. the weight decay of GoogLeNet is that of the other models; it is not stated;
-9. ``epochs`` of MLPerf's rows is inferred from their decay steps, which submitters
-   counted differently: from the end of the warm-up at 1,632, 8,192, 65,536 and 67,840,
-   where some runs would have gone on after their decay otherwise, and from step 0 at
-   the others, of which the README (4,096) and NVIDIA's run files (3,264, 13,056,
-   32,768) state the epochs;
+9. MLPerf lists no lengths but steps of the decay, which submitters counted
+   differently: from the end of the warm-up at 1,632, 8,192, 65,536 and 67,840, where
+   some runs would otherwise have gone on after their decay, and from step 0 at the
+   others, of which the README (4,096) and NVIDIA's run files (3,264, 13,056, 32,768)
+   state the epochs.  ``epochs`` is inferred from these;
 10. MLPerf's row of 13,056 is listed with momentum 0.94 in an earlier file; 2,048 is the
     command of the reference's README, without a published mean;
 11. the reference of MLPerf, given ε = 0, runs with 1e-7; here it is 0.  All its rows
@@ -56,32 +56,23 @@ from lbopt.optimizers.lars import lars
 
 
 class LarsPreset(NamedTuple):
-    """Settings of one run, and what was published of it.
+    """Settings of one run, and its published accuracy.
 
     Attributes:
-      source: where the row stands.
       model: ``"alexnet"``, ``"alexnet_bn"``, ``"resnet50"`` or ``"googlenet"``.
       batch_size: examples in a step.
-      learning_rate: γ₀, the rate the warm-up leads to.
+      learning_rate: γ₀, the rate at the end of the warm-up.
       epochs: the length of the run; the decay ends with it.
       warmup_epochs: the length of the linear warm-up.
-      accuracy: top-1 in percent with crops and flips alone; None where not published.
-      accuracy_extended: likewise with changes of scale and aspect ratio.
+      accuracy: top-1 in percent with crops and flips alone; None if not published.
+      accuracy_extended: the same with changes of scale and aspect ratio.
       variant: as for ``lbopt.lars``, or ``"momentum"`` for a baseline without LARS.
       momentum: m.
       weight_decay: β.
-      trust_coefficient: η.
-      init_value: the rate of step 0.
-      end_value: the rate at the end.
-      power: of the polynomial decay.
-      decay_from: where the decay begins to count: ``"start"`` or ``"warmup"``'s end.
-      accumulation: micro-batches that made one batch.
-      epochs_to_target: MLPerf's mean number of epochs to a top-1 of 75.9 %.
-      decay_steps: the decay steps as MLPerf lists them; see 9 above.
       bn_span: examples that share the statistics of norm layers.
+      epochs_to_target: MLPerf's mean number of epochs to a top-1 of 75.9 %.
     """
 
-    source: str
     model: str
     batch_size: int
     learning_rate: float
@@ -89,21 +80,29 @@ class LarsPreset(NamedTuple):
     warmup_epochs: float
     accuracy: float | None = None
     accuracy_extended: float | None = None
-    variant: Literal["paper", "mlperf", "optax", "momentum"] = "paper"
+    variant: Literal["paper", "mlperf", "momentum"] = "paper"
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    trust_coefficient: float = 1e-3
-    init_value: float = 1.0
-    end_value: float = 0.0
-    power: float = 2.0
-    decay_from: Literal["start", "warmup"] = "start"
-    accumulation: int = 1
-    epochs_to_target: float | None = None
-    decay_steps: int | None = None
     bn_span: int | None = None
+    epochs_to_target: float | None = None
+
+    @property
+    def init_value(self) -> float:
+        """The learning rate of step 0."""
+        return 1.0 if self.variant == "paper" else 0.0
+
+    @property
+    def end_value(self) -> float:
+        """The learning rate at the end."""
+        return 1e-4 if self.variant == "mlperf" else 0.0
+
+    @property
+    def decay_from(self) -> Literal["start", "warmup"]:
+        """Where the decay begins to count: at step 0 or at the end of the warm-up."""
+        return "warmup" if self.variant == "mlperf" else "start"
 
     def schedule(self, steps_per_epoch: float | int) -> optax.Schedule:
-        """The learning rate of the step."""
+        """Returns the learning rate as a function of the step."""
         steps = round(self.epochs * steps_per_epoch)
         warmup = round(self.warmup_epochs * steps_per_epoch)
         begin = 0
@@ -111,7 +110,7 @@ class LarsPreset(NamedTuple):
             # MLPerf's decay has one step more than the run has left.
             begin, steps = warmup, steps - warmup + 1
         decay = optax.polynomial_schedule(
-            self.learning_rate, self.end_value, self.power, steps, begin
+            self.learning_rate, self.end_value, 2, steps, begin
         )
         return schedules.warmup(
             self.learning_rate, warmup, decay, init_value=self.init_value
@@ -120,11 +119,11 @@ class LarsPreset(NamedTuple):
     def optimizer(
         self, steps_per_epoch: float | int, **options: Any
     ) -> optax.GradientTransformationExtraArgs:
-        """The optimizer with these settings.
+        """Builds the optimizer with these settings.
 
         Args:
           steps_per_epoch: steps of ``batch_size`` in an epoch.
-          **options: as for ``lbopt.lars``, such as ``stacked=``; none for a baseline.
+          **options: as for ``lbopt.lars``; none for a baseline.
 
         Returns:
           The optimizer.
@@ -136,7 +135,6 @@ class LarsPreset(NamedTuple):
             rate,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
-            trust_coefficient=self.trust_coefficient,
             variant=self.variant,
             **options,
         )
@@ -153,10 +151,8 @@ def _momentum(
     )
 
 
-_ICLR = "You et al., ICLR 2018 submission"
-
 YOU_2017 = {
-    (row[0], row[1]): LarsPreset(_ICLR, *row)
+    (row[0], row[1]): LarsPreset(*row)
     # Model, batch size, γ₀, epochs, warm-up, top-1, top-1 with extended augmentation.
     for row in (
         ("alexnet", 512, 2.0, 100, 2, 58.7, None),
@@ -198,7 +194,7 @@ YOU_2017_LONGER = {
 """Longer runs of the largest batches by model, batch size and epochs."""
 
 YOU_2017_MOMENTUM = {
-    (row[0], row[1]): LarsPreset(_ICLR, *row, variant="momentum", init_value=0.0)
+    (row[0], row[1]): LarsPreset(*row, variant="momentum")
     for row in (
         ("alexnet", 512, 0.02, 100, 2.5, 58.8, None),
         ("alexnet", 4_096, 0.05, 100, 2.5, 53.1, None),
@@ -213,85 +209,43 @@ YOU_2017_MOMENTUM = {
 
 CAFFE_2017 = {
     (model, size): LarsPreset(
-        "NVIDIA Caffe",
-        model,
-        size,
-        rate,
-        epochs=100,
-        warmup_epochs=100 * warmup / total,
-        weight_decay=decay,
-        accumulation=parts,
+        model, size, rate, 100, 100 * warmup / total, weight_decay=decay
     )
-    # γ₀, steps of the warm-up and of the run, β, accumulation.
-    for model, size, rate, warmup, total, decay, parts in (
-        ("alexnet", 8_192, 10.0, 600, 15_600, 5e-4, 1),
-        ("alexnet", 16_384, 16.0, 400, 7_800, 5e-4, 2),
-        ("alexnet_bn", 8_192, 10.0, 600, 15_600, 5e-4, 1),
-        ("alexnet_bn", 16_384, 24.0, 400, 7_800, 5e-4, 2),
-        ("alexnet_bn", 32_768, 32.0, 400, 4_000, 5e-4, 4),
-        ("resnet50", 512, 4.0, 0, 250_000, 1e-4, 1),
-        ("resnet50", 1_024, 9.0, 10_000, 125_000, 5e-4, 1),
+    # γ₀, steps of the warm-up and of the run, β.
+    for model, size, rate, warmup, total, decay in (
+        ("alexnet", 8_192, 10.0, 600, 15_600, 5e-4),
+        ("alexnet", 16_384, 16.0, 400, 7_800, 5e-4),
+        ("alexnet_bn", 8_192, 10.0, 600, 15_600, 5e-4),
+        ("alexnet_bn", 16_384, 24.0, 400, 7_800, 5e-4),
+        ("alexnet_bn", 32_768, 32.0, 400, 4_000, 5e-4),
+        ("resnet50", 512, 4.0, 0, 250_000, 1e-4),
+        ("resnet50", 1_024, 9.0, 10_000, 125_000, 5e-4),
     )
 }
 """The authors' released solver files by model and batch size."""
 
-
-def _mlperf(
-    source: str,
-    size: int,
-    rate: float,
-    epochs: float | int,
-    warmup: float | int,
-    **others: Any,
-) -> LarsPreset:
-    return LarsPreset(
-        source,
-        "resnet50",
-        size,
-        rate,
-        epochs,
-        warmup,
-        variant="mlperf",
-        init_value=0.0,
-        end_value=1e-4,
-        decay_from="warmup",
-        **others,
-    )
-
-
 MLPERF = {
-    size: _mlperf(
-        "MLPerf training 4.0, convergence points",
-        size,
-        rate,
-        epochs,
-        warmup,
-        momentum=momentum,
-        weight_decay=decay,
-        decay_steps=steps,
-        bn_span=span,
-        epochs_to_target=mean,
-    )
-    # γ₀, warm-up, m, β, decay steps, epochs from them, span, mean epochs to 75.9 %.
-    for size, rate, warmup, momentum, decay, steps, epochs, span, mean in (
-        (1_632, 7.4, 2, 0.9, 5e-5, 27_476, 37, 204, 35.0),
-        (3_264, 10.5, 2, 0.9, 5e-5, 14_523, 37, 204, 35.2),
-        (4_096, 10.0, 5, 0.9, 2e-4, 13_137, 42, 64, 40.0),
-        (8_192, 17.0, 5, 0.9, 2e-4, 6_095, 44, 64, 42.0),
-        (13_056, 12.8, 9, 0.9, 2.5e-5, 4_710, 48, 204, 45.4),
-        (32_768, 21.2, 16, 0.94, 2.5e-5, 2_267, 58, 128, 56.0),
-        (49_152, 19.405, 24, 0.951807, 1e-4, 1_846, 71, 256, 68.0),
-        (58_880, 23.246, 29, 0.951807, 1e-4, 1_785, 82, 230, 79.9),
-        (65_536, 24.699, 31, 0.951807, 1e-4, 1_133, 89, 128, 84.5),
-        (67_840, 24.699, 31, 0.951807, 1e-4, 1_133, 91, 424, 85.9),
+    row[0]: LarsPreset("resnet50", *row[:4], None, None, "mlperf", *row[4:])
+    # γ₀, epochs, warm-up, m, β, batch norm's span, mean epochs to 75.9 %.
+    for row in (
+        (1_632, 7.4, 37, 2, 0.9, 5e-5, 204, 35.0),
+        (2_048, 8.5, 41, 5, 0.9, 2e-4, None, None),
+        (3_264, 10.5, 37, 2, 0.9, 5e-5, 204, 35.2),
+        (4_096, 10.0, 42, 5, 0.9, 2e-4, 64, 40.0),
+        (8_192, 17.0, 44, 5, 0.9, 2e-4, 64, 42.0),
+        (13_056, 12.8, 48, 9, 0.9, 2.5e-5, 204, 45.4),
+        (32_768, 21.2, 58, 16, 0.94, 2.5e-5, 128, 56.0),
+        (49_152, 19.405, 71, 24, 0.951807, 1e-4, 256, 68.0),
+        (58_880, 23.246, 82, 29, 0.951807, 1e-4, 230, 79.9),
+        (65_536, 24.699, 89, 31, 0.951807, 1e-4, 128, 84.5),
+        (67_840, 24.699, 91, 31, 0.951807, 1e-4, 424, 85.9),
     )
 }
-"""The reference convergence points of MLPerf by batch size."""
-MLPERF[2_048] = _mlperf("MLPerf's README", 2_048, 8.5, 41, 5, weight_decay=2e-4)
+"""The reference convergence points of MLPerf by batch size; 2,048 is its README's."""
 
 CLOUD_TPU = {
-    size: _mlperf(
-        "tensorflow/tpu", size, rate, 91, warmup, weight_decay=1e-4, accuracy=76.0
+    size: LarsPreset(
+        "resnet50", size, rate, 91, warmup, 76.0, variant="mlperf", weight_decay=1e-4
     )
     for size, rate, warmup in ((16_384, 25.0, 5), (32_768, 32.0, 14))
 }

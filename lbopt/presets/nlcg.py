@@ -37,13 +37,13 @@ from lbopt.optimizers.nlcg import nlcg
 
 
 def boundaries(epochs: float | int) -> tuple[int, int, int]:
-    """The epochs after which the released code divides the rate by ten.
+    """Returns the epochs after which the released code divides the rate by ten.
 
     Args:
       epochs: the length of the run.
 
     Returns:
-      Three epochs; those after the run's end do nothing.
+      Three epochs, of which the last may lie beyond the end of the run.
 
     Examples:
       >>> from lbopt.presets import nlcg
@@ -60,21 +60,21 @@ def boundaries(epochs: float | int) -> tuple[int, int, int]:
 
 
 class NlcgPreset(NamedTuple):
-    """Settings of one run, and what was published of it.
+    """Settings of one run, and the published accuracies.
 
     Attributes:
       model: ``"resnet32"`` or ``"resnet50"``.
       batch_size: examples in a step.
-      learning_rate: the rate the warm-up leads to.
-      accuracy: top-1 in percent of NLCG; None where not published, as the next three.
-      rmsprop: of RMSProp.
-      momentum: of momentum SGD.
-      sgd: of SGD without momentum.
+      learning_rate: the rate at the end of the warm-up.
+      accuracy: top-1 of NLCG in percent; None, as the next three, if not published.
+      rmsprop: top-1 of RMSProp.
+      momentum: top-1 of momentum SGD.
+      sgd: top-1 of SGD without momentum.
       epochs: the length of the run.
       warmup_epochs: the length of the warm-up, of shape ``"sqrt"``.
       init_value: the rate of step 0.
-      drops: the epochs after which the rate is divided by ten; None for those of
-        ``boundaries``.
+      drops: the epochs after which the rate is divided by ten; None for those that
+        ``boundaries`` returns.
       l2: the coefficient of ½‖w‖² in the loss.
     """
 
@@ -92,7 +92,7 @@ class NlcgPreset(NamedTuple):
     l2: float = 2e-4
 
     def schedule(self, steps_per_epoch: float | int) -> optax.Schedule:
-        """The learning rate of the step."""
+        """Returns the learning rate as a function of the step."""
         drops = boundaries(self.epochs) if self.drops is None else self.drops
         stairs = schedules.staircase(
             self.learning_rate, drops, steps_per_epoch=steps_per_epoch
@@ -108,7 +108,7 @@ class NlcgPreset(NamedTuple):
     def optimizer(
         self, steps_per_epoch: float | int, **options: Any
     ) -> optax.GradientTransformationExtraArgs:
-        """NLCG with these settings.
+        """Builds NLCG with these settings.
 
         Args:
           steps_per_epoch: steps of ``batch_size`` in an epoch.

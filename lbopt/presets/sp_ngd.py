@@ -2,8 +2,8 @@
 
 ``OSAWA_2022`` holds a preset for each row of Table 2 of the paper (Osawa et al., TPAMI
 2022), by batch size; ``OSAWA_2019`` the same for the authors' released code
-(chainerkfac), which is what is public of the earlier version (Osawa et al., CVPR 2019;
-its own table of settings could not be had).
+(chainerkfac), the only public settings of the earlier version (Osawa et al., CVPR 2019;
+its own table could not be obtained).
 
 Where the paper, the earlier version and the code contradict one another, the presets
 named after the paper take the paper, and what it leaves open is chosen so:
@@ -41,8 +41,24 @@ from lbopt.curvature.registry import Layers
 from lbopt.optimizers.sp_ngd import sp_ngd
 
 
+class SpNgdResult(NamedTuple):
+    """The published outcome of one run; None where nothing is stated.
+
+    Attributes:
+      steps: the number of steps.
+      accuracy: top-1 in percent, with stale statistics if the settings have them.
+      accuracy_fresh: top-1 in percent if every step renews all statistics.
+      minutes: the training time, 32 images on each GPU.
+    """
+
+    steps: int
+    accuracy: float
+    accuracy_fresh: float | None = None
+    minutes: float | None = None
+
+
 class SpNgdPreset(NamedTuple):
-    """Settings of one run.
+    """Settings of one run, and its published outcome.
 
     Attributes:
       batch_size: examples in a step.
@@ -54,12 +70,10 @@ class SpNgdPreset(NamedTuple):
       momentum: m₀.
       damping: λ.
       epochs: the length of the run, shorter than ``end``.
-      stale_threshold: α of the adaptive refresh; None where everything is renewed at
-        every step.
-      norm_damping: what λ is multiplied by for norm layers.
-      rescale: as for ``lbopt.sp_ngd``.
-      velocity: likewise.
-      random_erasing: the probability that a part of an image is erased.
+      stale_threshold: α of the adaptive refresh; None to renew everything at every
+        step.
+      result: the published outcome.
+      variant: ``"paper"``, or ``"code"`` for the released code where it differs.
     """
 
     batch_size: int
@@ -72,13 +86,31 @@ class SpNgdPreset(NamedTuple):
     damping: float
     epochs: int
     stale_threshold: float | None
-    norm_damping: float = 1.0
-    rescale: Literal["always", "shrink_only"] | None = "always"
-    velocity: Literal["paper", "code"] = "paper"
-    random_erasing: float = 0.5
+    result: SpNgdResult
+    variant: Literal["paper", "code"] = "paper"
+
+    @property
+    def norm_damping(self) -> float:
+        """The factor on λ for norm layers."""
+        return 16.0 if self.variant == "code" else 1.0
+
+    @property
+    def norm_blocks(self) -> Literal["unit_wise", "full"]:
+        """The curvature blocks of norm layers, as for ``lbopt.trace_layers``."""
+        return "full" if self.variant == "code" else "unit_wise"
+
+    @property
+    def rescale(self) -> Literal["always", "shrink_only"]:
+        """When kernels are rescaled, as for ``lbopt.sp_ngd``."""
+        return "shrink_only" if self.variant == "code" else "always"
+
+    @property
+    def random_erasing(self) -> float:
+        """The probability that a part of an image is erased."""
+        return 0.5
 
     def schedule(self, steps_per_epoch: float | int) -> optax.Schedule:
-        """The learning rate of the step."""
+        """Returns the learning rate as a function of the step."""
         return schedules.polynomial(
             self.learning_rate,
             self.power,
@@ -90,10 +122,10 @@ class SpNgdPreset(NamedTuple):
     def optimizer(
         self, layers: Layers, steps_per_epoch: float | int, **distribution: Any
     ) -> optax.GradientTransformationExtraArgs:
-        """SP-NGD with these settings.
+        """Builds SP-NGD with these settings.
 
         Args:
-          layers: what ``trace_layers`` found.
+          layers: the layers that ``trace_layers`` returns, with ``norm_blocks``.
           steps_per_epoch: steps of ``batch_size`` in an epoch.
           **distribution: as for ``lbopt.sp_ngd``.
 
@@ -108,31 +140,48 @@ class SpNgdPreset(NamedTuple):
             stale_threshold=self.stale_threshold,
             norm_damping=self.norm_damping,
             rescale=self.rescale,
-            velocity=self.velocity,
+            velocity=self.variant,
             **distribution,
         )
 
 
-OSAWA_2022 = {
-    preset.batch_size: preset
-    for preset in (
-        SpNgdPreset(4_096, 0.4, 11.0, 1, 53, 8.18e-3, 0.997, 2.5e-4, 35, 0.1),
-        SpNgdPreset(8_192, 0.4, 8.0, 1, 53.5, 1.25e-2, 0.993, 2.5e-4, 35, 0.1),
-        SpNgdPreset(16_384, 0.4, 8.0, 1, 53.5, 2.5e-2, 0.985, 2.5e-4, 35, 0.1),
-        SpNgdPreset(32_768, 0.6, 3.5, 1.5, 49.5, 3.0e-2, 0.97, 2.0e-4, 45, 0.1),
-        SpNgdPreset(65_536, 0.6, 2.9, 2, 64.5, 4.0e-2, 0.95, 1.5e-4, 60, None),
-        SpNgdPreset(131_072, 1.0, 2.9, 3, 100, 7.0e-2, 0.93, 1.0e-4, 90, None),
-    )
+_RESULTS = {
+    4_096: SpNgdResult(10_948, 74.8, 75.2, 32.5),
+    8_192: SpNgdResult(5_434, 75.3, 75.5, 16.9),
+    16_384: SpNgdResult(2_737, 75.2, 75.3, 6.8),
+    32_768: SpNgdResult(1_760, 75.4, 75.6, 5.5),
+    65_536: SpNgdResult(1_173, 75.6, 75.6),
+    131_072: SpNgdResult(873, 74.9, 74.9),
 }
-"""The rows of Table 2 of the paper by batch size."""
+_ROWS = (
+    # Batch size, α, p, e_start, e_end, η₀, m₀, λ, epochs, stale threshold.
+    (4_096, 0.4, 11.0, 1, 53, 8.18e-3, 0.997, 2.5e-4, 35, 0.1),
+    (8_192, 0.4, 8.0, 1, 53.5, 1.25e-2, 0.993, 2.5e-4, 35, 0.1),
+    (16_384, 0.4, 8.0, 1, 53.5, 2.5e-2, 0.985, 2.5e-4, 35, 0.1),
+    (32_768, 0.6, 3.5, 1.5, 49.5, 3.0e-2, 0.97, 2.0e-4, 45, 0.1),
+    (65_536, 0.6, 2.9, 2, 64.5, 4.0e-2, 0.95, 1.5e-4, 60, None),
+    (131_072, 1.0, 2.9, 3, 100, 7.0e-2, 0.93, 1.0e-4, 90, None),
+)
+OSAWA_2022 = {row[0]: SpNgdPreset(*row, _RESULTS[row[0]]) for row in _ROWS}
+"""The rows of Table 2 of the paper by batch size, with the outcomes in Table 1."""
 
 OSAWA_2019 = {
-    size: preset._replace(
-        stale_threshold=None, norm_damping=16.0, rescale="shrink_only", velocity="code"
+    size: OSAWA_2022[size]._replace(
+        stale_threshold=None,
+        variant="code",
+        result=SpNgdResult(steps, accuracy, accuracy),
     )
-    for size, preset in OSAWA_2022.items()
+    for size, steps, accuracy in (
+        (4_096, 10_948, 75.9),
+        (8_192, 5_478, 76.4),
+        (16_384, 2_737, 76.6),
+        (32_768, 1_760, 76.9),
+        (65_536, 1_173, 76.3),
+        (131_072, 782, 75.0),
+    )
 }
-"""The settings of the authors' released code by batch size; every step renews all."""
+"""The settings of the authors' released code by batch size, and its results, which are
+those of ResNet-50-D; every step renews all statistics."""
 OSAWA_2019[131_072] = OSAWA_2019[131_072]._replace(
     power=3.0, start=1, end=95, epochs=80
 )

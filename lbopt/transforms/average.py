@@ -1,4 +1,4 @@
-r"""An average of the iterates, which may be better than the last of them.
+r"""An exponential moving average of the parameters.
 
 .. math:: \bar\theta \leftarrow \xi\, \bar\theta + (1 - \xi)\, \theta
 """
@@ -28,17 +28,17 @@ class AverageState(NamedTuple):
 def average_params(
     decay: Scalar = 0.99, *, warm_up: bool = False
 ) -> optax.GradientTransformation:
-    r"""Averages the parameters after each step, and leaves the step as it is.
+    r"""Averages the parameters after each step, and passes the step on unchanged.
 
     .. math:: \bar\theta \leftarrow \xi_k\, \bar\theta + (1 - \xi_k)\, \theta
 
-    with the parameters after the step, which is why it stands at the end of a chain.
-    ``averaged_params`` takes the average out of the state, to evaluate with.
+    with the parameters θ after the step, so that it must be the last of a chain.
+    ``averaged_params`` returns the average, for evaluation.
 
     Args:
-      decay: ξ, in [0, 1); 1 / (1 − ξ) steps are averaged over.
-      warm_up: whether the first steps count for less, ξ_k = min(ξ, (1 + k) / (10 + k))
-        after k steps, as in TensorFlow's ``ExponentialMovingAverage``.
+      decay: ξ, in [0, 1); the average is over about 1 / (1 − ξ) steps.
+      warm_up: whether the decay starts small, ξ_k = min(ξ, (1 + k) / (10 + k)) after k
+        steps, as in TensorFlow's ``ExponentialMovingAverage``.
 
     Returns:
       A transformation whose ``update`` takes ``params``.
@@ -62,6 +62,7 @@ def average_params(
     checks.below_one("decay", decay, "0.99 is usual")
 
     def init_fn(params: Params) -> AverageState:
+        # A copy, because the caller may donate the parameters.
         return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.array, params))
 
     def update_fn(
@@ -73,6 +74,7 @@ def average_params(
                 "tx.update(grads, state, params)"
             )
         k = state.count
+        # Small at first, so that the initial parameters are soon forgotten.
         kept = jnp.minimum(decay, (1 + k) / (10 + k)) if warm_up else decay
         after = optax.apply_updates(params, updates)
         average = optax.incremental_update(after, state.average, 1 - kept)
@@ -82,7 +84,7 @@ def average_params(
 
 
 def averaged_params(opt_state: OptState) -> Params:
-    """The average of the parameters in an optimizer's state.
+    """Returns the average of the parameters from an optimizer's state.
 
     Args:
       opt_state: the state of any optax chain with ``average_params`` in it.
@@ -91,7 +93,7 @@ def averaged_params(opt_state: OptState) -> Params:
       θ̄, like the parameters.
 
     Raises:
-      ValueError: if nothing is averaged.
+      ValueError: unless the state holds exactly one average.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -107,7 +109,7 @@ def averaged_params(opt_state: OptState) -> Params:
     found = [node.average for node in nodes if is_average(node)]
     if len(found) != 1:
         raise ValueError(
-            f"opt_state={type(opt_state).__name__} holds {len(found)} averages, not "
-            "one; put lbopt.average_params(...) at the end of the chain"
+            f"opt_state={type(opt_state).__name__} must hold one average, not "
+            f"{len(found)}; put lbopt.average_params(...) at the end of the chain"
         )
     return found[0]

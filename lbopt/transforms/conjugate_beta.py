@@ -1,4 +1,4 @@
-r"""How much of the last direction a conjugate direction keeps: β, by its authors.
+r"""Rules for β, the share of the last direction in a conjugate direction.
 
 .. math:: d_k = -P_k g_k + \beta_k d_{k-1}
 
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from lbopt._typing import Array
 
 EPS = 1e-8
-"""What keeps quotients finite, as in the released code."""
+"""Added to denominators to keep quotients finite, as in the released code."""
 
 
 class Products(NamedTuple):
-    """The inner products of a step; ``()`` where a rule has no use for one.
+    """The inner products of a step; ``()`` for those that a rule does not need.
 
     Attributes:
-      gz: gᵀPg of this step, δ.
-      gz_before: that of the step before.
+      gz: δ = gᵀPg of this step.
+      gz_before: gᵀPg of the step before.
       gz_cross: the gradient times the preconditioned gradient of the step before.
       yz: yᵀPg.
       dy: the last direction times y.
@@ -72,13 +72,13 @@ def hager_zhang(p: Products) -> Array:
 
 
 def _over_curvature(x: Array, p: Products) -> Array:
-    """The quotient by dᵀy; 0, a restart, where that is not positive."""
-    curved = p.dy > 0
+    """Returns the quotient by dᵀy; 0, a restart, if that is not positive."""
+    curved = p.dy > 0  # always so after an exact line search on a convex function
     return jnp.where(curved, x / jnp.where(curved, p.dy, 1), 0)
 
 
 class Rule(NamedTuple):
-    """A rule and what it has to remember.
+    """A rule, and which vectors it needs of the step before.
 
     Attributes:
       beta: the rule.

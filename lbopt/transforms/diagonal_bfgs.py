@@ -1,4 +1,4 @@
-"""A diagonal of the Hessian from the changes of gradients."""
+"""A diagonal estimate of the Hessian from changes of the gradient."""
 
 from typing import Any, NamedTuple
 
@@ -32,10 +32,10 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
               {y^\top t + \epsilon} \right|, \qquad P = \frac{1}{h + \epsilon}
 
     with the displacement t of the parameters and the change y of their gradient: the
-    BFGS update of B, restricted to its diagonal and made positive.  Where
-    :math:`y^\top t` or :math:`t^\top (h \circ t)` is below ε = 1e-8, h stays as it is,
-    bit for bit, and so does an entry that would not be finite.  h starts at 1, and the
-    first gradient passes unchanged.
+    BFGS update of B, restricted to its diagonal and made positive.  If :math:`y^\top t`
+    or :math:`t^\top (h \circ t)` is below ε = 1e-8, h stays unchanged, bit for bit, and
+    so does any entry that would not be finite.  h starts at 1, and the first gradient
+    passes unchanged.
 
     Returns:
       A transformation whose ``update`` takes ``displacement=`` and ``change=``, trees
@@ -75,23 +75,26 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         if displacement is None or change is None:
             raise ValueError(
-                "scale_by_diagonal_bfgs.update needs displacement= and change=, those "
-                "of the parameters and of their gradient; scale_by_nlcg passes them"
+                "scale_by_diagonal_bfgs.update needs displacement= and change=, of the "
+                "parameters and of their gradient; scale_by_nlcg passes them"
             )
         t, y = precise(displacement), precise(change)
         ht = jax.tree.map(jnp.multiply, state.h, t)
+        # Over all arrays together: h is the diagonal of one matrix.
         yt: Any = optax.tree.vdot(y, t)
         tbt: Any = optax.tree.vdot(t, ht)
         curved = (yt >= EPS) & (tbt >= EPS)
 
         def renewed(h: Array, ht: Array, y: Array) -> Array:
+            # diag(B t tᵀ B) / tᵀBt and diag(y yᵀ) / yᵀt, with ε as in the code.
             lost = (jnp.square(ht) + EPS) / (tbt + EPS)
             gained = (jnp.square(y) + EPS) / (yt + EPS)
             new = jnp.abs(h - lost + gained)
+            # Without curvature along t the update is not defined (or divides by ε).
             return jnp.where(curved & jnp.isfinite(new), new, h)
 
         h = jax.tree.map(renewed, state.h, ht, y)
-        first = state.count == 0
+        first = state.count == 0  # 1 / (h + ε) would be 1 only up to rounding
         updates = jax.tree.map(
             lambda g, h: (g * jnp.where(first, 1, 1 / (h + EPS))).astype(g.dtype),
             updates,
@@ -103,7 +106,7 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
 
 
 def precise(tree: Any) -> Any:
-    """The tree in float32 or better, which what is subtracted needs."""
+    """Returns a tree in float32 or better, as differences of its arrays need it."""
     return jax.tree.map(
         lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
     )

@@ -1,10 +1,10 @@
-r"""Eigenvalues of the curvature that are renewed between one eigenbasis and the next.
+r"""Eigenvalues of the curvature, averaged from second moments between eigenbases.
 
 .. math:: s \leftarrow s + \frac{1 - \beta}{1 - \beta^k} (s_{\text{batch}} - s)
 
-after k statistics, in the bases that are in effect; where these change, s goes with
-them (``curvature.eigen_moments``).  Until its first statistic it is the eigenvalues
-:math:`d_A d_G^\top` of the Kronecker product.
+after k statistics, in the bases in effect; when these change, s is transformed to the
+new ones (``curvature.eigen_moments``).  Until the first statistic s holds the
+eigenvalues :math:`d_A d_G^\top` of the Kronecker product.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ class Moments(NamedTuple):
 
     Attributes:
       s: their running average, ``[*copies, *stack, in, out]``; 1 at the start.
-      renewals: how often it was renewed.
-      due: whether a statistic is wanted at the coming step.
+      renewals: the number of statistics averaged.
+      due: whether a statistic is due at the coming step.
     """
 
     s: Any
@@ -40,12 +40,12 @@ class Moments(NamedTuple):
 
 
 def init_moments(
-    own: Mapping[str, Layer], inverses: Mapping[str, Any]
+    layers: Mapping[str, Layer], inverses: Mapping[str, Any]
 ) -> dict[str, Moments]:
-    """The moments before the first bases, of the layers that have any.
+    """Returns the moments, before the first bases, of the layers that have any.
 
     Args:
-      own: the layers by path.
+      layers: the layers by path.
       inverses: their bases before the first statistic.
 
     Returns:
@@ -55,15 +55,15 @@ def init_moments(
         path: Moments(
             eigen_moments.kronecker_eigenvalues(layer.block.factors, inverses[path]),
             jnp.zeros([], jnp.int32),
-            jnp.zeros([], bool),
+            jnp.zeros([], bool),  # not before the first bases
         )
-        for path, layer in own.items()
+        for path, layer in layers.items()
         if layer.block.moments is not None
     }
 
 
 def average(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     state: KfacState,
     squares: Mapping[str, Array],
     factor_decay: Scalar,
@@ -72,14 +72,14 @@ def average(
     """Folds the second moments that are due and finite into their averages.
 
     Args:
-      own: the layers by path.
+      layers: the layers by path.
       state: the state, with the bases that they were evaluated in.
       squares: this device's second moments by path.
       factor_decay: β.
       axis: the devices.
 
     Returns:
-      The state; what was refused is counted in ``rejected``.
+      The state; moments that are not finite are counted in ``rejected``.
     """
     due = {path: moments.due for path, moments in state.moments.items()}
     if not due:
@@ -91,32 +91,35 @@ def average(
 
     def renewed(s: Array, renewals: Array, due: Array, mean: Array) -> Moments:
         accepted = due & linalg.all_finite(mean)
+        # Debiased, so that the first second moments replace d_A d_Gᵀ altogether.
         weight = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
         after = s + (weight * (mean - s)).astype(s.dtype)
         return Moments(jnp.where(accepted, after, s), renewals + accepted, due)
 
+    # One condition for all layers, because one collective carries all means.
     after = update_if(jnp.any(jnp.stack(list(due.values()))), renew, state.moments)
+    # A statistic that was due and not counted as a renewal was not finite.
     refused = {
         path: due[path] & (after[path].renewals == state.moments[path].renewals)
         for path in due
     }
-    counts = jnp.stack([jnp.asarray(refused.get(path, False)) for path in own])
+    counts = jnp.stack([jnp.asarray(refused.get(path, False)) for path in layers])
     return state._replace(moments=after, rejected=state.rejected + counts)
 
 
 def carry(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     before: KfacState,
     state: KfacState,
     accepted: Bool[Array, " units"],
 ) -> KfacState:
-    """Takes the moments along where bases changed.
+    """Transforms the moments of layers whose bases changed.
 
     Args:
-      own: the layers by path.
-      owners: who inverts what.
-      before: the state with the bases that the moments are in.
+      layers: the layers by path.
+      owners: the owner of each unit.
+      before: the state with the bases in which the moments were taken.
       state: the same with new bases.
       accepted: which units have a new basis.
 
@@ -125,11 +128,11 @@ def carry(
     """
     if not state.moments:
         return state
-    known = renewal.all_inverted(own, owners, before)
-    complete = renewal.all_inverted(own, owners, state)
-    changed = renewal.any_by_layer(accepted, owners, own)
+    known = renewal.all_inverted(layers, owners, before)
+    complete = renewal.all_inverted(layers, owners, state)
+    changed = renewal.any_by_layer(accepted, owners, layers)
     after = {}
-    for number, (path, layer) in enumerate(own.items()):
+    for number, (path, layer) in enumerate(layers.items()):
         if path not in state.moments:
             continue
         old, new = before.inverses[path], state.inverses[path]
@@ -137,27 +140,29 @@ def carry(
         def first(_: Array, layer: Layer = layer, new: Any = new) -> Array:
             return eigen_moments.kronecker_eigenvalues(layer.block.factors, new)
 
-        def turn(s: Array, old: Any = old, new: Any = new) -> Array:
+        def rotate(s: Array, old: Any = old, new: Any = new) -> Array:
             return eigen_moments.carried(s, old, new)
 
         s = state.moments[path].s
+        # The first complete bases: identities before them hold no moments to rotate.
         s = update_if(complete[number] & ~known[number], first, s)
-        s = update_if(changed[number] & known[number], turn, s)
+        s = update_if(changed[number] & known[number], rotate, s)
         after[path] = state.moments[path]._replace(s=s)
     return state._replace(moments=after)
 
 
 def scheduled(
-    own: Mapping[str, Layer], owners: Owners, state: KfacState, stats_period: Any
+    layers: Mapping[str, Layer], owners: Owners, state: KfacState, stats_period: Any
 ) -> KfacState:
-    """The state with what is due at the coming step: nothing in bases that are none."""
+    """Sets which moments are due at the coming step: none before the first bases."""
     if not state.moments:
         return state
-    on_turn = clocks.is_due(state.count + 1, stats_period)
-    known = dict(zip(own, renewal.all_inverted(own, owners, state), strict=True))
+    # A layer without any statistic yet is due at once, not at its next period.
+    on_time = clocks.is_due(state.count + 1, stats_period)
+    known = dict(zip(layers, renewal.all_inverted(layers, owners, state), strict=True))
     return state._replace(
         moments={
-            path: one._replace(due=known[path] & (on_turn | (one.renewals == 0)))
+            path: one._replace(due=known[path] & (on_time | (one.renewals == 0)))
             for path, one in state.moments.items()
         }
     )

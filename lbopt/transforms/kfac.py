@@ -3,8 +3,9 @@ r"""K-FAC as a gradient transformation.
 .. math:: U_\ell = (A_\ell + \pi_\ell \sqrt{\lambda} I)^{-1}\, \nabla W_\ell\,
           (G_\ell + \tfrac{1}{\pi_\ell} \sqrt{\lambda} I)^{-1}
 
-with the factors' running averages A and G.  The transformation is a pipeline of the
-curvature blocks' functions: statistics → factors → inverses → natural gradient.
+with the factors' running averages A and G.  An update is a pipeline through the state:
+statistics → factors (``statistics``) → inverses (``renewal``, ``inversion``) → natural
+gradient (``natural_gradient``, ``placement``).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from lbopt.settings import Periods, Placement
 from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
-from lbopt.transforms.natural_gradient import precondition, put
+from lbopt.transforms.natural_gradient import insert, precondition
 from lbopt.transforms.statistics import Findings, Running, fold
 
 
@@ -49,14 +50,14 @@ def scale_by_kfac(
     likewise for every other statistic; the natural gradient is as in the module's
     equation, with the trace-norm π of ``linalg.pi_damping``.
 
-    Where a statistic is not finite the old average stays; where an inverse is not
-    finite the old inverse stays and the layer's damping grows tenfold until one is.
-    Both are counted in ``rejected``.
+    A statistic that is not finite leaves its average unchanged; an inverse that is not
+    finite leaves the old inverse in effect, and the layer's damping grows tenfold until
+    one is.  ``rejected`` counts both.
 
     With ``placement``, under ``jax.shard_map`` or ``jax.pmap`` over its axis, the
     gradients and statistics are those of each device's examples; the transformation
-    averages them.  Factors are cut into equal shares over the devices, and each unit is
-    inverted by one device (``lbopt.sharding``).
+    averages them.  Factors are cut into equal shares over the devices, and each unit (a
+    copy or diagonal block of a factor) is inverted by one device (``lbopt.sharding``).
 
     Args:
       layers: the result of ``trace_layers``.
@@ -66,24 +67,23 @@ def scale_by_kfac(
       factor_decay: β, in [0, 1); 0 keeps the last statistic alone.
       periods: steps between statistics and between inversions (``lbopt.Periods``).
       stale_threshold: α of SP-NGD's adaptive refresh (``curvature.refresh``), which
-        takes the place of the periods: a statistic is renewed, and its factor inverted,
-        when its own clock says so.  None for the periods.
+        replaces the periods: each statistic is renewed, and its factor inverted, at
+        intervals that follow how much it changes.  None for the periods.
       block_size: the largest number of rows of a factor that is kept whole; larger ones
         are cut into equal diagonal blocks.  None keeps all whole.
       eigenvalues: ``"kronecker"``: the products of the factors' eigenvalues.
         ``"corrected"`` is EKFAC: a layer with two symmetric factors gets their
         eigenbases, and in these the second moments s of the gradients for eigenvalues,
         :math:`U_A [(U_A^\top \nabla W U_G) / (s + \lambda)] U_G^\top`.  They are
-        renewed at the period of statistics, so that bases may grow old.  Curvature has
-        to be evaluated with ``due=lbopt.refresh(opt_state)``, and every device keeps
-        bases and s.
+        renewed at the period of statistics, so that bases may be renewed rarely.
+        Evaluate curvature with ``due=lbopt.refresh(opt_state)``.  Bases and s are
+        replicated on every device.
       placement: the devices over which examples are spread, and where inverses live
         (``lbopt.Placement``).
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``, the statistics of
-      ``value_grad_and_curvature``, and ``damping=``, a λ for this step in the place of
-      the setting.
+      ``value_grad_and_curvature``, and optionally ``damping=``, the λ of this step.
 
     Raises:
       ValueError: for settings out of range.
@@ -103,11 +103,17 @@ def scale_by_kfac(
     inverted, with π from the latest traces of both.
     """
     validation.check_settings(
-        layers, damping, norm_damping, factor_decay, periods, block_size
+        layers,
+        damping,
+        norm_damping,
+        factor_decay,
+        periods,
+        placement,
+        block_size,
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
-    axis = Axis(placement.axis_name, placement.axis_size)
+    axis = Axis(placement.axis_name, int(placement.axis_size))
     known = sharding.configured(
         layers.preconditioned,
         block_size=block_size,
@@ -115,22 +121,19 @@ def scale_by_kfac(
     )
     adaptive = stale_threshold is not None
 
-    def owners_of(own: Mapping[str, Layer]) -> Owners:
-        gathered = None
-        if axis.name is not None:
-            gathered = sharding.gathered_layers(own, placement.inverses)
-        phases: Any = periods.inverses if periods.stagger else 1
-        units = sharding.units_of(own)
-        return sharding.owners_of(units, axis.size, period=phases, gathered=gathered)
+    def owners_of(present: Mapping[str, Layer]) -> Owners:
+        return _owners(present, axis, periods, placement)
 
     def init_fn(params: Params) -> KfacState:
-        own = validation.present_layers(known, params)
+        present = validation.present_layers(known, params)
         state = kfac_state.init_state(
-            own, owners_of(own), axis, adaptive, bool(periods.delay)
+            present, owners_of(present), axis, adaptive, bool(periods.delay)
         )
         if eigenvalues == "kronecker":
             return state
-        return state._replace(moments=eigen_moments.init_moments(own, state.inverses))
+        return state._replace(
+            moments=eigen_moments.init_moments(present, state.inverses)
+        )
 
     def update_fn(
         updates: Updates,
@@ -142,40 +145,54 @@ def scale_by_kfac(
     ) -> tuple[Updates, KfacState]:
         del params
         axis.require()
-        # JAX sorts the keys of a dictionary, and the clocks are numbered by its leaves.
-        own = {path: known[path] for path in sorted(plain(state.factors))}
+        # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
+        present = {path: known[path] for path in sorted(plain(state.factors))}
         statistics, squares = validation.checked_statistics(
-            own, curvature, state.moments
+            present, curvature, state.moments
         )
-        validation.check_shares(own, plain(state.factors), axis)
-        owners = owners_of(own)
-        due = state.refresh.due
+        validation.check_shares(present, plain(state.factors), axis)
+        owners = owners_of(present)
+        due = state.refresh.due  # at this step; _clocks sets that of the next
         state, findings = _average(
-            own, state, statistics, factor_decay, stale_threshold, axis
+            present, state, statistics, factor_decay, stale_threshold, axis
         )
-        state = eigen_moments.average(own, state, squares, factor_decay, axis)
-        turn = _units_due(owners, state, findings, periods, adaptive)
+        state = eigen_moments.average(present, state, squares, factor_decay, axis)
+        scheduled = _units_due(owners, state, findings, periods, adaptive)
         value = extra_args.get("damping", damping)
         value = value(state.count) if callable(value) else value
-        amounts = renewal.amounts(own, state, value, norm_damping)
-        before = state
+        amounts = renewal.amounts(present, state, value, norm_damping)
+        before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
-            own, owners, state, turn, amounts, axis, periods.delay
+            present, owners, state, scheduled, amounts, axis, periods.delay
         )
-        state = eigen_moments.carry(own, owners, before, state, inverted.accepted)
-        updates, natural = precondition(own, owners, state, updates, axis)
-        state = eigen_moments.scheduled(own, owners, state, periods.statistics)
+        state = eigen_moments.carry(present, owners, before, state, inverted.accepted)
+        updates, natural = precondition(present, owners, state, updates, axis)
+        state = eigen_moments.scheduled(present, owners, state, periods.statistics)
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=amounts.astype(state.damping.dtype),
             refresh=_clocks(state, findings, periods.statistics, adaptive),
             report=kfac_state.report(
-                own, owners, due, inverted, not adaptive, axis, before.moments
+                present, owners, due, inverted, not adaptive, axis, before.moments
             ),
         )
-        return put(own, updates, natural), state
+        return insert(present, updates, natural), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _owners(
+    layers: Mapping[str, Layer], axis: Axis, periods: Periods, placement: Placement
+) -> Owners:
+    """Assigns units to devices, and to the steps of a staggered period."""
+    gathered = None  # all inverses are replicated
+    if axis.name is not None:
+        inverses = placement.inverses
+        inverses = inverses if isinstance(inverses, str) else float(inverses)
+        gathered = sharding.gathered_layers(layers, inverses)
+    period: Any = periods.inverses if periods.stagger else 1
+    units = sharding.units_of(layers)
+    return sharding.owners_of(units, axis.size, period=period, gathered=gathered)
 
 
 def _units_due(
@@ -186,25 +203,26 @@ def _units_due(
     adaptive: bool,
 ) -> Bool[Array, " units"]:
     """Returns which units the schedule wants inverted at this step."""
-    if periods.inverses is None:  # BackgroundInversion makes them
+    if periods.inverses is None:  # all but the first are BackgroundInversion's
         return jnp.zeros(len(owners.units), bool)
-    if adaptive:
+    if adaptive:  # a unit is due with its statistic
         return findings.accepted[np.asarray([u.statistic for u in owners.units])]
     return clocks.is_due(state.count, periods.inverses, np.asarray(owners.phase))
 
 
 def _average(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     state: KfacState,
     statistics: Mapping[str, Any],
     factor_decay: Any,
     stale_threshold: Any,
     axis: Axis,
 ) -> tuple[KfacState, Findings]:
-    """Folds the statistics that are due and finite into the factors."""
+    """Folds the statistics that are due and finite into the factors of the state."""
     due, renewals = state.refresh.due, state.refresh.renewals
+    # Debiased: (1 − β) / (1 − βᵏ) is 1 at the first statistic, k = 1.
     weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
-    kinds = kfac_state.kinds(own)
+    kinds = kfac_state.kinds(layers)
     factors, tree = jax.tree.flatten(plain(state.factors))
     before = jax.tree.leaves(plain(state.before))
     running = [
@@ -215,20 +233,23 @@ def _average(
         )
         for x, b, t, f in zip(
             factors,
-            before or factors,
+            before or factors,  # of equal length; not read if the refresh is periodic
             jax.tree.leaves(state.traces),
             kinds,
             strict=True,
         )
     ]
 
+    # Functions, because a statistic that is not due is not even packed.
     def packer(path: str, number: int) -> Callable[[], Array]:
-        block = own[path].block
+        block = layers[path].block
         size = block.factors[number].size
         return lambda: block.pack(statistics[path])[number].reshape(-1, size)
 
     packed = [
-        packer(path, i) for path in own for i in range(len(own[path].block.factors))
+        packer(path, i)
+        for path in layers
+        for i in range(len(layers[path].block.factors))
     ]
     running, findings = fold(
         kinds, running, packed, due, weights, stale_threshold, axis
@@ -243,7 +264,7 @@ def _average(
         factors=rebuilt([r.factor for r in running]),
         before=rebuilt([r.before for r in running]) if before else (),
         traces=jax.tree.unflatten(tree, [r.traces for r in running]),
-        rejected=state.rejected + kfac_state.by_layer(due & ~findings.accepted, own),
+        rejected=state.rejected + kfac_state.by_layer(due & ~findings.accepted, layers),
         refresh=state.refresh._replace(
             renewals=renewals + findings.accepted,
             statistic_step=jnp.where(
@@ -257,9 +278,9 @@ def _average(
 def _clocks(
     state: KfacState, findings: Findings, stats_period: Any, adaptive: bool
 ) -> clocks.Refresh:
-    """The clocks after this step, with what is due at the next."""
+    """Returns the clocks after this step, with the statistics due at the next."""
     refresh, coming = state.refresh, state.count + 1
-    never = refresh.renewals == 0
+    never = refresh.renewals == 0  # such a statistic is due at once
     if not adaptive:
         return refresh._replace(due=clocks.is_due(coming, stats_period) | never)
     accepted, last = findings.accepted, refresh.interval
@@ -270,6 +291,6 @@ def _clocks(
     return refresh._replace(
         interval=interval,
         previous_interval=jnp.where(accepted, last, refresh.previous_interval),
-        # A statistic that was refused stays due.
+        # After a statistic that was refused this still holds: it stays due.
         due=(coming >= refresh.statistic_step + interval) | never,
     )

@@ -8,26 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lbopt._typing import Array
+from lbopt._typing import Array, OptState
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import desk, inversion, unit_classes
+from lbopt.transforms import inversion, owner_buffers, unit_classes
 
 KINDS = ("A", "G", "F")
-"""Kinds of statistics in reports: inputs, output gradients, and all others."""
+"""Kinds of statistics in reports: of inputs, of output gradients, and all others."""
 
 
 class Report(NamedTuple):
-    """What the last update did.
+    """Work and communication of the last update.
 
     Attributes:
-      statistics: statistics that were due, by kind, ``[3]``.
-      statistic_bytes: what each device put into the collectives that ran for them, by
-        kind, padding included; 0 without an axis.
-      inversions: units inverted, on all devices together.
-      inverse_bytes: what each device put into the collectives that ran for inverses.
+      statistics: the number of statistics that were due, by kind, ``[3]``.
+      statistic_bytes: the bytes that each device sent for them, by kind, padding
+        included; 0 without an axis.
+      inversions: the number of units inverted, on all devices together.
+      inverse_bytes: the bytes that each device sent for inversions.
     """
 
     statistics: Any
@@ -37,14 +37,14 @@ class Report(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """Inverses that were made and do not have effect yet.
+    """Inverses that are computed but not in effect yet.
 
     Attributes:
-      desks: the desks of the units' owners, ``[length]``; with an axis ``[axis_size,
+      desks: the buffers of the units' owners, ``[length]``; with an axis ``[axis_size,
         length]``, marked ``Sharded``.
-      step: the step whose factors a unit's was made from, ``[units]``; ``NONE`` where
-        nothing is under way, ``AGAIN`` where it was lost: it is made at the next step,
-        and has effect at once.
+      step: the step whose factors each unit's inverse is of, ``[units]``; ``NONE`` if
+        nothing is pending, ``AGAIN`` if it was lost: it is then recomputed at the next
+        step and takes effect at once.
     """
 
     desks: Any
@@ -59,23 +59,21 @@ class KfacState(NamedTuple):
 
     Attributes:
       count: steps taken.
-      factors: running averages of the statistics, packed; change with the statistics.
-        With an axis each array is cut into shares ``[axis_size, *copies, share]`` and
-        marked ``Sharded``.
-      before: the statistics before the last, likewise, where refreshing is adaptive.
-      traces: the traces of each factor's copies, in the type of the factors.
+      factors: running averages of the statistics, packed.  With an axis each array is
+        cut into shares ``[axis_size, *copies, share]`` and marked ``Sharded``.
+      before: the statistics before the last, likewise, if the refresh is adaptive.
+      traces: the traces of each factor's copies, in the dtype of the factors.
       refresh: the clocks of statistics and inverses.
-      inverses: damped inverses, whole, of the layers whose every device has them.
-      kept: the other layers' inverses, on the desks of their owners (see ``desk``),
+      inverses: damped inverses, whole, of the layers that have them replicated.
+      kept: the other layers' inverses, in the buffers of their owners,
         ``[axis_size, length]``, marked ``Sharded``; ``()`` if there are none.
-      pending: inverses that have effect later; ``()`` without a delay.
-      moments: the eigenvalues of layers where they are corrected, by path; see
-        ``transforms.eigen_moments``.
-      damping: what the last step added to the diagonals that it inverted, or would
-        have, ``[units]``.
-      boost: what each layer's damping is multiplied by, 1 unless its inverse failed.
-      rejected: how often a layer's statistic or inverse was not finite and was refused.
-      report: what the last update did.
+      pending: inverses that take effect later; ``()`` without a delay.
+      moments: the corrected eigenvalues by layer; see ``transforms.eigen_moments``.
+      damping: the number added to each unit's diagonal if it was due at the last step,
+        ``[units]``.
+      boost: the factor on each layer's damping; 1 unless its last inverse failed.
+      rejected: the number of each layer's statistics and inverses that were not finite.
+      report: work and communication of the last update.
     """
 
     count: Any
@@ -94,27 +92,27 @@ class KfacState(NamedTuple):
 
 
 def init_state(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     axis: Axis,
     adaptive: bool,
     delayed: bool = False,
 ) -> KfacState:
-    """The state before the first step.
+    """Returns the state before the first step.
 
     Args:
-      own: the layers by path.
-      owners: who inverts what.
+      layers: the layers by path.
+      owners: the owner of each unit.
       axis: the devices.
-      adaptive: whether refreshing is.
-      delayed: whether inverses have effect later than they are made.
+      adaptive: whether the refresh is adaptive.
+      delayed: whether inverses take effect later than they are computed.
 
     Returns:
       The state; no two of its arrays share a buffer.
     """
 
     def shares(path: str) -> Any:
-        layer = own[path]
+        layer = layers[path]
         return jax.tree.map(
             lambda x, f: jnp.zeros(_shape_of_shares(x, f, axis), x.dtype),
             layer.factor_shapes(),
@@ -122,26 +120,29 @@ def init_state(
         )
 
     def split() -> Any:
-        whole = {path: shares(path) for path in own}
+        whole = {path: shares(path) for path in layers}
         return whole if axis.name is None else Sharded(whole)
 
+    # Made twice where the refresh is adaptive: donation forbids a shared buffer.
     factors = split()
     gathered = {u.path for u, g in zip(owners.units, owners.gathered, strict=True) if g}
-    dtype = next(iter(own.values())).block.sums[0].dtype
-    kept = () if all(owners.gathered) else Sharded(desk.identities(owners, dtype))
+    dtype = next(iter(layers.values())).block.sums[0].dtype
+    kept = (
+        () if all(owners.gathered) else Sharded(owner_buffers.identities(owners, dtype))
+    )
     pending: Any = ()
     if delayed:
-        room = inversion.desk_of_all(owners).length
-        desks: Any = jnp.zeros((axis.size, room), dtype)
-        desks = desks.reshape(-1) if axis.name is None else Sharded(desks)
-        pending = Pending(desks, jnp.full(len(owners.units), NONE, jnp.int32))
+        room = inversion.layout_of_all(owners).length
+        buffers: Any = jnp.zeros((axis.size, room), dtype)
+        buffers = buffers.reshape(-1) if axis.name is None else Sharded(buffers)
+        pending = Pending(buffers, jnp.full(len(owners.units), NONE, jnp.int32))
     traces = {
         path: jax.tree.map(
-            lambda x, f: jnp.zeros(x.size // f.size, x.dtype),
+            lambda x, f: jnp.zeros(x.size // f.size, x.dtype),  # [copies]
             layer.factor_shapes(),
             layer.block.factors,
         )
-        for path, layer in own.items()
+        for path, layer in layers.items()
     }
     return KfacState(
         count=jnp.zeros([], jnp.int32),
@@ -151,15 +152,15 @@ def init_state(
         refresh=clocks.init_refresh(len(jax.tree.leaves(factors)), len(owners.units)),
         inverses={
             path: layer.block.init(layer.tapped.copies)[1]
-            for path, layer in own.items()
+            for path, layer in layers.items()
             if path in gathered
         },
         kept=kept,
         pending=pending,
-        moments={},
+        moments={},  # scale_by_kfac adds them if eigenvalues are corrected
         damping=jnp.zeros(len(owners.units), dtype),
-        boost=jnp.ones(len(own)),
-        rejected=jnp.zeros(len(own), jnp.int32),
+        boost=jnp.ones(len(layers)),
+        rejected=jnp.zeros(len(layers), jnp.int32),
         report=Report(
             statistics=jnp.zeros(len(KINDS), jnp.int32),
             statistic_bytes=jnp.zeros(len(KINDS), jnp.float32),
@@ -169,47 +170,92 @@ def init_state(
     )
 
 
+def curvature_state(opt_state: OptState) -> KfacState:
+    """Returns the curvature's state from an optimizer's or a training state.
+
+    Args:
+      opt_state: the state of any optax chain with ``lbopt.scale_by_kfac`` in it, or
+        anything that holds one.
+
+    Returns:
+      The state, with the fields of ``KfacState``.
+
+    Raises:
+      ValueError: unless there is exactly one.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
+      >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((8, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> layers = lbopt.trace_layers(loss_fn, params, x)
+      >>> state = lbopt.kfac(0.1, layers).init(params)
+      >>> lbopt.curvature_state(state).rejected.tolist()
+      [0]
+    """
+    found = curvature_states(opt_state)
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state={type(opt_state).__name__} must hold one curvature transform, "
+            f"not {len(found)}; pass the state of a chain with one lbopt.scale_by_kfac"
+        )
+    return found[0]
+
+
+def curvature_states(tree: Any) -> list[KfacState]:
+    """Returns the states of all curvature transforms in a tree, in its order."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_curvature_state)
+    return [node for node in nodes if is_curvature_state(node)]
+
+
+def is_curvature_state(node: Any) -> bool:
+    """Whether a node of a tree is a curvature transform's state."""
+    return isinstance(node, KfacState)
+
+
 def plain(tree: Any) -> Any:
-    """A tree without the mark of how it lies on devices."""
+    """Returns a tree without the mark that its arrays are sharded."""
     return tree.shards if isinstance(tree, Sharded) else tree
 
 
-def local(desks: Any) -> Any:
-    """This device's desk under ``shard_map`` or ``pmap``; None if there is none."""
-    if isinstance(desks, Sharded):
-        # The axis of devices, of size 1 under shard_map, is gone under pmap.
-        return desks.shards.reshape(-1)
-    return None if isinstance(desks, tuple) else desks
+def local(buffers: Any) -> Any:
+    """Returns this device's buffer under ``shard_map`` or ``pmap``, None if none."""
+    if isinstance(buffers, Sharded):
+        # The axis of devices has size 1 under shard_map, and is gone under pmap.
+        return buffers.shards.reshape(-1)
+    return None if isinstance(buffers, tuple) else buffers
 
 
-def as_in(desks: Any, new: Any) -> Any:
-    """A device's new desk in the shape of the old one in its state."""
-    if isinstance(desks, Sharded):
-        return Sharded(new.reshape(desks.shards.shape))
-    return desks if new is None else new
+def as_in(buffers: Any, new: Any) -> Any:
+    """Returns a device's new buffer with the shape and mark of the one in its state."""
+    if isinstance(buffers, Sharded):
+        return Sharded(new.reshape(buffers.shards.shape))
+    return buffers if new is None else new
 
 
-def kinds(own: Mapping[str, Layer]) -> list[Any]:
-    """The kind of each statistic's factor."""
-    return [f for layer in own.values() for f in layer.block.factors]
+def kinds(layers: Mapping[str, Layer]) -> list[Any]:
+    """Returns the kind of each statistic's factor."""
+    return [f for layer in layers.values() for f in layer.block.factors]
 
 
 def rows(x: Array, factor: Any, axis: Axis) -> Array:
-    """This device's part of a factor, a row for each copy."""
+    """Returns this device's share of a factor, ``[copies, share]``."""
     return x.reshape(-1, axis.share(factor.size))
 
 
 def by_layer(
-    flags: Bool[Array, " statistics"], own: Mapping[str, Layer]
+    flags: Bool[Array, " statistics"], layers: Mapping[str, Layer]
 ) -> Int[Array, " layers"]:
     """Sums flags of statistics for each layer."""
-    layer_of = [i for i, x in enumerate(own.values()) for _ in x.block.factors]
+    # A layer has as many statistics as factors, in the order of the leaves.
+    layer_of = [i for i, x in enumerate(layers.values()) for _ in x.block.factors]
     counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, np.asarray(layer_of), len(own))
+    return jax.ops.segment_sum(counts, np.asarray(layer_of), len(layers))
 
 
 def report(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     due: Bool[Array, " statistics"],
     inverted: inversion.Inverted,
@@ -217,47 +263,51 @@ def report(
     axis: Axis,
     moments: Mapping[str, Any],
 ) -> Report:
-    """What ran in an update.
+    """Counts the work and the bytes sent of an update.
 
     Args:
-      own: the layers by path.
-      owners: who inverted what.
+      layers: the layers by path.
+      owners: the owner of each unit.
       due: the statistics that were due.
-      inverted: what inverting found out.
-      joint: whether all statistics travel together.
+      inverted: what was inverted and delivered.
+      joint: whether all statistics share one collective.
       axis: the devices.
-      moments: the second moments of gradients, with what was due of them.
+      moments: the second moments of gradients, with flags of those that were due.
 
     Returns:
       The report.
     """
     kinds, sizes = [], []
-    for layer in own.values():
+    for layer in layers.values():
         shapes = layer.factor_shapes()
         for name, x, f in zip(shapes._fields, shapes, layer.block.factors, strict=True):
             kinds.append(KINDS.index({"a": "A", "g": "G"}.get(name, "F")))
             rows = x.size // f.size
+            # Each device sends a share to every device, padding included.
             sizes.append(rows * axis.share(f.size) * axis.size * x.dtype.itemsize)
-    away, back = [], []
+    away, back = [], []  # bytes of a row of shares, to owners and from them
     for units in unit_classes.classes_of(owners):
         f, path = units.factor, owners.units[units.numbers[0]].path
-        dtype = own[path].block.sums[0].dtype
+        dtype = layers[path].block.sums[0].dtype
         away.append(jnp.dtype(dtype).itemsize * axis.share(f.size))
         wire = jnp.dtype(dtype).itemsize * axis.share(f.wire)
         back.append(units.gathered * wire)
     remote = float(axis.name is not None)
+    # A joint collective sends all statistics as soon as one is due.
     sent = jnp.broadcast_to(jnp.any(due), due.shape) if joint else due
     if moments:
         squares_due = jnp.stack([one.due for one in moments.values()])
         due = jnp.concatenate([due, squares_due])
+        # Second moments of all layers share one all-reduce.
         some = jnp.broadcast_to(jnp.any(squares_due), squares_due.shape)
         sent = jnp.concatenate([sent, some])
         sizes += [one.s.size * one.s.dtype.itemsize for one in moments.values()]
         kinds += [KINDS.index("F")] * len(moments)
     moved = remote * jnp.asarray(sizes, jnp.float32) * sent
-    # To the owners and back a row for each device; and a row for each unit to all.
+    # A round of all-to-all sends a row to each device, to owners and back; then each
+    # unit's share is gathered once.
     rows = axis.size * inverted.rounds * jnp.asarray(away, jnp.float32)
-    returned = axis.size * inverted.handed_rounds + inverted.handed
+    returned = axis.size * inverted.delivered_rounds + inverted.delivered
     rows += returned * jnp.asarray(back, jnp.float32)
     kind = np.asarray(kinds)
     return Report(

@@ -37,9 +37,9 @@ def scale_by_lars(
               \lambda_\ell = \frac{\eta \lVert w_\ell \rVert}
               {\lVert g_\ell \rVert + \beta \lVert w_\ell \rVert}
 
-    for every array of the parameters by itself, biases and the scales of norm layers
-    among them; λ is 1 where the weights or the gradient are zero.  A step is never
-    longer than η‖w‖, and that long where β is 0.
+    for every array of the parameters separately, including biases and the scales of
+    norm layers; λ is 1 if the weights or the gradient are zero.  A step is at most as
+    long as η‖w‖, and exactly so if β is 0.
 
     It differs from ``optax.scale_by_trust_ratio`` after ``optax.add_decayed_weights``
     in the denominator, which is ‖g + βw‖ there, so that every step has the length η‖w‖;
@@ -47,8 +47,7 @@ def scale_by_lars(
 
     The norms are taken in float32 or better, of the gradient as passed: average it over
     devices and micro-batches before (``training.make_train_step`` does), and undo any
-    loss scaling.  After ``scale_by_kfac`` g is the natural
-    gradient.
+    loss scaling.  After ``scale_by_kfac`` g is the natural gradient.
 
     Args:
       weight_decay: β.
@@ -56,7 +55,7 @@ def scale_by_lars(
       skip: a regular expression, searched for in parameters' paths such as
         ``"Conv_0/kernel"``; gradients of parameters that match pass unchanged.
       clip: the learning rate γ, a number or a schedule, for LARC: the rate of a layer
-        is min(γ, λ) instead of γλ.  It must be the rate that is multiplied by later.
+        is min(γ, λ) instead of γλ.  It must equal the rate that is applied later.
 
     Returns:
       A transformation whose ``update`` takes ``params``.
@@ -101,17 +100,18 @@ def scale_by_lars(
                 "scale_by_lars.update needs params, whose norms it takes; call "
                 "tx.update(grads, state, params)"
             )
+        # With this transformation's own count, which is the later one's too.
         gamma = clip(state.count) if callable(clip) else clip
 
         def ratio(path: Any, g: Array, w: Array) -> Array:
             if skipped(path):
                 return jnp.ones([], _precise(w))
             g_norm, w_norm = _norm(g), _norm(w)
-            moves = (g_norm > 0) & (w_norm > 0)
+            moves = (g_norm > 0) & (w_norm > 0)  # otherwise λ is 1, as in Caffe
             length = jnp.where(moves, g_norm + weight_decay * w_norm, 1)
             adapted = trust_coefficient * w_norm / length
             if gamma is not None:
-                # LARC's rate min(γ, λ), as the multiple of γ that comes later.
+                # min(γ, λ) / γ, because γ is applied later; 1 also for γ = 0.
                 shorter = gamma > adapted
                 adapted = jnp.where(shorter, adapted / jnp.where(shorter, gamma, 1), 1)
             return jnp.where(moves, adapted, 1).astype(_precise(w))
@@ -134,12 +134,12 @@ def _precise(x: Any) -> Any:
 
 
 def _norm(x: Array) -> Array:
-    # Sums of squares of bfloat16 or float16 numbers overflow or stall early.
+    # Sums of squares overflow in float16, and stop growing early in bfloat16.
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(_precise(x)))))
 
 
 def check_settings(weight_decay: Any, trust_coefficient: Any) -> None:
-    """Refuses settings of ``scale_by_lars`` that are out of range.
+    """Raises ValueError for settings of ``scale_by_lars`` that are out of range.
 
     Raises:
       ValueError: naming the setting, its value and the way out.

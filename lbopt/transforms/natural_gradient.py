@@ -1,4 +1,4 @@
-"""From inverses to natural gradients, wherever the inverses are."""
+"""From inverses to natural gradients, with replicated and owner-kept inverses."""
 
 from collections.abc import Mapping
 
@@ -14,27 +14,41 @@ from lbopt.transforms.placement import precondition_on_owners
 
 
 def precondition(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
     updates: Updates,
     axis: Axis,
 ) -> tuple[Updates, dict[str, dict[str, Array]]]:
-    """The mean gradients of what has no curvature here, and the natural gradients."""
-    kept = {path: layer for path, layer in own.items() if path not in state.inverses}
+    """Preconditions the gradients of all layers.
+
+    Args:
+      layers: the preconditioned layers by path.
+      owners: the owner of each unit.
+      state: the state with the inverses.
+      updates: this device's gradients.
+      axis: the devices.
+
+    Returns:
+      The updates, averaged over the devices except for layers with owner-kept inverses,
+      and each layer's natural gradient by path.
+    """
+    kept = {path: layer for path, layer in layers.items() if path not in state.inverses}
+    # Before averaging: the owners' pipeline reduce-scatters these gradients itself.
     gradients = {path: _gradients(layer, updates) for path, layer in kept.items()}
     updates = sharding.mean_of_others(updates, kept.values(), axis)
     natural = {
         path: _natural(path, layer, state, _gradients(layer, updates))
-        for path, layer in own.items()
+        for path, layer in layers.items()
         if path in state.inverses
     }
     if kept:
         natural |= precondition_on_owners(
-            own, owners, kfac_state.local(state.kept), gradients, axis
+            layers, owners, kfac_state.local(state.kept), gradients, axis
         )
     return updates, {
-        path: _as_they_lie(layer, natural[path], updates) for path, layer in own.items()
+        path: _as_parameters(layer, natural[path], updates)
+        for path, layer in layers.items()
     }
 
 
@@ -45,12 +59,12 @@ def _natural(
     if path not in state.moments:
         return layer.block.precondition(inverses, gradients)
     moments = layer.block.moments
-    assert moments is not None
+    assert moments is not None  # as state.moments has the layer
     return moments.precondition(inverses, state.moments[path].s, gradients)
 
 
 def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:
-    """One layer's gradients, copies first, in the type of its curvature."""
+    """Returns one layer's gradients, copies first, in the dtype of its curvature."""
     location, axes = layer.tapped.location, layer.tapped.axes
     arrays = capture.lookup(updates, location)
     dtype = layer.block.sums[0].dtype
@@ -60,10 +74,10 @@ def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:
     }
 
 
-def _as_they_lie(
+def _as_parameters(
     layer: Layer, natural: Mapping[str, Array], updates: Updates
 ) -> dict[str, Array]:
-    """One layer's arrays as they lie in the parameters."""
+    """Returns one layer's arrays with the axes and dtypes of its gradients."""
     location, axes = layer.tapped.location, layer.tapped.axes
     arrays = capture.lookup(updates, location)
     return {
@@ -72,11 +86,14 @@ def _as_they_lie(
     }
 
 
-def put(
-    own: Mapping[str, Layer], updates: Updates, natural: Mapping[str, dict[str, Array]]
+def insert(
+    layers: Mapping[str, Layer],
+    updates: Updates,
+    natural: Mapping[str, dict[str, Array]],
 ) -> Updates:
-    """The updates with each layer's arrays replaced by its natural gradient."""
+    """Returns the updates with each layer's arrays replaced by its natural gradient."""
+    # Layers may share a module, each with arrays of its own.
     replaced: dict[tuple, dict[str, Array]] = {}
-    for path, layer in own.items():
+    for path, layer in layers.items():
         replaced.setdefault(layer.tapped.location.keys, {}).update(natural[path])
     return capture.insert(updates, replaced)

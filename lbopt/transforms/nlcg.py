@@ -30,7 +30,7 @@ Preconditioner: TypeAlias = Literal["bfgs"] | optax.GradientTransformation | Non
 
 
 class NlcgState(NamedTuple):
-    """State of ``scale_by_nlcg``; ``()`` where a setting has no use for an entry.
+    """State of ``scale_by_nlcg``; ``()`` for entries that the settings do not need.
 
     Attributes:
       count: steps taken; the argument of schedules.
@@ -41,7 +41,7 @@ class NlcgState(NamedTuple):
       delta: gᵀPg of the last step.
       beta: β of the last step.
       control: the step control's state, with the multiplier b.
-      rejected: steps not taken because Pg was not finite.
+      rejected: the number of steps not taken because Pg was not finite.
     """
 
     count: Any
@@ -61,7 +61,7 @@ def scale_by_nlcg(
     beta: Beta | Scalar = "fletcher_reeves",
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
-    control_period: Count | int = 5,
+    control_period: Count = 5,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps along conjugate directions of all parameters together.
@@ -73,26 +73,24 @@ def scale_by_nlcg(
 
       u_k = (1 - \rho_k)\, \eta_k b_k d_k - \rho_k\, \eta_k b_{k-1} d_{k-1}
 
-    with β of Fletcher and Reeves (others: ``conjugate_beta``), and b and ρ of the step
-    control: b multiplies the rate, and ρ, the share of the last step that is taken
-    back, is not zero only after the loss has risen.  The inner products run over the
-    whole parameter vector.  No gradient and no loss is evaluated beyond those handed
-    in.
+    with Fletcher and Reeves's β (others: ``conjugate_beta``), and b and ρ from the step
+    control: b multiplies the rate, and ρ, the share of the last step that is undone, is
+    positive only after the loss has risen.  The inner products are over the whole
+    parameter vector.  No gradient and no loss is evaluated besides those passed in.
 
-    The learning rate is applied here, and with its sign: **no transformation that
-    changes the step may follow**, neither ``optax.scale_by_learning_rate`` nor a decay
-    nor a clip.  The preconditioner and the undone step take it that ``updates`` are
-    what is added to the parameters, which cannot be checked.  Weight decay belongs
-    into the loss, clipping before.
+    The learning rate is applied here, with its sign: **no transformation that changes
+    the step may follow**, neither ``optax.scale_by_learning_rate`` nor a decay nor a
+    clip.  The preconditioner and the undone step assume that exactly these updates are
+    added to the parameters, which cannot be checked.  Put weight decay into the loss,
+    and clip before this transformation.
 
     Args:
       learning_rate: η, a number or a schedule of the step.
       beta: the rule for β, or a number: with ``preconditioner=None`` and
         ``step_control=None`` a number is the momentum of ``optax.sgd``.
       preconditioner: ``"bfgs"``, a diagonal estimate of the Hessian
-        (``diagonal_bfgs``); None; or any transformation that makes a gradient into one
-        of the same sign, such as ``scale_by_kfac``, which also gets all extra
-        arguments.
+        (``diagonal_bfgs``); None; or any transformation whose updates have the sign of
+        the gradient, such as ``scale_by_kfac``.  It gets all extra arguments.
       step_control: ``"step"``, ``"online"`` (``transforms.step_control``) or None.
       control_period: steps between the decisions of ``"step"``.
       axis_name: the mesh axis over whose devices gradients and loss are averaged
@@ -123,12 +121,14 @@ def scale_by_nlcg(
     Source: Adya, Palakkode & Tuzel 2018; the body of the paper could not be had, and
     the algorithm is that of the authors' released code.  Its step control reads
     variables while they are written; the order of operations is ours.  There the
-    displacement that the preconditioner sees is η_k b_{k−1} d_{k−1}, with today's rate,
-    and so it is here.  Not in the code, and off by default: rules other than those of
-    Fletcher-Reeves and Polak-Ribière, and other preconditioners.  State: the gradient,
-    the direction and the preconditioner's h, 3n numbers, and for Polak-Ribière 4n.
+    displacement that the preconditioner gets is η_k b_{k−1} d_{k−1}, with the rate of
+    the current step, and here too.  Not in the code, and off by default: rules other
+    than Fletcher-Reeves and Polak-Ribière, and other preconditioners.  State: the
+    gradient, the direction and the preconditioner's h, 3n numbers, or 4n for
+    Polak-Ribière.
     """
     _check(learning_rate, beta, preconditioner, step_control, control_period)
+    # A number is a rule that needs no inner product.
     rule = RULES[beta] if isinstance(beta, str) else Rule(lambda p: jnp.asarray(beta))
     precondition = _preconditioner(preconditioner)
     keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient
@@ -146,20 +146,6 @@ def scale_by_nlcg(
             control=control.init() if step_control else (),
             rejected=jnp.zeros([], jnp.int32),
         )
-
-    def lengths_of(
-        state: NlcgState, eta: Any, b: Any, loss: Any
-    ) -> tuple[Any, Any, Any]:
-        """The step control's state, and what d and the last d are multiplied by."""
-        if step_control is None:
-            return (), eta, 0.0
-        new, undone = control.update(
-            step_control, control_period, state.control, loss, state.count
-        )
-        ahead = eta * new.multiplier
-        moves = ahead > EPS  # a rate of zero takes nothing back
-        undone = jnp.where(moves, undone, 0)
-        return new, (1 - undone) * ahead, undone * eta * b
 
     def update_fn(
         updates: Updates,
@@ -182,8 +168,10 @@ def scale_by_nlcg(
         y: Any = ()
         if keeps_gradient:
             y = jax.tree.map(jnp.subtract, g, state.gradient)
+            # With the rate of this step, as in the released code.
             t = jax.tree.map(lambda d: eta * b * d, d)
             extra_args |= {"change": y, "displacement": t}
+        # Other preconditioners ignore change and displacement.
         z, inner = precondition.update(
             g, state.preconditioner, params, value=loss, **extra_args
         )
@@ -191,8 +179,13 @@ def scale_by_nlcg(
         # β < 0 restarts, as in Polak-Ribière+; β ≤ 1 keeps d from growing without end.
         beta_k = jnp.clip(rule.beta(p), 0, 1)
         beta_k = jnp.where((state.count == 0) | ~jnp.isfinite(beta_k), 0, beta_k)
-        controlled, ahead, back = lengths_of(state, eta, b, loss)
-        sound = jnp.isfinite(p.gz)
+        controlled, undone = (), 0.0
+        if step_control:
+            controlled, undone = control.update(
+                step_control, control_period, state.control, loss, state.count
+            )
+        ahead, back = _factors(controlled, eta, b, undone)
+        sound = jnp.isfinite(p.gz)  # not finite if any entry of Pg is not
 
         def accepted(new: Any, old: Any) -> Any:
             return jax.tree.map(
@@ -216,6 +209,15 @@ def scale_by_nlcg(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _factors(controlled: Any, eta: Any, b: Any, undone: Any) -> tuple[Any, Any]:
+    """Returns the factors on d and, for the part that is undone, on the last d."""
+    if controlled == ():
+        return eta, 0.0
+    ahead = eta * controlled.multiplier
+    undone = jnp.where(ahead > EPS, undone, 0)  # at a rate of zero nothing is undone
+    return (1 - undone) * ahead, undone * eta * b
+
+
 def _products(
     state: NlcgState,
     rule: Rule,
@@ -225,7 +227,7 @@ def _products(
 ) -> Products:
     """Returns the inner products that the rule needs."""
     dot, d = optax.tree.vdot, state.direction
-    both = rule.keeps_gradient and rule.keeps_residual
+    both = rule.keeps_gradient and rule.keeps_residual  # Hager-Zhang
     p = Products(gz=dot(g, z), gz_before=state.delta)
     if rule.keeps_residual:
         p = p._replace(gz_cross=dot(g, state.residual))
@@ -262,11 +264,8 @@ def _check(
     )
     if isinstance(beta, str):
         checks.one_of("beta", beta, sorted(RULES))
-    elif not isinstance(beta, jax.Array):
-        at_most_one = "it is a momentum; or name a rule"
-        checks.not_negative("beta", beta, at_most_one)
-        if beta:
-            checks.share("beta", beta, at_most_one)
+    else:
+        checks.share("beta", beta, "it is a momentum; or name a rule", zero=True)
     known = preconditioner in ("bfgs", None) or hasattr(preconditioner, "update")
     if not known:
         raise ValueError(

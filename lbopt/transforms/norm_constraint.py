@@ -1,4 +1,4 @@
-"""A bound on how far one step may move the model's predictions."""
+"""A bound on the KL divergence between the predictions before and after a step."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ class ClipByKlState(NamedTuple):
     Attributes:
       count: steps taken; the argument of schedules.
       inner_state: the preconditioner's state.
-      scale: what the last step was multiplied by.
+      scale: the factor on the last step.
     """
 
     count: Any
@@ -34,7 +34,7 @@ def clip_by_kl(
     r"""Scales a preconditioned gradient so that its squared length in F̂ is at most c.
 
     With :math:`\Delta = \hat F^{-1} \nabla h` and the rate η that a later transform
-    multiplies by,
+    applies,
 
     .. math:: \Delta \leftarrow \Delta\, \min\left(1,
               \sqrt{\frac{c}{\eta^2\, \Delta^\top \nabla h}}\right)
@@ -47,11 +47,11 @@ def clip_by_kl(
       inner: any preconditioner of gradients.
       c: the bound, twice the KL divergence; a number or a schedule.
       learning_rate: η, a number or a schedule, the same as the later transform's.
-      axis_name: the mesh axis of ``inner``, where that takes each device's own
-        gradients and returns what is the same on all.
+      axis_name: the mesh axis of ``inner``, if that takes each device's own gradients
+        and returns the same updates on all.
 
     Returns:
-      A transformation that takes what ``inner`` takes.
+      A transformation with the extra arguments of ``inner``.
 
     Raises:
       ValueError: if c is not positive.
@@ -64,8 +64,8 @@ def clip_by_kl(
       >>> [round(float(u), 6) for u in updates["w"]]  # 0.5 * 5 = 2.5 is clipped to 1
       [1.2, 1.6]
 
-    Source: Ba, Grosse & Martens 2017, §5.  Where the inner product is not positive the
-    paper says nothing; the scale is 1 there.
+    Source: Ba, Grosse & Martens 2017, §5.  The paper leaves open an inner product that
+    is not positive; the scale is then 1.
     """
     checks.positive("c", c, "kl_clip=None for no bound", schedule=True)
     inner = optax.with_extra_args_support(inner)
@@ -82,14 +82,15 @@ def clip_by_kl(
         natural, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
+        # With this transformation's count, which equals that of the later transform.
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         bound = c(state.count) if callable(c) else c
-        # Linear in the gradient: the mean over devices is that of the mean gradient.
+        # Linear in the gradient, so that averaging products averages gradients.
         product = optax.tree.vdot(natural, updates)
         if axis_name is not None:
             product = jax.lax.pmean(product, axis_name)
         length = jnp.square(eta) * product
-        sound = length > 0
+        sound = length > 0  # F̂ is positive definite, but other preconditioners are not
         scale = jnp.minimum(
             1.0, jnp.where(sound, jnp.sqrt(bound / jnp.where(sound, length, 1)), 1.0)
         )

@@ -1,6 +1,6 @@
-"""Inversion outside of the step: what leaves an optimizer's state, and what comes back.
+"""Export of factors to another process, and import of the inverses it returns.
 
-Both are functions of the whole state, outside of ``shard_map``.
+Both functions take the whole state, outside of ``shard_map``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,24 @@ from jaxtyping import Bool, Float, Int
 
 from lbopt._typing import Array
 from lbopt.curvature.registry import Layer
-from lbopt.transforms import desk, kfac_state, unit_classes
+from lbopt.transforms import kfac_state, owner_buffers, unit_classes
 from lbopt.transforms.kfac_state import KfacState, plain
 from lbopt.transforms.renewal import (
     can_be_inverted,
     inverse_leaves,
-    noted,
     with_inverses,
+    with_outcome,
 )
 from lbopt.transforms.reshard import joined, owners_in
 
 
-class Order(NamedTuple):
-    """What is to be inverted.
+class ExportedFactors(NamedTuple):
+    """Factors to invert, and their damping.
 
     Attributes:
       factors: the packed factors of each class of units, ``[class, size]``.
-      damping: what is added to their diagonals, ``[class]`` each.
-      known: which units' factors are known, ``[units]``.
+      damping: the numbers added to their diagonals, ``[class]`` each.
+      known: the units of layers all of whose statistics are known, ``[units]``.
       made: the step of the factors.
     """
 
@@ -39,69 +39,72 @@ class Order(NamedTuple):
     made: Any
 
 
-def take_out(own: Mapping[str, Layer], state: KfacState) -> Order:
-    """All factors of a state, as the classes of units are inverted.
+def export_factors(layers: Mapping[str, Layer], state: KfacState) -> ExportedFactors:
+    """Returns all factors of a state, grouped by class of units.
 
     Args:
-      own: the layers by path.
+      layers: the layers by path.
       state: the state, of all devices.
 
     Returns:
-      The order.
+      The factors and their damping.
     """
-    owners = owners_in(own, state)
+    owners = owners_in(layers, state)
     classes = unit_classes.classes_of(owners)
-    whole = jax.tree.leaves(joined(own, state.factors))
+    whole = jax.tree.leaves(joined(layers, state.factors))
     rows = [
-        x.reshape(-1, f.size) for x, f in zip(whole, kfac_state.kinds(own), strict=True)
+        x.reshape(-1, f.size)
+        for x, f in zip(whole, kfac_state.kinds(layers), strict=True)
     ]
-    return Order(
+    return ExportedFactors(
         [jnp.concatenate([rows[i] for i in c.statistics]) for c in classes],
         [state.damping[c.numbers] for c in classes],
-        can_be_inverted(own, owners, state),
-        state.count - 1,
+        can_be_inverted(layers, owners, state),
+        state.count - 1,  # of the last step, which ``count`` already includes
     )
 
 
-def bring_in(
-    own: Mapping[str, Layer],
+def import_inverses(
+    layers: Mapping[str, Layer],
     state: KfacState,
-    wires: Sequence[Float[Array, "_ _"]],
+    packed: Sequence[Float[Array, "_ _"]],
     known: Bool[Array, " units"],
     made: Int[Array, ""],
 ) -> KfacState:
-    """The state with inverses that were made elsewhere.
+    """Returns the state with inverses that another process computed.
 
     Args:
-      own: the layers by path.
+      layers: the layers by path.
       state: the state, of all devices.
-      wires: the inverses of each class, ``[class, wire]``.
-      known: which of them were made from factors that were known.
-      made: the step whose factors they were made from.
+      packed: the inverses of each class, ``[class, packed size]``.
+      known: ``ExportedFactors.known``.
+      made: the step of the factors.
 
     Returns:
-      The state; an inverse that is not finite is refused.
+      The state; an inverse that is not finite leaves the old one in effect.
     """
-    owners = owners_in(own, state)
-    inverses, kept = inverse_leaves(own, state), plain(state.kept)
+    owners = owners_in(layers, state)
+    inverses, kept = inverse_leaves(layers, state), plain(state.kept)
     accepted = jnp.zeros(len(owners.units), bool)
-    plan = desk.kept_desk(owners)
-    for units, rows in zip(unit_classes.classes_of(owners), wires, strict=True):
+    layout = owner_buffers.kept_layout(owners)
+    for units, rows in zip(unit_classes.classes_of(owners), packed, strict=True):
         sound = known[units.numbers] & jnp.all(jnp.isfinite(rows), -1)
         accepted = accepted.at[units.numbers].set(sound)
-        if units.gathered:
+        if units.gathered:  # replicated
             old = [inverses[i] for i in units.statistics]
-            new = unit_classes.put(owners, units, old, rows, sound)
+            new = unit_classes.replace_sound(owners, units, old, rows, sound)
             for i, inverse in zip(units.statistics, new, strict=True):
                 inverses[i] = inverse
             continue
         for position, number in enumerate(units.numbers):
-            numbers = desk.flat(units.factor.expand(rows[position]))
-            at = (owners.owner[number], plan.offsets[number])
+            numbers = owner_buffers.flat(units.factor.expand(rows[position]))
+            # Row: the owner's buffer.  Column: the unit's place in it.
+            at = (owners.owner[number], layout.offsets[number])
             before = jax.lax.dynamic_slice(kept, at, (1, numbers.size))
             after = jnp.where(sound[position], numbers[None].astype(kept.dtype), before)
             kept = jax.lax.dynamic_update_slice(kept, after, at)
+    # None leaves the state's empty tuple in place.
     state = with_inverses(
-        own, state, inverses, None if isinstance(kept, tuple) else kept
+        layers, state, inverses, None if isinstance(kept, tuple) else kept
     )
-    return noted(own, owners, state, known, accepted, made)
+    return with_outcome(layers, owners, state, known, accepted, made)

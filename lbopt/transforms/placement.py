@@ -1,7 +1,7 @@
-"""Preconditioning on the owners: the pipeline of SP-NGD.
+"""Preconditioning on the devices that own the inverses, as in SP-NGD.
 
-Gradients are reduce-scattered, each layer's travels to the layer's owner, which alone
-has its inverses, and its natural gradient returns the same way to every device.
+Gradients are reduce-scattered; the shares of each layer are sent to its owner, which
+alone has its inverses; and the natural gradients return the same way to every device.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lbopt._typing import Array
 from lbopt.collectives import Axis
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners
-from lbopt.transforms import desk
+from lbopt.transforms import owner_buffers
 
 Leaves = dict[str, Array]
 
@@ -29,35 +29,37 @@ def precondition_on_owners(
     gradients: Mapping[str, Leaves],
     axis: Axis,
 ) -> dict[str, Leaves]:
-    """The natural gradients of layers whose inverses stay with their owners.
+    """Returns the natural gradients of layers whose inverses stay with their owners.
 
     Args:
-      layers: all layers that the owner table is of, by path.
-      owners: who keeps what.
-      kept: this device's desk of inverses.
+      layers: all preconditioned layers by path.
+      owners: the owner of each unit.
+      kept: this device's buffer of inverses.
       gradients: this device's gradients of those layers' arrays, copies first.
       axis: the devices.
 
     Returns:
       The natural gradients of the mean gradients, on every device.
     """
-    paths, plan = list(gradients), desk.kept_desk(owners)
-    rows = {p: _row(gradients[p]) for p in paths}
+    paths, layout = list(gradients), owner_buffers.kept_layout(owners)
+    rows = {p: _row(gradients[p]) for p in paths}  # [1, size] each
     shares = dict(
         zip(paths, collectives.scatter_mean(list(rows.values()), axis), strict=True)
     )
     owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
-    # The longest first, so that what travels together is of about one size.
+    # The longest first, so that a round exchanges layers of about equal size and pads
+    # little.
     order = sorted(paths, key=lambda p: (-rows[p].size, p))
     queues = [[p for p in order if owner[p] == d] for d in range(owners.devices)]
     results: dict[str, Array] = {}
-    for turn in range(max(map(len, queues))):
-        at = [queue[turn] if turn < len(queue) else None for queue in queues]
+    for k in range(max(map(len, queues))):
+        # The layer that each device preconditions in this round.
+        at = [queue[k] if k < len(queue) else None for queue in queues]
         width = max(shares[p].shape[1] for p in at if p is not None)
         sent = jnp.stack(
             [_padded(shares[p][0] if p else None, width, rows) for p in at]
         )
-        received = collectives.exchange(sent, axis)
+        received = collectives.exchange(sent, axis)  # [devices, width]
 
         def work(path: str | None, received: Array) -> Array:
             if path is None:
@@ -66,12 +68,13 @@ def precondition_on_owners(
             flat = received[:, :share].reshape(-1)[: rows[path].size]
             leaves = _leaves(flat, gradients[path])
             natural = layers[path].block.precondition(
-                inverses_on_desk(layers[path], owners, plan, kept), leaves
+                inverses_in_buffer(layers[path], owners, layout, kept), leaves
             )
             ordered = {name: natural[name] for name in leaves}
             cut = collectives.cut(_row(ordered), axis)[0]
             return jnp.pad(cut, ((0, 0), (0, received.shape[1] - share)))
 
+        # Layers differ in shape, so that each device needs a branch of its own.
         branches = [functools.partial(work, path) for path in at]
         back = collectives.exchange(
             jax.lax.switch(axis.position(), branches, received), axis
@@ -79,26 +82,30 @@ def precondition_on_owners(
         for device, path in enumerate(at):
             if path is not None:
                 results[path] = back[device, : axis.share(rows[path].size)]
+    # One all-gather for all layers, whatever the number of rounds.
     joined = jnp.concatenate([results[p] for p in paths])
     whole = collectives.gather(joined[None], axis)
     return _apart(whole, paths, rows, gradients, axis)
 
 
-def inverses_on_desk(
-    layer: Layer, owners: Owners, plan: desk.Desk, kept: Float[Array, " length"]
+def inverses_in_buffer(
+    layer: Layer,
+    owners: Owners,
+    layout: owner_buffers.Layout,
+    kept: Float[Array, " length"],
 ) -> Any:
-    """A layer's inverses, out of the desk of its owner."""
+    """Returns a layer's inverses from the buffer of its owner."""
     rows: dict[int, list[Array]] = {}
-    for unit, first in zip(owners.units, plan.offsets, strict=True):
+    for unit, first in zip(owners.units, layout.offsets, strict=True):
         if unit.path == layer.path:
-            numbers = kept[first : first + desk.kept_size(unit.factor)]
+            numbers = kept[first : first + owner_buffers.kept_size(unit.factor)]
             rows.setdefault(unit.statistic, []).append(numbers)
     shapes = jax.eval_shape(lambda: layer.block.init(layer.tapped.copies)[1])
     found = []
     for statistic, kind, shape in zip(
         sorted(rows), layer.block.factors, shapes, strict=True
     ):
-        stacked = desk.restored(kind, jnp.stack(rows[statistic]))
+        stacked = owner_buffers.restored(kind, jnp.stack(rows[statistic]))
         found.append(jax.tree.map(lambda x, s: x.reshape(s.shape), stacked, shape))
     return type(shapes)(*found)
 
@@ -114,7 +121,7 @@ def _padded(share: Array | None, width: int, rows: Mapping[str, Array]) -> Array
 
 
 def _leaves(flat: Array, like: Leaves) -> Leaves:
-    """The arrays of one layer out of a row of all their numbers."""
+    """Splits a row into arrays of the shapes of a layer's."""
     leaves, first = {}, 0
     for name, x in like.items():
         leaves[name] = flat[first : first + x.size].reshape(x.shape)
@@ -129,8 +136,8 @@ def _apart(
     gradients: Mapping[str, Leaves],
     axis: Axis,
 ) -> dict[str, Leaves]:
-    """The layers' arrays out of the gathered shares of all."""
-    by_device = whole.reshape(axis.size, -1)
+    """Splits the gathered shares of all layers into each layer's arrays."""
+    by_device = whole.reshape(axis.size, -1)  # each device's shares of all layers
     natural, first = {}, 0
     for path in paths:
         share = axis.share(rows[path].size)

@@ -17,8 +17,8 @@ from lbopt._typing import Array, Count, Params, Scalar, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms.diagonal_bfgs import precise
 
-# Directions are taken for parallel where the square of the sine between them, which is
-# a difference of rounded numbers, is below so many ε.
+# Directions count as parallel if the squared sine between them, which is a difference
+# of rounded numbers, is below so many ε.
 _PARALLEL = 100
 # Martens & Grosse 2015, §6.5: λ changes by ω for each step of the period.
 _OMEGA = 19 / 20
@@ -37,8 +37,8 @@ class QuadraticModelState(NamedTuple):
       preconditioner: the preconditioner's state.
       lengths: α and μ of the last step, ``[2]``; without momentum α alone, ``[1]``.
       predicted: M(δ) − M(0) of the last step.
-      ratio: ρ of the last decision on λ; 1 before the first, 0 where ρ was no number.
-      rejected: steps not taken because a number was not finite.
+      ratio: ρ of the last decision on λ; 1 before the first, 0 if it was not finite.
+      rejected: the number of steps not taken because a number was not finite.
     """
 
     count: Any
@@ -57,7 +57,7 @@ def scale_by_quadratic_model(
     damping: Scalar = 150.0,
     weight_decay: Scalar = 0.0,
     momentum: bool = True,
-    damping_period: Count | int = 5,
+    damping_period: Count = 5,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps to the minimum of a quadratic model in two directions.
@@ -74,8 +74,8 @@ def scale_by_quadratic_model(
       \begin{pmatrix} \nabla h^\top \Delta \\ \nabla h^\top \delta_0 \end{pmatrix},
       \qquad M(\delta) - M(0) = \tfrac12 \nabla h^\top \delta
 
-    where h has the penalty :math:`\tfrac{\eta_w}{2} \lVert \theta \rVert^2` in it.  At
-    the first step, and where the directions are parallel, Δ stands alone.  On a fixed
+    where h includes the penalty :math:`\tfrac{\eta_w}{2} \lVert \theta \rVert^2`.  At
+    the first step, and if the directions are parallel, only Δ is used.  On a fixed
     quadratic these are the steps of preconditioned conjugate gradients.
 
     Every T steps the model is compared with the loss, on the same batch (Levenberg,
@@ -89,17 +89,17 @@ def scale_by_quadratic_model(
     The step's length and sign are decided here: **no transformation that changes the
     step may follow**, neither ``optax.scale_by_learning_rate`` nor a decay nor a clip.
 
-    Where the loss, the gradient, C, α, μ, or the new loss at a decision is not finite,
-    the parameters and δ₀ stay as they are, and λ grows by ω⁻ᵀ.  The preconditioner
-    gets zeros for a gradient that is not finite.
+    If the loss, the gradient, C, α, μ, or the new loss at a decision is not finite, the
+    parameters and δ₀ stay unchanged, and λ grows by ω⁻ᵀ.  The preconditioner gets zeros
+    for a gradient that is not finite.
 
     Args:
-      preconditioner: any transformation that makes a gradient into one of the same
-        sign, such as ``scale_by_kfac``.  It gets all extra arguments, and
-        ``damping=``, which is λ + η_w.
+      preconditioner: any transformation whose updates have the sign of the gradient,
+        such as ``scale_by_kfac``.  It gets all extra arguments, and ``damping=``, which
+        is λ + η_w.
       damping: the first λ, in units of the curvature of the loss.
-      weight_decay: η_w, which is added to the loss here and must not be in it.
-      momentum: whether δ₀ is a direction; without it only α is sought.
+      weight_decay: η_w; the penalty is added to the loss here and must not be in it.
+      momentum: whether δ₀ is a direction; without it only α is optimised.
       damping_period: T, steps between the decisions on λ.
       axis_name: the mesh axis over whose devices the gradient, the losses and the
         products are averaged first, needed where the preconditioner has one; None where
@@ -107,8 +107,8 @@ def scale_by_quadratic_model(
 
     Returns:
       A transformation whose ``update`` takes ``value=``, the batch's loss;
-      ``value_fn=``, that loss, and it alone, as a function of the parameters, with the
-      same random numbers, which is called at the decisions on λ; and
+      ``value_fn=``, a function of the parameters that returns this loss alone, with the
+      same random numbers, and is called at the decisions on λ; and
       ``fisher_products=``, a function from a list of trees to the matrix of their
       products with F, such as
       ``lambda vectors: lbopt.fisher_products(loss_fn, params, vectors, batch)``.
@@ -138,7 +138,7 @@ def scale_by_quadratic_model(
     autoencoders are the defaults here.  As there, λ is part of the M in ρ, which
     tensorflow/kfac takes out; and one λ serves C and the preconditioner, where the
     paper tunes a second one (§6.6).  The paper leaves open parallel directions and
-    numbers that are not finite; a ρ that is no number counts as a failure, as in
+    numbers that are not finite; a ρ that is not finite counts as a failure, as in
     kfac-jax.
     """
     _check(preconditioner, damping, weight_decay, damping_period)
@@ -158,27 +158,16 @@ def scale_by_quadratic_model(
         )
 
     def objective(updates: Updates, params: Params, value: Any) -> tuple[Any, Any, Any]:
-        """The gradient with the penalty, the loss, and whether both are finite."""
+        """Returns the gradient with the penalty, the loss, and if both are finite."""
         g, loss = collectives.mean((precise(updates), value), axis)
         g = jax.tree.map(lambda g, p: g + weight_decay * p, g, precise(params))
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(g, squared=True))
         return jax.tree.map(lambda g: jnp.where(finite, g, 0), g), loss, finite
 
-    def solve(
-        g: Updates, directions: Sequence[Updates], amount: Array, products: Array
-    ) -> tuple[Array, Array, Array]:
-        """α and μ, the change that they promise, and whether C and both are finite."""
-        c = collectives.mean(products, axis) + amount * _with_each_other(directions)
-        slopes = jnp.stack([optax.tree.vdot(g, v) for v in directions])
-        lengths = _minimum(c, slopes)
-        predicted = jnp.vdot(slopes, lengths) / 2
-        return lengths, predicted, jnp.all(jnp.isfinite(c)) & jnp.isfinite(predicted)
-
     def rise(value_fn: Any, params: Params, step: Updates, loss: Any) -> Array:
-        """h(θ + δ) − h(θ), with no cancellation in the penalty."""
+        """Returns h(θ + δ) − h(θ)."""
         after = collectives.mean(value_fn(optax.apply_updates(params, step)), axis)
-        w, d = precise(params), precise(step)
-        penalty = optax.tree.vdot(w, d) + optax.tree.norm(d, squared=True) / 2
+        penalty = _half_square_change(precise(params), precise(step))
         return jnp.asarray(after, float) - loss + weight_decay * penalty
 
     def update_fn(
@@ -203,44 +192,64 @@ def scale_by_quadratic_model(
         extra_args |= {"value": loss, "damping": amount}
         z, inner = precondition.update(g, state.preconditioner, params, **extra_args)
         natural = jax.tree.map(jnp.negative, z)
-        directions = [natural, state.last] if momentum else [natural]
+        directions = [natural, state.last] if momentum else [natural]  # Δ and δ₀
         products = _checked(fisher_products(directions), len(directions))
-        lengths, predicted, solved = solve(g, directions, amount, products)
+        products = collectives.mean(products, axis)
+        lengths, predicted, solved = _solved(g, directions, amount, products)
         step = _combination(lengths, directions)
+        # The loss is evaluated after the step that is taken, in the parameters' dtype.
         rounded = jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
         decides = (state.count + 1) % damping_period == 0
         change = jax.lax.cond(
-            decides,
+            decides,  # at other steps the loss is not evaluated a second time
             lambda: rise(value_fn, params, rounded, loss).astype(predicted.dtype),
             lambda: jnp.zeros_like(predicted),
         )
         sound = finite & solved & jnp.isfinite(change)
-        judged = decides | ~sound
+        judged = decides | ~sound  # a step that is not taken raises λ at once
         ratio = _ratio(change, predicted, sound)
         adapted = _levenberg_marquardt(state.damping, ratio, _OMEGA**damping_period)
-
-        def chosen(flag: Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(
-                lambda new, old: jnp.where(flag, new, old).astype(old.dtype), new, old
-            )
-
         nothing = optax.tree.zeros_like
-        return chosen(sound, rounded, nothing(updates)), QuadraticModelState(
+        return _chosen(sound, rounded, nothing(updates)), QuadraticModelState(
             count=optax.safe_increment(state.count),
-            damping=chosen(judged, adapted, state.damping),
-            last=chosen(sound, step, state.last) if momentum else (),
+            damping=_chosen(judged, adapted, state.damping),
+            last=_chosen(sound, step, state.last) if momentum else (),
             preconditioner=inner,
-            lengths=chosen(sound, lengths, nothing(state.lengths)),
-            predicted=chosen(sound, predicted, nothing(state.predicted)),
-            ratio=chosen(judged, ratio, state.ratio),
+            lengths=_chosen(sound, lengths, nothing(state.lengths)),
+            predicted=_chosen(sound, predicted, nothing(state.predicted)),
+            ratio=_chosen(judged, ratio, state.ratio),
             rejected=state.rejected + ~sound,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _half_square_change(w: Updates, d: Updates) -> Any:
+    """Returns ½‖w + d‖² − ½‖w‖²."""
+    # Not as that difference, which would lose digits for a small d.
+    return optax.tree.vdot(w, d) + optax.tree.norm(d, squared=True) / 2
+
+
+def _chosen(flag: Array, new: Any, old: Any) -> Any:
+    """Returns the new tree if the flag is set, else the old one, in its dtypes."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(flag, new, old).astype(old.dtype), new, old
+    )
+
+
+def _solved(
+    g: Updates, directions: Sequence[Updates], damping: Array, products: Array
+) -> tuple[Array, Array, Array]:
+    """Returns α and μ, the change that the model predicts, and if all is finite."""
+    c = products + damping * _with_each_other(directions)
+    slopes = jnp.stack([optax.tree.vdot(g, v) for v in directions])
+    lengths = _minimum(c, slopes)
+    predicted = jnp.vdot(slopes, lengths) / 2  # M(δ) − M(0) at the minimum
+    return lengths, predicted, jnp.all(jnp.isfinite(c)) & jnp.isfinite(predicted)
+
+
 def _with_each_other(vectors: Sequence[Updates]) -> Float[Array, "k k"]:
-    """The inner products of every pair."""
+    """Returns the inner products of every pair."""
     rows = [[optax.tree.vdot(u, v) for v in vectors] for u in vectors]
     return jnp.stack([jnp.stack(row) for row in rows])
 
@@ -252,20 +261,21 @@ def _combination(lengths: Float[Array, " k"], vectors: Sequence[Updates]) -> Upd
 
 
 def _minimum(c: Float[Array, "k k"], slopes: Float[Array, " k"]) -> Float[Array, " k"]:
-    """The multiples of one or two directions at which the quadratic is smallest."""
+    """Returns the multiples of one or two directions that minimise the model."""
     diagonal = jnp.diagonal(c)
-    # In units in which C has a diagonal of ones, or of zeros for a direction that is
-    # zero, no product of small numbers underflows.
+    # Scaled to a C with ones on its diagonal, or zeros for a direction that is zero, so
+    # that no product of small numbers underflows.
     positive = diagonal > 0
     unit = jnp.where(positive, 1 / jnp.sqrt(jnp.where(positive, diagonal, 1)), 0)
     slopes = unit * slopes
     if len(slopes) == 1:
         return -unit * slopes
+    # Cramer's rule; the determinant is the squared sine of the angle in the norm of C.
     cosine = c[0, 1] * unit[0] * unit[1]
     squared_sine = (1 - cosine) * (1 + cosine)
     independent = squared_sine > _PARALLEL * jnp.finfo(c.dtype).eps
     both = (slopes - cosine * slopes[::-1]) / jnp.where(independent, squared_sine, 1)
-    alone = slopes * jnp.array([1, 0])
+    alone = slopes * jnp.array([1, 0])  # Δ without δ₀
     return -unit * jnp.where(independent, both, alone)
 
 

@@ -1,4 +1,4 @@
-"""Which inverses are renewed at a step, with what damping, and what the state notes."""
+"""The inversions of a step: units that are due, their damping, and the new state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lbopt._typing import Array, Scalar
+from lbopt._typing import Array, Scalar, Whole
 from lbopt.collectives import Axis
 from lbopt.curvature import unit_wise
 from lbopt.curvature.registry import Layer
@@ -16,21 +16,31 @@ from lbopt.sharding import Owners
 from lbopt.transforms import inversion, kfac_state
 from lbopt.transforms.kfac_state import KfacState, plain
 
-# A block whose inverse was not finite tries again with this many times the damping.
+# The factor on a layer's damping after an inverse that was not finite.
 _DAMPING_GROWTH = 10.0
 
 
 def amounts(
-    own: Mapping[str, Layer], state: KfacState, value: Any, norm_damping: Scalar
+    layers: Mapping[str, Layer], state: KfacState, value: Any, norm_damping: Scalar
 ) -> Float[Array, " units"]:
-    """What is added to the diagonal of each unit."""
+    """Returns the number added to the diagonal of each unit.
+
+    Args:
+      layers: the layers by path.
+      state: the state with traces and boosts.
+      value: λ.
+      norm_damping: the factor on λ for normalisation layers.
+
+    Returns:
+      The numbers, ``[units]``: λ, or its part by π for the factors of a product.
+    """
     amounts = []
-    for number, (path, layer) in enumerate(own.items()):
+    for number, (path, layer) in enumerate(layers.items()):  # in the order of units
         block, traces = layer.block, state.traces[path]
         mine = value * state.boost[number]
         if block.kind in unit_wise.BLOCKS:
             mine = mine * norm_damping
-        # A factor's parts share its mean eigenvalue.
+        # Diagonal blocks of one factor are damped alike, by its mean eigenvalue in π.
         means = [
             jnp.sum(t.reshape(-1, f.parts), -1) / f.order
             for t, f in zip(traces, block.factors, strict=True)
@@ -39,57 +49,62 @@ def amounts(
             type(traces)(*means), mine.astype(jax.tree.leaves(traces)[0].dtype)
         )
         amounts += [
-            jnp.repeat(x, f.parts) for x, f in zip(copies, block.factors, strict=True)
+            # [copies] to [copies × parts], the units of the factor
+            jnp.repeat(x, f.parts)
+            for x, f in zip(copies, block.factors, strict=True)
         ]
     return jnp.concatenate(amounts)
 
 
 def invert(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
-    turn: Bool[Array, " units"],
+    scheduled: Bool[Array, " units"],
     amounts: Float[Array, " units"],
     axis: Axis,
-    delay: int | None = None,
+    delay: Whole | None = None,
 ) -> tuple[KfacState, inversion.Inverted]:
     """Renews the inverses that are due; with a delay, delivers those due before."""
     if delay:
-        return _invert_later(own, owners, state, turn, amounts, axis, delay)
-    due = can_be_inverted(own, owners, state)
-    due &= turn | (state.refresh.inverse_step < 0)
+        return _invert_later(layers, owners, state, scheduled, amounts, axis, delay)
+    # A unit without any inverse is due whatever the schedule.
+    due = can_be_inverted(layers, owners, state)
+    due &= scheduled | (state.refresh.inverse_step < 0)
     inverses, kept, inverted = inversion.invert(
         owners,
-        _factor_rows(own, state, axis),
-        inverse_leaves(own, state),
+        _factor_rows(layers, state, axis),
+        inverse_leaves(layers, state),
         kfac_state.local(state.kept),
         due,
         amounts,
         axis,
     )
-    state = with_inverses(own, state, inverses, kept)
-    return noted(own, owners, state, due, inverted.accepted, state.count), inverted
+    state = with_inverses(layers, state, inverses, kept)
+    return with_outcome(
+        layers, owners, state, due, inverted.accepted, state.count
+    ), inverted
 
 
 def _invert_later(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
-    turn: Bool[Array, " units"],
+    scheduled: Bool[Array, " units"],
     amounts: Float[Array, " units"],
     axis: Axis,
-    delay: int,
+    delay: Whole,
 ) -> tuple[KfacState, inversion.Inverted]:
     """Begins the inversions that are due, and delivers inverses that are old enough."""
     pending, count = state.pending, state.count
     at_once = (state.refresh.inverse_step < 0) | (pending.step == kfac_state.AGAIN)
-    due = (turn | at_once) & can_be_inverted(own, owners, state)
-    first = due & at_once
+    due = (scheduled | at_once) & can_be_inverted(layers, owners, state)
+    first = due & at_once  # delivered in this step
     ready = (pending.step >= 0) & (count - pending.step >= delay)
-    inverses, kept, desks, inverted = inversion.invert_later(
+    inverses, kept, buffers, inverted = inversion.invert_later(
         owners,
-        _factor_rows(own, state, axis),
-        inverse_leaves(own, state),
+        _factor_rows(layers, state, axis),
+        inverse_leaves(layers, state),
         kfac_state.local(state.kept),
         kfac_state.local(pending.desks),
         due,
@@ -98,50 +113,52 @@ def _invert_later(
         amounts,
         axis,
     )
-    state = with_inverses(own, state, inverses, kept)
-    made = jnp.where(first, count, pending.step)
-    state = noted(own, owners, state, ready | first, inverted.accepted, made)
+    state = with_inverses(layers, state, inverses, kept)
+    made = jnp.where(first, count, pending.step)  # the step of the factors
+    state = with_outcome(layers, owners, state, ready | first, inverted.accepted, made)
+    # In this order: a unit may be delivered and begun anew in one step.
     step = jnp.where(ready, kfac_state.NONE, pending.step)
     step = jnp.where(due, jnp.where(first, kfac_state.NONE, count), step)
-    desks = kfac_state.as_in(pending.desks, desks)
-    return state._replace(pending=kfac_state.Pending(desks, step)), inverted
+    buffers = kfac_state.as_in(pending.desks, buffers)
+    return state._replace(pending=kfac_state.Pending(buffers, step)), inverted
 
 
 def can_be_inverted(
-    own: Mapping[str, Layer], owners: Owners, state: KfacState
+    layers: Mapping[str, Layer], owners: Owners, state: KfacState
 ) -> Bool[Array, " units"]:
-    """Which units are of layers all of whose statistics are known."""
-    unknown = kfac_state.by_layer(state.refresh.renewals == 0, own)
+    """Returns which units belong to layers all of whose statistics are known."""
+    # π needs the traces of both factors.
+    unknown = kfac_state.by_layer(state.refresh.renewals == 0, layers)
     return (unknown == 0)[_layer_of(owners)]
 
 
 def _factor_rows(
-    own: Mapping[str, Layer], state: KfacState, axis: Axis
+    layers: Mapping[str, Layer], state: KfacState, axis: Axis
 ) -> list[Float[Array, "_ _"]]:
     factors = jax.tree.leaves(plain(state.factors))
     return [
         kfac_state.rows(x, f, axis)
-        for x, f in zip(factors, kfac_state.kinds(own), strict=True)
+        for x, f in zip(factors, kfac_state.kinds(layers), strict=True)
     ]
 
 
-def inverse_leaves(own: Mapping[str, Layer], state: KfacState) -> list[Any]:
-    """The inverse of each statistic's factor; None where it stays with its owner."""
+def inverse_leaves(layers: Mapping[str, Layer], state: KfacState) -> list[Any]:
+    """Returns each factor's inverse, or None if it stays with its owner."""
     return [
         x
-        for path, layer in own.items()
+        for path, layer in layers.items()
         for x in state.inverses.get(path, [None] * len(layer.block.factors))
     ]
 
 
 def with_inverses(
-    own: Mapping[str, Layer], state: KfacState, inverses: Any, kept: Any
+    layers: Mapping[str, Layer], state: KfacState, inverses: Any, kept: Any
 ) -> KfacState:
-    """The state with other inverses, of each statistic's factor, and other desks."""
+    """Returns the state with new inverses of each factor and new owners' buffers."""
     remaining = iter(inverses)
     by_path = {
         path: layer.block.inverses(*(next(remaining) for _ in layer.block.factors))
-        for path, layer in own.items()
+        for path, layer in layers.items()
     }
     return state._replace(
         inverses={path: by_path[path] for path in state.inverses},
@@ -149,17 +166,30 @@ def with_inverses(
     )
 
 
-def noted(
-    own: Mapping[str, Layer],
+def with_outcome(
+    layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
     tried: Bool[Array, " units"],
     accepted: Bool[Array, " units"],
     made: Int[Array, "*units"],
 ) -> KfacState:
-    """The state with what became of the units that were tried, made at some step."""
-    failed = any_by_layer(tried & ~accepted, owners, own)
-    renewed = any_by_layer(accepted, owners, own)
+    """Returns the state after an attempt to renew inverses.
+
+    Args:
+      layers: the layers by path.
+      owners: the owner of each unit.
+      state: the state.
+      tried: the units whose new inverses were delivered.
+      accepted: those of them that are finite.
+      made: the step whose factors they are of, for each unit or for all.
+
+    Returns:
+      The state with boosts, rejections and the steps of the inverses.
+    """
+    failed = any_by_layer(tried & ~accepted, owners, layers)
+    renewed = any_by_layer(accepted, owners, layers)
+    # A layer of which some units failed and others did not is boosted.
     boost = jnp.where(renewed, 1.0, state.boost)
     step = jnp.where(accepted, made, state.refresh.inverse_step)
     return state._replace(
@@ -174,15 +204,16 @@ def _layer_of(owners: Owners) -> np.ndarray:
 
 
 def any_by_layer(
-    flags: Bool[Array, " units"], owners: Owners, own: Mapping[str, Layer]
+    flags: Bool[Array, " units"], owners: Owners, layers: Mapping[str, Layer]
 ) -> Bool[Array, " layers"]:
-    """Whether the flag of any unit of a layer is set."""
+    """Returns for each layer whether the flag of any of its units is set."""
+    # A sum, because there is no segmented "any".
     counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, _layer_of(owners), len(own)) > 0
+    return jax.ops.segment_sum(counts, _layer_of(owners), len(layers)) > 0
 
 
 def all_inverted(
-    own: Mapping[str, Layer], owners: Owners, state: KfacState
+    layers: Mapping[str, Layer], owners: Owners, state: KfacState
 ) -> Bool[Array, " layers"]:
-    """Which layers have inverses of all their units."""
-    return ~any_by_layer(state.refresh.inverse_step < 0, owners, own)
+    """Returns which layers have inverses of all their units."""
+    return ~any_by_layer(state.refresh.inverse_step < 0, owners, layers)

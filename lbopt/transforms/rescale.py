@@ -13,16 +13,16 @@ from lbopt.curvature.registry import Layer, Layers
 from lbopt.transforms.validation import check_layers
 
 _KERNEL = "kernel"
-# ε of the authors' code; the paper has none.
+# The authors' code divides by ‖w + u‖ + 1e-9; the paper has no ε.
 _EPS = 1e-9
 
 
 class _Kernel(NamedTuple):
-    """A kernel that is rescaled.
+    """A kernel to rescale.
 
     Attributes:
       layer: its layer.
-      norm: the norm that each copy of it gets.
+      norm: √(2 d_out), the norm of each copy.
       axes: the axes of the array that belong to one copy.
     """
 
@@ -40,21 +40,22 @@ def rescale_weights(
               \frac{w + u}{\lVert w + u \rVert + \epsilon}
 
     for the kernels of dense layers and convolutions, with the Frobenius norm of the
-    whole array and the number of output units or channels, all groups together.  It is
-    the expected norm of a kernel that He's normal initialisation (fan-in) makes.  Each
-    copy of a layer under ``nn.scan`` or ``nn.vmap`` is a kernel of its own.  Biases,
-    norm layers, embeddings, and what the loss does not use stay as they are.
+    whole array and the number of output units or channels of all groups together.  It
+    is the root-mean-square norm of a kernel in He's normal initialisation (fan-in).
+    Each copy of a layer under ``nn.scan`` or ``nn.vmap`` is a kernel of its own.
+    Biases, norm layers, embeddings, and layers that the loss does not use stay
+    unchanged.
 
-    It must be the last transformation of a chain: u is the whole step.
+    It must be the last transformation of a chain, because u is the whole step.
 
     Args:
       layers: the result of ``trace_layers``.
-      shrink_only: leave kernels alone whose norm is not larger than that, as the
-        authors' released code does.
+      shrink_only: whether to rescale only kernels with a larger norm, as the authors'
+        released code does.
 
     Returns:
-      A transformation whose ``update`` takes ``params``.  What is added to the
-      parameters is of the updates' type, whose rounding the norm has.
+      A transformation whose ``update`` takes ``params``.  The norm is exact up to the
+      rounding of the updates' dtype.
 
     Raises:
       ValueError: if no layer has such a kernel.
@@ -76,8 +77,8 @@ def rescale_weights(
       4.0
 
     Source: Osawa et al. 2022 (SP-NGD), Eq. 24.  The paper leaves open what a grouped
-    convolution and a kernel of zeros are: the groups are one array here, as their
-    initialisation is; zeros stay zeros.
+    convolution and a kernel of zeros get: the groups are rescaled as one array here, as
+    they are initialised; zeros stay zeros.
     """
     check_layers(layers)
     kernels = _kernels(layers)
@@ -117,21 +118,24 @@ def rescale_weights(
 def _rescaled(kernel: _Kernel, w: Array, u: Array, shrink_only: bool) -> Array:
     """Returns the update after which the kernel has its norm."""
     dtype = jnp.promote_types(jnp.result_type(w, u), jnp.float32)
+    # In float32 at least: the update is a difference of two nearly equal arrays.
     w, end = w.astype(dtype), w.astype(dtype) + u.astype(dtype)
     square = jnp.sum(jnp.square(end), axis=kernel.axes, keepdims=True)
     norm = jnp.sqrt(square)
     new = (end * (kernel.norm / (norm + _EPS)) - w).astype(u.dtype)
+    # Each copy of a layer separately, by broadcasting.
     return jnp.where(norm > kernel.norm, new, u) if shrink_only else new
 
 
 def _kernels(layers: Layers) -> dict[str, _Kernel]:
-    """The kernels of dense layers and convolutions by the paths of their layers."""
+    """Returns the kernels of dense layers and convolutions by their layers' paths."""
     found = {}
     for path, layer in layers.preconditioned.items():
+        # Embeddings and norm layers have other blocks; scales are not called kernels.
         linear = layer.block.kind in ("kronecker", "doubly_factored")
         if not linear or _KERNEL not in layer.shapes:
             continue
-        # One factor for each group, of the group's own outputs.
+        # G is [*groups, out, out], with the outputs of one group.
         *groups, outputs, _ = layer.block.sums.g.shape
         copies = layer.tapped.axes
         axes = [i for i in range(len(layer.shapes[_KERNEL])) if i not in copies]
@@ -141,7 +145,7 @@ def _kernels(layers: Layers) -> dict[str, _Kernel]:
 
 
 def _present(kernels: Mapping[str, _Kernel], params: Params) -> dict[str, Any]:
-    """The kernels in the parameters that are not masked away."""
+    """Returns the kernels among the parameters that are not masked."""
     present = {}
     for path, kernel in kernels.items():
         try:

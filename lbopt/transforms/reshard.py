@@ -1,4 +1,4 @@
-"""States that go on with another number of devices, by way of a form without any."""
+"""Conversion of optimizer states between numbers of devices and placements."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,15 @@ from lbopt.collectives import Axis
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import desk
-from lbopt.transforms.kfac_state import AGAIN, KfacState, Pending, plain
-from lbopt.transforms.placement import inverses_on_desk
+from lbopt.transforms import owner_buffers
+from lbopt.transforms.kfac_state import (
+    AGAIN,
+    KfacState,
+    Pending,
+    is_curvature_state,
+    plain,
+)
+from lbopt.transforms.placement import inverses_in_buffer
 
 
 def reshard(
@@ -24,28 +30,26 @@ def reshard(
     *,
     block_size: int | None = None,
 ) -> Any:
-    """A state as another number of devices, or another placement, would have it.
+    """Converts a state to another number of devices or another placement.
 
-    Factors are put together and cut anew; inverses are taken from the desks of their
-    owners and laid on others.  In between everything is keyed by its layer alone.
-    Inverses under way (``Periods.delay``) are made anew at the next step, and have
-    effect at once.
+    Shares of factors are joined and cut anew, and inverses move from the buffers of
+    their old owners to those of the new.  Pending inverses (``Periods.delay``) are
+    recomputed at the next step, and take effect at once.
 
     Args:
-      state: an optimizer's state or a whole training state, its arrays of the global
+      state: an optimizer's state or a whole training state, with arrays of the global
         shapes (as a checkpoint restores them).
-      like: the state to be, of the same optimizer with another ``placement``:
-        arrays or shapes, for example
-        ``jax.eval_shape(optimizer.init, params)``.
-      layers: what ``trace_layers`` found.
-      block_size: what both optimizers were made with.
+      like: the wanted state, of the same optimizer with another ``placement``; arrays
+        or shapes, for example ``jax.eval_shape(optimizer.init, params)``.
+      layers: the result of ``trace_layers``.
+      block_size: the ``block_size`` of both optimizers.
 
     Returns:
       The numbers of ``state`` in the shapes of ``like``; ``sharding.place`` puts them
       onto a mesh.
 
     Raises:
-      ValueError: if the two differ in more than the devices, naming where.
+      ValueError: if the two differ in more than the placement, naming an array.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -64,46 +68,48 @@ def reshard(
     known = sharding.configured(layers.preconditioned, block_size=block_size)
 
     def one(new: Any, old: Any) -> Any:
-        if not isinstance(new, KfacState):
+        if not is_curvature_state(new):
             return old
-        own = {path: known[path] for path in sorted(plain(old.factors))}
-        old = jax.tree.map(jnp.asarray, old)  # a checkpoint's are NumPy's
-        return _split(own, _whole(own, old), new)
+        layers = {path: known[path] for path in sorted(plain(old.factors))}
+        old = jax.tree.map(jnp.asarray, old)  # checkpoints restore NumPy arrays
+        return _split(layers, _whole(layers, old), new)
 
-    found = jax.tree.map(one, like, state, is_leaf=lambda x: isinstance(x, KfacState))
+    # Everything outside of the curvature's state passes as it is.
+    found = jax.tree.map(one, like, state, is_leaf=is_curvature_state)
     _require_same_shapes(found, like)
     return found
 
 
-def _whole(own: Mapping[str, Layer], state: KfacState) -> KfacState:
-    """The state as one device has it."""
+def _whole(layers: Mapping[str, Layer], state: KfacState) -> KfacState:
+    """Returns the state as one device would have it."""
     inverses = dict(state.inverses)
     if isinstance(state.kept, Sharded):
-        owners = owners_in(own, state)
-        plan = desk.kept_desk(owners)
+        owners = owners_in(layers, state)
+        layout = owner_buffers.kept_layout(owners)
+        # All units of a layer have one owner.
         owner = {u.path: o for u, o in zip(owners.units, owners.owner, strict=True)}
-        for path in own.keys() - inverses.keys():
+        for path in layers.keys() - inverses.keys():
             numbers = state.kept.shards[owner[path]]
-            inverses[path] = inverses_on_desk(own[path], owners, plan, numbers)
+            inverses[path] = inverses_in_buffer(layers[path], owners, layout, numbers)
     return state._replace(
-        factors=joined(own, state.factors),
-        before=joined(own, state.before),
+        factors=joined(layers, state.factors),
+        before=joined(layers, state.before),
         inverses=inverses,
         kept=(),
     )
 
 
-def _split(own: Mapping[str, Layer], whole: KfacState, like: KfacState) -> KfacState:
-    """One device's state as the devices of another have it."""
+def _split(layers: Mapping[str, Layer], whole: KfacState, like: KfacState) -> KfacState:
+    """Returns one device's state with the shares and buffers of another's devices."""
     axis = Axis(None, 1)
     if isinstance(like.factors, Sharded):
-        axis = Axis("data", _devices(like))
+        axis = Axis("data", _devices(like))  # of any name; only its size is read
     kept: Any = ()
     if isinstance(like.kept, Sharded):
-        kept = Sharded(_on_desks(own, owners_in(own, like), whole.inverses))
+        kept = Sharded(_in_buffers(layers, owners_in(layers, like), whole.inverses))
     return whole._replace(
-        factors=_cut(own, whole.factors, axis),
-        before=_cut(own, whole.before, axis),
+        factors=_cut(layers, whole.factors, axis),
+        before=_cut(layers, whole.before, axis),
         inverses={path: whole.inverses[path] for path in like.inverses},
         kept=kept,
         pending=_begun_anew(whole.pending, like.pending),
@@ -111,66 +117,69 @@ def _split(own: Mapping[str, Layer], whole: KfacState, like: KfacState) -> KfacS
 
 
 def _begun_anew(pending: Any, like: Any) -> Any:
-    """Empty desks; what was under way on the old ones is to be made again."""
+    """Returns empty buffers, and marks inverses that were pending for recomputation."""
     if pending == ():
         return pending
     step = jnp.where(pending.step >= 0, AGAIN, pending.step)
-    desks = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.desks)
-    return Pending(desks, step)
+    buffers = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.desks)
+    return Pending(buffers, step)
 
 
 def _devices(state: KfacState) -> int:
     return jax.tree.leaves(state.factors)[0].shape[0]
 
 
-def owners_in(own: Mapping[str, Layer], state: KfacState) -> Owners:
-    """Who keeps which inverses; that does not depend on the period of inversion."""
+def owners_in(layers: Mapping[str, Layer], state: KfacState) -> Owners:
+    """Returns the owner of each unit in a state."""
+    # Owners do not depend on the period of inversion, which the state does not know.
     devices = _devices(state) if isinstance(state.factors, Sharded) else 1
-    units = sharding.units_of(own)
+    units = sharding.units_of(layers)
     return sharding.owners_of(units, devices, gathered=list(state.inverses))
 
 
-def joined(own: Mapping[str, Layer], factors: Any) -> Any:
-    """Factors out of their shares."""
+def joined(layers: Mapping[str, Layer], factors: Any) -> Any:
+    """Joins the shares of factors."""
     if not isinstance(factors, Sharded):
         return factors
 
     def join(x: Array, shape: Any, factor: Factor) -> Array:
+        # [devices, copies, share] to [copies, devices, share]; the last are padded.
         rows = jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[-1]), 0, 1)
         return rows.reshape(rows.shape[0], -1)[:, : factor.size].reshape(shape.shape)
 
-    return _each(own, factors.shards, join)
+    return _each(layers, factors.shards, join)
 
 
-def _cut(own: Mapping[str, Layer], factors: Any, axis: Axis) -> Any:
-    """Factors as shares."""
+def _cut(layers: Mapping[str, Layer], factors: Any, axis: Axis) -> Any:
+    """Cuts factors into shares."""
     if axis.name is None or factors == ():
         return factors
 
     def cut(x: Array, shape: Any, factor: Factor) -> Array:
         rows = collectives.cut(x.reshape(-1, factor.size), axis)
+        # [devices, copies, share] with the copies' own axes, as ``init_state`` has it.
         copies = shape.shape[: len(shape.shape) - len(factor.shape)]
         return jnp.moveaxis(rows, 1, 0).reshape(axis.size, *copies, rows.shape[-1])
 
-    return Sharded(_each(own, factors, cut))
+    return Sharded(_each(layers, factors, cut))
 
 
-def _each(own: Mapping[str, Layer], factors: Any, function: Any) -> dict[str, Any]:
-    """``function(array, shape of the whole, kind)`` of every factor."""
+def _each(layers: Mapping[str, Layer], factors: Any, function: Any) -> dict[str, Any]:
+    """Returns ``function(array, shape of the whole, kind)`` of every factor."""
     return {
         path: jax.tree.map(
             function, factors[path], layer.factor_shapes(), layer.block.factors
         )
-        for path, layer in own.items()
+        for path, layer in layers.items()
     }
 
 
-def _on_desks(
-    own: Mapping[str, Layer], owners: Owners, inverses: Mapping[str, Any]
+def _in_buffers(
+    layers: Mapping[str, Layer], owners: Owners, inverses: Mapping[str, Any]
 ) -> Array:
-    """Inverses as they lie with their owners."""
-    numbers: list[Array] = []  # of each statistic, a row for each unit
-    for path, layer in own.items():
+    """Returns the buffers of owners with the inverses that they keep."""
+    numbers: list[Array] = []  # of each statistic, [units, numbers]
+    for path, layer in layers.items():
         for inverse, shape, factor in zip(
             inverses[path], layer.factor_shapes(), layer.block.factors, strict=True
         ):
@@ -183,7 +192,7 @@ def _on_desks(
     ):
         if not gathered:
             rows[owner].append(numbers[unit.statistic][unit.row])
-    return desk.stacked(rows, numbers[0].dtype)
+    return owner_buffers.stacked(rows, numbers[0].dtype)
 
 
 def _require_same_shapes(found: Any, like: Any) -> None:

@@ -2,8 +2,8 @@ r"""From statistics to factors: reduce-scatter, running average, and similarity.
 
 .. math:: X \leftarrow X + \frac{1 - \beta}{1 - \beta^k} (X_{\text{batch}} - X)
 
-after k statistics (debiased: the first is taken whole).  Everything happens on each
-device's share of the numbers; what is not due is neither read nor sent.
+after k statistics (debiased: the first is taken whole).  Each device computes its own
+share of the numbers; a statistic that is not due is neither read nor sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from lbopt.in_place import update_if
 
 
 class Running(NamedTuple):
-    """What one statistic leaves behind; every array on this device only.
+    """The running average of one statistic, on this device.
 
     Attributes:
-      factor: the running average, ``[copies, share]``.
-      before: X₋₂ where refreshing is adaptive (X₋₁ is the factor), ``()`` otherwise.
+      factor: this device's share of it, ``[copies, share]``.
+      before: X₋₂ if the refresh is adaptive (X₋₁ is the factor), ``()`` otherwise.
       traces: the traces of the factor's copies, ``[copies]``, on every device.
     """
 
@@ -35,11 +35,11 @@ class Running(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What was found out about statistics that were due, ``[statistics]``.
+    """Flags of the statistics, ``[statistics]``; False for those that were not due.
 
     Attributes:
-      accepted: due, and finite.
-      similar: whether the new one is similar to the last, X ~ X₋₁.
+      accepted: whether it was due and finite.
+      similar: whether it is similar to the last, X ~ X₋₁.
       similar_before: whether it is similar to the one before, X ~ X₋₂.
     """
 
@@ -61,19 +61,20 @@ def fold(
 
     Args:
       kinds: the kind of each factor.
-      running: what each statistic left behind.
-      packed: make this device's statistics, ``[copies, size]`` each; called where they
-        are due, so that packing costs nothing where they are not.
+      running: the averages.
+      packed: functions that return this device's statistics, ``[copies, size]``;
+        called only for those that are due, so that packing the others costs nothing.
       due: which are due, the same on all devices.
       weights: the weight of each new statistic in its average.
-      stale_threshold: α of the similarity, None where refreshing is periodic; then
-        all statistics travel in one collective, else each in its own.
+      stale_threshold: α of the similarity; None for a periodic refresh, in which all
+        statistics share one collective instead of having one each.
       axis: the devices.
 
     Returns:
-      What they leave behind now, and the findings, the same on all devices.
+      The averages, and the flags, the same on all devices.
     """
     numbers = range(len(kinds))
+    # Periodic statistics are all due at the same steps, adaptive ones each at its own.
     joint = stale_threshold is None
     groups = [list(numbers)] if joint else [[i] for i in numbers]
     after: list[Running] = []
@@ -82,8 +83,8 @@ def fold(
         nothing = jnp.zeros(len(group), bool)
 
         def renew(old: Any, group: list[int] = group) -> Any:
-            rows = [packed[i]() for i in group]
-            shares = collectives.scatter_mean(rows, axis)
+            rows = [packed[i]() for i in group]  # [copies, size]
+            shares = collectives.scatter_mean(rows, axis)  # [copies, share]
             sums = _sums([kinds[i] for i in group], old[0], shares, joint, axis)
             ids = jnp.asarray(group)
             findings = _findings(sums, due[ids], stale_threshold)
@@ -106,7 +107,7 @@ class _Sums(NamedTuple):
     """Sums over all numbers of a statistic, the same on all devices.
 
     Attributes:
-      bad: how many are not finite.
+      bad: the number of those that are not finite.
       traces: the traces of its copies.
       changes: ‖X − X₋₁‖², ‖X₋₁‖², ‖X − X₋₂‖², ‖X₋₂‖².
     """
@@ -125,6 +126,7 @@ def _sums(
 ) -> list[_Sums]:
     sums = []
     for kind, old, new in zip(kinds, running, shares, strict=True):
+        # How often each packed number stands in the matrix: 2 off the diagonal.
         often = collectives.own_share(kind.multiplicity()[None], axis)
         changes: Any = ()
         if not joint:
@@ -133,6 +135,7 @@ def _sums(
             changes = jnp.stack([jnp.sum(often * x * x) for x in pairs])
         sums.append(
             _Sums(
+                # As a float, because all sums share one collective.
                 bad=jnp.sum(~jnp.isfinite(new)).astype(new.dtype),
                 traces=jnp.sum(jnp.where(often == 1, new, 0), -1),
                 changes=changes,
@@ -151,7 +154,7 @@ def _findings(
     changes = jnp.stack([s.changes for s in sums])
 
     def similar(change: Array, size: Array) -> Array:
-        # Strict, so that α = 0 is never similar and a missing X₋₁ (zero) is not.
+        # Strict, so that nothing is similar for α = 0 or to a missing X₋₁ of zeros.
         return jnp.sqrt(change) < stale_threshold * jnp.sqrt(size)
 
     return Findings(
@@ -169,6 +172,6 @@ def _folded(
         return jnp.where(accepted, before + change, before)
 
     before = old.before
-    if not isinstance(before, tuple):
+    if not isinstance(before, tuple):  # () if the refresh is periodic
         before = jnp.where(accepted, old.factor, before)
     return Running(average(old.factor, new), before, average(old.traces, sums.traces))

@@ -1,4 +1,4 @@
-"""A multiplier of the learning rate that follows the loss."""
+"""A multiplier of the learning rate that reacts to the loss."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,8 +10,8 @@ StepControl: TypeAlias = Literal["step", "online"]
 
 _LOSS_DECAY = 0.7
 _SMALLEST = 1e-4
-# A rise of the loss beyond the first column multiplies b by the second and takes back
-# the third of the last step; the last row that holds counts.
+# Columns: a relative rise of the loss, the factor on b beyond it, and the share of the
+# last step that is undone.  The last row whose rise is exceeded applies.
 _RISES = (
     (0.01, 1.0, 0.1),
     (0.025, 0.975, 0.1),
@@ -39,25 +39,25 @@ class StepControlState(NamedTuple):
 
 
 def init() -> StepControlState:
-    """The state before the first loss."""
+    """Returns the state before the first loss."""
     return StepControlState(jnp.ones([]), jnp.zeros([]), jnp.zeros([]))
 
 
 def update(
     mode: StepControl,
-    period: Count | int,
+    period: Count,
     state: StepControlState,
     loss: Scalar,
     count: Array,
 ) -> tuple[StepControlState, Array]:
-    r"""Decides on the multiplier b and on the share ρ of the last step to take back.
+    r"""Decides on the multiplier b and on the share ρ of the last step to undo.
 
     .. math:: E \leftarrow 0.7 E + 0.3 \ell
 
     ``"step"`` compares E with E at the last decision, every ``period`` steps;
-    ``"online"`` the loss with E at every step.  A ratio below 1.01 lets b grow by 5 %
-    (2 %) up to 1; above, b shrinks and a part of the last step is undone, the more the
-    larger the rise.
+    ``"online"`` compares the loss with E at every step.  If the ratio is below 1.01, b
+    grows by 5 % (2 %) up to 1; above, b shrinks and a part of the last step is undone,
+    more for larger rises.
 
     Args:
       mode: ``"step"`` or ``"online"``.
@@ -71,7 +71,7 @@ def update(
 
     Source: Adya, Palakkode & Tuzel 2018, the authors' released code, in which the order
     of these operations is undefined: variables are read while they are written.  Here E
-    is updated first, and the step that is taken back is the one before.
+    is updated first, and the undone step is the one before.
     """
     loss = jnp.asarray(loss, state.average.dtype)
     first = count == 0
@@ -80,6 +80,7 @@ def update(
     )
     if mode == "step":
         decides = ~first & (count % period == 0)
+        # The reference is 0 before the first loss; dividing by it would give NaN.
         ratio = average / jnp.where(decides, state.reference, 1)
         reference = jnp.where(first | decides, average, state.reference)
     else:
@@ -88,6 +89,7 @@ def update(
     limits, factors, shares = (
         jnp.asarray(x, ratio.dtype) for x in zip(*_RISES, strict=True)
     )
+    # Limits ascend, so that the number of those exceeded is the row; −1 for none.
     row = jnp.sum(ratio > 1 + limits) - 1
     rises = decides & (row >= 0)
     grows = decides & (ratio < 1 + limits[0])

@@ -1,6 +1,7 @@
-"""Units that one loop serves, and whose turn it is among them.
+"""Classes of units that one loop inverts, and queues of the units that are due.
 
-Units whose factors are of one kind and size are a class.
+A class holds all units whose factors have the same kind and size and whose inverses
+live in the same place, so that a compiled program contains the code for it once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +19,15 @@ from lbopt.sharding import Owners
 
 
 class UnitClass(NamedTuple):
-    """Units that one loop serves.
+    """Units of one kind and size.
 
     Attributes:
-      factor: their kind.
-      numbers: their numbers, ``[class]``.
-      statistics: the statistics that they are copies of, in order.
-      queues: the positions in the class of each device's units, padded with the size of
-        the class, ``[devices, longest]``.
-      gathered: whether every device gets the inverses.
+      factor: the kind.
+      numbers: the units' numbers, ``[class]``.
+      statistics: the numbers of their statistics, ascending.
+      queues: the positions in the class of the units that each device owns, padded with
+        the size of the class, ``[devices, longest]``.
+      gathered: whether the inverses are replicated on every device.
     """
 
     factor: Factor
@@ -36,14 +37,14 @@ class UnitClass(NamedTuple):
     gathered: bool
 
 
-class Turns(NamedTuple):
-    """Which units of a class are due, device by device.
+class Queue(NamedTuple):
+    """The units of a class that are due, in the order in which devices invert them.
 
     Attributes:
       due: flags, ``[class]``.
-      positions: positions in the class, those that are due first, ``[devices,
-        longest]``.
-      lengths: how many are due, ``[devices]``.
+      positions: ``UnitClass.queues`` with the units that are due moved to the front,
+        ``[devices, longest]``.
+      lengths: the number of each device's units that are due, ``[devices]``.
     """
 
     due: Array
@@ -52,10 +53,10 @@ class Turns(NamedTuple):
 
 
 def classes_of(owners: Owners) -> list[UnitClass]:
-    """The classes of an owner table's units.
+    """Groups units into classes.
 
     Args:
-      owners: the table.
+      owners: the units and their owners.
 
     Returns:
       The classes, in the order of their first units.
@@ -70,7 +71,7 @@ def classes_of(owners: Owners) -> list[UnitClass]:
         for position, number in enumerate(numbers):
             lists[owners.owner[number]].append(position)
         longest = max(map(len, lists))
-        none = len(numbers)
+        none = len(numbers)  # a position that no unit has
         first = owners.units[numbers[0]]
         classes.append(
             UnitClass(
@@ -84,52 +85,66 @@ def classes_of(owners: Owners) -> list[UnitClass]:
     return classes
 
 
-def turns_of(classes: Sequence[UnitClass], due: Bool[Array, " units"]) -> list[Turns]:
-    """Whose turn it is in each class."""
-    return [_turns_of(units, due[units.numbers]) for units in classes]
+def queues_of(classes: Sequence[UnitClass], due: Bool[Array, " units"]) -> list[Queue]:
+    """Returns each class's queue of the units that are due."""
+    return [_queue_of(units, due[units.numbers]) for units in classes]
 
 
-def most_of(turns: Sequence[Turns]) -> Int[Array, " classes"]:
-    """The most turns that one device has of each class."""
-    return jnp.stack([jnp.max(t.lengths) for t in turns])
+def longest_queues(queues: Sequence[Queue]) -> Int[Array, " classes"]:
+    """Returns the length of each class's longest queue over the devices."""
+    return jnp.stack([jnp.max(queue.lengths) for queue in queues])
 
 
-def count_of(turns: Sequence[Turns]) -> Int[Array, " classes"]:
-    """How many turns there are of each class."""
-    return jnp.stack([jnp.sum(t.due) for t in turns])
+def due_counts(queues: Sequence[Queue]) -> Int[Array, " classes"]:
+    """Returns the number of units of each class that are due on all devices."""
+    return jnp.stack([jnp.sum(queue.due) for queue in queues])
 
 
-def _turns_of(units: UnitClass, due: Bool[Array, " class"]) -> Turns:
-    flags = jnp.append(due, False)[units.queues]
+def _queue_of(units: UnitClass, due: Bool[Array, " class"]) -> Queue:
+    # The appended flag is that of the padding, which is never due.
+    flags = jnp.append(due, False)[units.queues]  # [devices, longest]
     order = jnp.argsort(~flags, axis=1, stable=True)
     positions = jnp.take_along_axis(jnp.asarray(units.queues), order, 1)
-    return Turns(due, positions, jnp.sum(flags, 1, dtype=jnp.int32))
+    return Queue(due, positions, jnp.sum(flags, 1, dtype=jnp.int32))
 
 
 def repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
-    """``body(0, ...)`` to ``body(count - 1, ...)``."""
+    """Runs ``body(0, …)`` to ``body(count - 1, …)`` with a traced count."""
     return jax.lax.fori_loop(jnp.zeros_like(count), count, body, start)
 
 
-def put(
-    owners: Owners, units: UnitClass, old: list[Any], wires: Array, sound: Array
+def replace_sound(
+    owners: Owners, units: UnitClass, old: list[Any], inverses: Array, sound: Array
 ) -> list[Any]:
-    """Inverses with the sound ones of new ones put in; copies in any shape."""
+    """Returns a class's inverses with those rows replaced whose new ones are sound.
+
+    Args:
+      owners: the units and their owners.
+      units: the class.
+      old: the inverses of each of its statistics, copies first in any shape.
+      inverses: the packed new inverses, ``[class, packed]``.
+      sound: which of them to take, ``[class]``.
+
+    Returns:
+      The inverses of each statistic, in the shapes and dtypes of the old ones.
+    """
     new, first = [], 0
     for statistic, inverse in zip(units.statistics, old, strict=True):
         count = sum(owners.units[i].statistic == statistic for i in units.numbers)
         rows = slice(first, first + count)
         first += count
 
-        def put_rows(
-            old: Any, wires: Array = wires[rows], sound: Array = sound[rows]
+        def replace_rows(
+            old: Any, inverses: Array = inverses[rows], sound: Array = sound[rows]
         ) -> Any:
             def choose(new: Array, before: Array) -> Array:
+                # One flag for each row, broadcast over its numbers.
                 flags = sound.reshape(-1, *[1] * (new.ndim - 1))
                 chosen = jnp.where(flags, new, before.reshape(new.shape))
                 return chosen.astype(before.dtype).reshape(before.shape)
 
-            return jax.tree.map(choose, units.factor.expand(wires), old)
+            return jax.tree.map(choose, units.factor.expand(inverses), old)
 
-        new.append(update_if(jnp.any(sound[rows]), put_rows, inverse))
+        # Without a sound row the old arrays are passed on, not copied.
+        new.append(update_if(jnp.any(sound[rows]), replace_rows, inverse))
     return new

@@ -1,4 +1,4 @@
-"""What the curvature transform is given, checked before anything is compiled."""
+"""Checks of the curvature transform's settings and arrays, before compilation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,24 +17,24 @@ from lbopt.settings import Periods, Placement
 
 
 def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
-    """The layers whose parameters are here and not masked away.
+    """Returns the layers whose parameters are present and not masked.
 
     Args:
       layers: layers by path.
-      params: the parameters, some of them perhaps ``optax.MaskedNode``.
+      params: the parameters, some perhaps ``optax.MaskedNode``.
 
     Returns:
       The layers by path.
 
     Raises:
-      ValueError: if the parameters are not those of the layers.
+      ValueError: if the parameters do not fit the layers, or all are masked.
     """
-    own = {}
+    present = {}
     for path, layer in layers.items():
         location = layer.tapped.location
         try:
             arrays = capture.lookup(params, location)
-            if isinstance(arrays, optax.MaskedNode):
+            if isinstance(arrays, optax.MaskedNode):  # the whole module is masked
                 continue
             leaves = [arrays[name] for name in location.names]
         except (KeyError, TypeError) as error:
@@ -42,14 +42,14 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
                 f"params has no {path!r}, which layers has; make layers and the "
                 "optimizer's state from the same parameters"
             ) from error
-        present = [not isinstance(x, optax.MaskedNode) for x in leaves]
-        if any(present) and not all(present):
+        unmasked = [not isinstance(x, optax.MaskedNode) for x in leaves]
+        if any(unmasked) and not all(unmasked):
             raise ValueError(
                 f"layer {path!r} is masked in part ({list(location.names)}: "
-                f"{present}); its arrays share one curvature block, so mask all of "
+                f"{unmasked}); its arrays share one curvature block, so mask all of "
                 "them or none"
             )
-        if not all(present):
+        if not all(unmasked):
             continue
         for name, leaf in zip(location.names, leaves, strict=True):
             if tuple(leaf.shape) != tuple(layer.shapes[name]):
@@ -58,32 +58,32 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
                     f"layers has {list(layer.shapes[name])}; call trace_layers again "
                     "with these parameters"
                 )
-        own[path] = layer
-    if not own:
+        present[path] = layer
+    if not present:
         raise ValueError(
             f"params holds none of the layers {sorted(layers)}, all are masked; leave "
             "scale_by_kfac out, or mask fewer parameters"
         )
-    return own
+    return present
 
 
 def checked_statistics(
-    own: Mapping[str, Layer],
+    layers: Mapping[str, Layer],
     curvature: Mapping[str, Any] | None,
     moments: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The curvature that ``update`` was given.
+    """Returns the statistics passed to ``update``, once they fit the layers.
 
     Args:
-      own: the optimizer's layers by path.
+      layers: the optimizer's layers by path.
       curvature: statistics by path.
-      moments: the second moments of those whose eigenvalues are corrected.
+      moments: the second moments of layers with corrected eigenvalues.
 
     Returns:
-      The statistics of these layers' factors; and the new second moments.
+      The statistics of the layers' factors, and their second moments.
 
     Raises:
-      ValueError: if there are none, or they are those of another model.
+      ValueError: if statistics are missing or belong to another model.
     """
     if curvature is None:
         raise ValueError(
@@ -92,7 +92,7 @@ def checked_statistics(
             "tx.update(grads, state, params, curvature=curvature)"
         )
     checked, squares = {}, {}
-    for path, layer in own.items():
+    for path, layer in layers.items():
         if path not in curvature:
             raise ValueError(
                 f"curvature has no {path!r} (it has {sorted(curvature)}); make it with "
@@ -102,13 +102,16 @@ def checked_statistics(
         if path in moments:
             _check_moments(path, statistics, moments[path].s)
             squares[path] = statistics.s
+            # Without s, they are the factors' statistics as for other layers.
             statistics = type(factors)(statistics.a, statistics.g)
+        # By type, so that exchanged blocks with equal shapes are noticed too.
         if type(statistics) is not type(factors):
             raise ValueError(
                 f"curvature[{path!r}] is a {type(statistics).__name__}, not a "
                 f"{type(factors).__name__}; make it with the same layers as the "
                 "optimizer"
             )
+        # Shapes alone, so that no statistic that is not due is packed.
         packed = jax.eval_shape(layer.block.pack, statistics)
         for name, old, new in zip(factors._fields, factors, packed, strict=True):
             if old.shape != new.shape:
@@ -143,14 +146,15 @@ def check_settings(
     norm_damping: Any,
     factor_decay: Any,
     periods: Any,
+    placement: Any,
     block_size: Any,
 ) -> None:
-    """Refuses settings of ``scale_by_kfac`` that are out of range.
+    """Raises ValueError for settings of ``scale_by_kfac`` that are out of range.
 
     Raises:
       ValueError: naming the setting, its value and the way out.
     """
-    check_layers(layers)
+    check_layers(layers)  # first, because the next line reads an attribute
     if not layers.preconditioned:
         raise ValueError(
             f"layers={sorted(layers)} must hold a layer that the loss depends on; "
@@ -163,13 +167,12 @@ def check_settings(
         raise ValueError(
             f"periods={periods!r} must be lbopt.Periods(statistics=…, inverses=…)"
         )
-    if isinstance(block_size, jax.Array):
+    if not isinstance(placement, Placement):
         raise ValueError(
-            f"block_size={block_size} must be a Python int, for it sets shapes; name "
-            "it in static_args= of optax.inject_hyperparams"
+            f"placement={placement!r} must be lbopt.Placement(axis_name, axis_size)"
         )
     if block_size is not None:
-        checks.whole("block_size", block_size, "None keeps factors whole")
+        checks.whole("block_size", block_size, "None keeps factors whole", static=True)
 
 
 def check_layers(layers: Any) -> None:
@@ -184,7 +187,7 @@ def check_layers(layers: Any) -> None:
 def check_stale_threshold(
     stale_threshold: Any, factor_decay: Any, periods: Periods
 ) -> None:
-    """Refuses an adaptive refresh beside averages or periods.
+    """Raises ValueError for an adaptive refresh with averages or periods.
 
     Raises:
       ValueError: naming the setting, its value and the way out.
@@ -199,7 +202,7 @@ def check_stale_threshold(
         ("periods.statistics", periods.statistics, 1),
         ("periods.inverses", periods.inverses, 1),
     ):
-        # optax.inject_hyperparams hands numbers over as arrays, in a jit unknown ones.
+        # The values of numbers that optax.inject_hyperparams traces are unknown here.
         if not isinstance(value, jax.core.Tracer) and value != needed:
             raise ValueError(
                 f"{name}={value} must be {needed} with stale_threshold="
@@ -208,14 +211,14 @@ def check_stale_threshold(
             )
 
 
-def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
-    """Refuses a state made for another number of devices.
+def check_shares(layers: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
+    """Raises ValueError for a state made for another number of devices.
 
     Raises:
       ValueError: naming both numbers of a factor's share.
     """
-    for path, layer in own.items():
-        shapes = layer.factor_shapes()
+    for path, layer in layers.items():
+        shapes = layer.factor_shapes()  # of the packed factors, all copies
         for x, whole, f in zip(factors[path], shapes, layer.block.factors, strict=True):
             expected = whole.size // f.size * axis.share(f.size)
             if x.size != expected:
@@ -229,11 +232,12 @@ def check_shares(own: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
 def check_eigenvalues(
     eigenvalues: Any, placement: Placement, periods: Periods, stale_threshold: Any
 ) -> None:
-    """Refuses corrected eigenvalues where a device would lack their bases.
+    """Raises ValueError for settings that corrected eigenvalues exclude.
 
     Raises:
       ValueError: naming the setting, its value and the way out.
     """
+    # The bases must be on every device, renewed in the step, at fixed periods.
     checks.one_of("eigenvalues", eigenvalues, ["kronecker", "corrected"])
     if eigenvalues == "kronecker":
         return

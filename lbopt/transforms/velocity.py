@@ -51,7 +51,7 @@ def scale_by_velocity(
               m_t = \frac{m_0}{\eta_0} \eta_t
 
     so that the momentum decays as the rate does.  The velocity is the true change of
-    the weights: it holds whatever came after this transformation, such as
+    the weights: it includes the effect of later transformations, such as
     ``rescale_weights``.  It is zero at the first step.
 
     The authors' released code has another form, ``variant="code"``:
@@ -59,11 +59,11 @@ def scale_by_velocity(
     .. math:: u_t = v_t = m_t v_{t-1} - \eta_t P_t, \qquad
               m_t = m_0 \min\left(1, \frac{\eta_t}{\eta_{t-1}}\right)
 
-    whose buffer v holds nothing but its own updates.  While the rate does not grow, it
+    whose buffer v contains only its own updates.  As long as the rate does not grow, it
     is ``optax.trace(momentum)`` with the rate outside: the momentum does not decay.
 
-    The rate is applied here, and with its sign: leave ``optax.scale_by_learning_rate``
-    out of the chain.
+    The rate is applied here, with its sign: leave ``optax.scale_by_learning_rate`` out
+    of the chain.
 
     Args:
       learning_rate: η, a number or a schedule of the step.
@@ -106,13 +106,14 @@ def _from_weights(
 
     def init_fn(params: Params) -> VelocityState:
         rate = _rate_at(learning_rate, 0)
+        # A traced rate cannot be checked; at zero its momentum is not finite.
         if not isinstance(rate, jax.core.Tracer) and not rate > 0:
             raise ValueError(
                 f"learning_rate is {rate} at step 0 and must be positive there, "
                 "because the momentum is in proportion to its first value; start the "
                 'schedule above zero, or use variant="code"'
             )
-        # Zeros, not the parameters, so that shapes are enough and nothing is shared.
+        # Zeros, not the parameters, so that init works on shapes and shares no buffer.
         return VelocityState(_zero(), rate, optax.tree.zeros_like(params))
 
     def update_fn(
@@ -129,14 +130,14 @@ def _from_weights(
             )
         eta = _rate_at(learning_rate, state.count)
         m = momentum * (eta / state.initial_rate)
-        moved = state.count > 0
+        moved = state.count > 0  # before that there are no previous parameters
 
         def step(p: Array, w: Array, previous: Array) -> Array:
             velocity = jnp.where(moved, w - previous, 0)
             return (m * velocity - eta * p).astype(p.dtype)
 
         updates = jax.tree.map(step, updates, params, state.previous)
-        # Copies, because both the caller's parameters and this state may be donated.
+        # Copies, because the caller may donate both the parameters and this state.
         previous = jax.tree.map(jnp.copy, params)
         count = optax.safe_increment(state.count)
         return updates, VelocityState(count, state.initial_rate, previous)
@@ -161,6 +162,7 @@ def _from_buffer(
     ) -> tuple[Updates, VelocityBufferState]:
         del params, extra_args
         eta = _rate_at(learning_rate, state.count)
+        # A growing rate has the full momentum; the guard keeps 0 / 0 out.
         shrinks = eta < state.previous_rate
         m = momentum * jnp.where(
             shrinks, eta / jnp.where(shrinks, state.previous_rate, 1), 1
@@ -176,7 +178,7 @@ def _from_buffer(
 
 
 def _rate_at(learning_rate: ScalarOrSchedule, count: Any) -> Array:
-    """The rate at a step, as an array of its own."""
+    """Returns the rate at a step, as a new array that may be donated."""
     value = learning_rate(count) if callable(learning_rate) else learning_rate
     return jnp.array(value, float)
 

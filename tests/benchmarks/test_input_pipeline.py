@@ -1,9 +1,4 @@
-"""The benchmark of the input pipeline, whole, on a few photographs.
-
-Nothing is asserted of the rates themselves.
-"""
-
-import json
+"""The benchmark of the input pipeline, on a few photographs."""
 
 import numpy as np
 import pytest
@@ -11,7 +6,6 @@ import pytest
 from benchmarks import input_pipeline
 from experiments.data import decoding
 
-SIZES = {"rounds": 1, "batches": 1, "batch": 16, "jpegs": 2, "records": 32}
 PARTS = ["decode", "decode and crop", "+ read", "+ normalise and batch"]
 
 
@@ -26,15 +20,11 @@ def test_photographs_are_as_large_as_imagenet_s():
         assert channels == 3
 
 
-def run(path, *arguments):
-    for name, value in SIZES.items():
-        arguments += (f"--{name}", str(value))
-    record = input_pipeline.main([*arguments, "--output", str(path)])
-    assert json.loads(path.read_text("utf-8")) == record
-    return record
-
-
-def check(record, names):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_stage_has_its_turns(run_command, workers):
+    sizes = input_pipeline.Sizes(1, 16, jpegs=2, records=32, workers=workers)
+    record = run_command(input_pipeline.main, "--rounds", "1", sizes=sizes)
+    names = [*PARTS, input_pipeline.THREADS, *[input_pipeline.WORKERS][:workers]]
     cores = {turn["cores"] for turn in record["turns"]}
     assert cores in ({1}, {1, 2})
     assert len(record["turns"]) == len(names) * len(cores)
@@ -45,20 +35,3 @@ def check(record, names):
     text = input_pipeline.table(record)
     for name in names:
         assert text.count(f"{name}  ") >= 1
-
-
-def test_every_stage_has_its_turns(tmp_path):
-    record = run(tmp_path / "record.json", "--workers", "0")
-    check(record, [*PARTS, input_pipeline.THREADS])
-
-
-@pytest.mark.slow
-def test_workers_take_part(tmp_path):
-    record = run(tmp_path / "record.json", "--workers", "1")
-    check(record, [*PARTS, input_pipeline.THREADS, input_pipeline.WORKERS])
-
-
-def test_batches_must_fill_groups(capsys):
-    with pytest.raises(SystemExit):
-        input_pipeline.main(["--batch", "9", "--batches", "3"])
-    assert "multiple of 16, not 27" in capsys.readouterr().err

@@ -7,12 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import program_bytes, scaling, scaling_model
-from benchmarks.scaling import Collective
-from experiments.models import resnet
+from benchmarks import scaling
+from benchmarks.scaling_model import (
+    KINDS,
+    Collective,
+    Machine,
+    collectives_of,
+    model_seconds,
+    operand_bytes,
+    planned,
+    precondition_flop,
+    ring_bytes,
+    runs_of,
+    step_bytes,
+)
+from benchmarks.workloads import TINY
 from lbopt import sharding, training
 
 DEVICES = 4
+# Whether every device gets the inverses, of some layers or of all.
+PLACED = {"comm": {True}, 0.5: {False, True}, "memory": {False}}
 PROGRAM = """
 %region_1 (x: f32[]) -> f32[] {
   %a = f32[1,5]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, \
@@ -28,25 +42,15 @@ metadata={op_name="jit(f)/while/body/ar"}
 
 @pytest.fixture(scope="module")
 def problem():
-    model = resnet.ResNet(
-        num_classes=3,
-        stage_sizes=(1,),
-        block=resnet.BasicBlock,
-        width=4,
-        stem_reduction=1,
-    )
-    return scaling.make_problem(model, 8)
+    return scaling.make_problem(TINY, 8)
 
 
 def owners(problem, placement, devices=DEVICES):
     return sharding.owner_table(problem.layers, devices, placement=placement)
 
 
-# ------------------------------------------------------------------------ the parser
-
-
 def test_collectives_are_read_from_text():
-    assert scaling.collectives_of(PROGRAM, 4) == {
+    assert collectives_of(PROGRAM, 4) == {
         Collective("reduce-scatter", 4 * 5 * 4, 2): 1,
         Collective("all-to-all", 4 * 5 * 4, 3): 1,
         Collective("all-gather", 4 * 20 * 2 // 4, 0): 1,
@@ -63,7 +67,7 @@ def test_collectives_are_read_from_text():
 )
 def test_what_cannot_be_counted_is_refused(line):
     with pytest.raises(ValueError, match="cannot read the collective %a = "):
-        scaling.collectives_of(line, 4)
+        collectives_of(line, 4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_what_cannot_be_counted_is_refused(line):
     [("f32[]", 4), ("f64[2,3]{1,0}", 48), ("(f8e4m3fn[8], u32[2])", 16), ("s4[0]", 0)],
 )
 def test_bytes_of_types(shapes, size):
-    assert program_bytes.operand_bytes(shapes, "all-reduce", 4) == size
+    assert operand_bytes(shapes, "all-reduce", 4) == size
 
 
 def test_loops_run_as_often_as_what_is_due():
@@ -81,83 +85,60 @@ def test_loops_run_as_often_as_what_is_due():
         Collective("all-to-all", 20, 3): 4,  # two in each of two classes
         Collective("all-gather", 5, 4): 2,
     }
-    everything = scaling.step_bytes(counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=True)
+    runs = {(3, 20): [1, 5], (4, 5): [4, 6]}
+    everything = step_bytes(counts, runs, due=True)
     assert everything["reduce-scatter"] == (3, 30)
     assert everything["all-to-all"] == (2 * 6, 2 * 6 * 20)
     assert everything["all-gather"] == (10, 50)
-    nothing = scaling.step_bytes(counts, {(3, 20): [1, 5], (4, 5): [4, 6]}, due=False)
-    assert nothing == dict.fromkeys(scaling.KINDS, (0, 0)) | {"all-reduce": (2, 14)}
-    with pytest.raises(ValueError, match="for turns"):
-        scaling.step_bytes(counts, {(3, 30): [1]}, due=True)
+    nothing = step_bytes(counts, runs, due=False)
+    assert nothing == dict.fromkeys(KINDS, (0, 0)) | {"all-reduce": (2, 14)}
+    with pytest.raises(ValueError, match="for runs"):
+        step_bytes(counts, {(3, 30): [1]}, due=True)
 
 
 def test_a_ring_sends_a_reduction_once_around_and_back():
-    for kind, bytes_sent in (
-        ("reduce-scatter", 75),
-        ("all-to-all", 75),
-        ("all-gather", 300),
-        ("all-reduce", 150),
-    ):
-        assert scaling.sent(kind, 100, 4) == bytes_sent
+    assert [ring_bytes(kind, 100, 4) for kind in KINDS] == [75, 75, 300, 150]
 
 
-# ---------------------------------------------------------- the plan and the program
-
-
-@pytest.mark.parametrize(("threshold", "placement"), scaling.VARIANTS)
-def test_a_step_sends_what_was_planned_and_what_it_reports(
-    problem, threshold, placement
-):
-    compiled, seconds = scaling.compile_step(problem, DEVICES, threshold, placement)
-    counts = scaling.collectives_of(compiled.as_text(), DEVICES)
-    table = owners(problem, placement)
-    plan = scaling.planned(problem, table, adaptive=threshold is not None)
-    assert scaling._without_reduce(counts) == scaling._without_reduce(plan)
+@pytest.mark.parametrize("variant", scaling.VARIANTS)
+def test_a_step_sends_what_was_planned_and_what_it_reports(problem, variant):
+    compiled, seconds = scaling.compile_step(problem, DEVICES, variant)
+    counts = collectives_of(compiled.as_text(), DEVICES)
+    table = owners(problem, variant.placement)
+    adaptive = variant.stale_threshold is not None
+    plan = planned(problem, table, adaptive=adaptive)
+    assert scaling.without_reduce(counts) == scaling.without_reduce(plan)
     reduced = [c.bytes for c in counts if c.kind == "all-reduce" and c.loops == 1]
     gradients = [c.bytes for c in plan if c.kind == "all-reduce"]
     # Every parameter of this network belongs to a layer with curvature.
     assert reduced == gradients
-    assert bool(gradients) == (placement == "comm")
+    assert bool(gradients) == (variant.placement != "memory")
+    assert set(table.gathered) == PLACED[variant.placement]
     assert seconds > 0
 
     mesh = sharding.make_mesh(jax.devices()[:DEVICES])
-    tx = scaling.optimizer(problem.layers, DEVICES, threshold, placement)
-    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), problem.params)
-    model_state = _zeros(problem.model_state)
+    tx = scaling.optimizer(problem.layers, DEVICES, variant)
+    params, batch = _ones((problem.params, problem.batch(2 * DEVICES)))
+    model_state = jax.tree.map(jnp.zeros_like, _ones(problem.model_state))
     rng = jax.random.key(0)
     state = training.init_state(tx, params, model_state, rng, mesh)
-    batch = jax.tree.map(
-        lambda x: jnp.ones(x.shape, x.dtype), problem.batch(2 * DEVICES)
-    )
     along = sharding.PartitionSpec("data")
     batch = jax.device_put(batch, sharding.NamedSharding(mesh, along))
     state, _ = compiled(state, batch)
     report = state.opt_state[0].report  # everything is due at the first step
-    statistics = sum(
-        n * c.bytes
-        for c, n in counts.items()
-        if c.kind == "reduce-scatter" and c.loops == 2
-    )
-    assert statistics == np.sum(report.statistic_bytes)
-    whole, nothing = (
-        scaling.step_bytes(counts, scaling.turns_of(table), due=due)
-        for due in (True, False)
-    )
-    inverses = sum(
-        whole[kind][1] - nothing[kind][1] for kind in ("all-to-all", "all-gather")
-    )
+    reduced = [n * c.bytes for c, n in counts.items() if c[::2] == (KINDS[0], 2)]
+    assert sum(reduced) == np.sum(report.statistic_bytes)
+    whole, nothing = (step_bytes(counts, runs_of(table), due) for due in (True, False))
+    inverses = sum(whole[kind][1] - nothing[kind][1] for kind in KINDS[1:3])
     assert inverses == report.inverse_bytes
     placed = sum(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state)
     )
-    assert placed == scaling.state_bytes(problem, DEVICES, threshold, placement)
+    assert placed == scaling.state_bytes(problem, DEVICES, variant)
 
 
-def _zeros(tree):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-# -------------------------------------------------------------- work, model and tables
+def _ones(tree):
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tree)
 
 
 def test_longest_first_is_at_least_as_even_as_a_split(problem):
@@ -169,42 +150,59 @@ def test_longest_first_is_at_least_as_even_as_a_split(problem):
 
 
 def test_owners_apply_less_than_everybody(problem):
-    everybody = scaling_model.precondition_flop(problem, owners(problem, "comm"))
-    own = scaling_model.precondition_flop(problem, owners(problem, "memory"))
+    everybody = precondition_flop(owners(problem, "comm"))
+    own = precondition_flop(owners(problem, "memory"))
     assert everybody / DEVICES <= own < everybody
-    one = scaling_model.precondition_flop(problem, owners(problem, "memory", 1))
+    one = precondition_flop(owners(problem, "memory", 1))
     assert one == everybody
 
 
 def test_the_model_on_one_device_sends_nothing(problem):
-    machine = scaling.Machine()
-    parts = scaling.model_seconds(problem, owners(problem, "comm", 1), machine, 1.0)
-    assert parts["communication"] == 0
-    assert min(parts.values()) >= 0
-    some = scaling.model_seconds(problem, owners(problem, "comm"), machine, 0.5)
-    full = scaling.model_seconds(problem, owners(problem, "comm"), machine, 1.0)
+    one, some, full = (
+        model_seconds(problem, owners(problem, "comm", devices), Machine(), share)
+        for devices, share in ((1, 1.0), (DEVICES, 0.5), (DEVICES, 1.0))
+    )
+    assert one["communication"] == 0
+    assert min(one.values()) >= 0
     assert some["inversion"] == full["inversion"] / 2
     assert 0 < some["communication"] < full["communication"]
 
 
 def test_the_command_prints_tables(tmp_path, monkeypatch, capsys, problem):
-    monkeypatch.setattr(scaling, "make_problem", lambda model, size: problem)
     monkeypatch.setattr(scaling, "DEVICES", (1, 4))
-    kinds = dict.fromkeys(scaling.KINDS, (1, 10**6))
+    monkeypatch.setattr(scaling, "TABLED", (4,))
+    kinds = dict.fromkeys(KINDS, (1, 10**6))
     record = {
         "devices": 4,
         "stale_threshold": 0.1,
         "placement": "comm",
         "seconds": 1.0,
         "temporary_bytes": 10**6,
-        "as_planned": True,
+        "as_planned": False,
         "all": kinds,
-        "nothing": dict.fromkeys(scaling.KINDS, (0, 0)),
+        "nothing": dict.fromkeys(KINDS, (0, 0)),
     }
     (tmp_path / "scaling_4_x.json").write_text(json.dumps(record))
-    scaling.main(["--results", str(tmp_path), "--latency", "0"])
+    periodic = record | {"stale_threshold": None, "seconds": 77.0}
+    (tmp_path / "scaling_4_y.json").write_text(json.dumps(periodic))
+    scaling.main([], lambda: problem, tmp_path)
     printed = capsys.readouterr().out
-    assert "Model, not measured: Machine(" in printed
-    # 0.75 + 0.75 + 3 + 1.5 MB around a ring, and 5.4 % of it.
-    assert "| all | 1.0 (1) | 1.0 (1) | 1.0 (1) | 1.0 (1) | 6.0 |" in printed
-    assert "5.4%, the paper's at 16,384 | | | | | 0.3 |" in printed
+    assert "by a model, not measured: Machine(" in printed
+    place = "| 4 | comm NOT AS PLANNED"
+    assert f"{place} | nothing | {'0.0 (0) | ' * 4}0.0 | 1 | 1 |" in printed
+    # 0.75 + 0.75 + 3 + 1.5 MB around a ring.
+    assert f"{place} | all | {'1.0 (1) | ' * 4}6.0 |  |  |" in printed
+    assert "| 4 | comm | 6.0 | 1.4 | 0.9 | 0.3 | 0.5 | 0.0 |" in printed
+    # Those without a record are planned.
+    for placement in ("0.5", "memory"):
+        assert f"| 4 | {placement} | all | 0.0 (" in printed
+    assert "77" not in printed
+
+
+def test_compiling_writes_records(tmp_path, monkeypatch, capsys, problem):
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)  # devices are chosen
+    monkeypatch.setattr(scaling, "VARIANTS", (scaling.Variant(0.5),))
+    scaling.main(["--compile", str(DEVICES)], lambda: problem, tmp_path)
+    record = json.loads((tmp_path / "scaling_4_adaptive_0.5.json").read_text())
+    assert record["as_planned"]
+    assert "adaptive\n\n| devices |" in capsys.readouterr().out

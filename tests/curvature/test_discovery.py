@@ -65,13 +65,8 @@ class Square(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kind = nn.scan(
-            Layer,
-            variable_axes={"params": self.axis},
-            split_rngs={"params": True},
-            length=self.depth,
-        )
-        return kind(name="body")(x, None)[0]
+        kinds = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        return nn.scan(Layer, length=self.depth, **kinds)(name="body")(x, None)[0]
 
 
 class Layer(nn.Module):
@@ -89,22 +84,13 @@ def test_lifted_axes_are_told_from_the_layers_own(axis, depth):
 
 
 def test_an_axis_without_a_common_position_falls_back():
-    class Crooked(nn.Module):  # the bias of rank 1 has its axis last, at 1; kernel at 2
-        @nn.compact
-        def __call__(self, x):
-            kind = nn.scan(
-                Layer,
-                variable_axes={"params": -1},
-                split_rngs={"params": True},
-                length=3,
-            )
-            return kind(name="body")(x, None)[0]
-
-    layers = classify(Crooked()).trace()
+    # The bias of rank 1 has its axis last, at 1; the kernel at 2.
+    problem = classify(Square(axis=-1, depth=3))
+    layers = problem.trace()
     assert [x.fallback for x in layers.values()] == [True, True]
     assert "use axis 0 in variable_axes" in layers["body/dense/kernel"].why
     with pytest.raises(ValueError, match=r"strict=True.*'body/dense/kernel'.*axis 0"):
-        classify(Crooked()).trace(strict=True)
+        problem.trace(strict=True)
 
 
 # ------------------------------------------------------------------- feature maps
@@ -141,13 +127,13 @@ def trunk(between):
 @pytest.mark.parametrize(
     ("between", "rows", "kind", "why"),
     [
-        ("", 24, "doubly_factored", "6 locations × 4 channels, rank one an example"),
+        ("", 24, "doubly_factored", "6 locations × 4 channels, rank one per example"),
         ("", 25, "kronecker", "expand over locations"),  # 24 inputs and the bias
         ("general", 2, "kronecker", "expand over locations"),
         ("pool", 2, "kronecker", "no convolution before it explains 4 inputs"),
         ("slice", 2, "kronecker", "no convolution before it explains 23 inputs"),
         ("dense", 2, "kronecker", "no convolution before it explains 8 inputs"),
-        ("tokens", 2, "kronecker", "wide, but it sees several rows an example"),
+        ("tokens", 2, "kronecker", "wide, but it has several rows per example"),
     ],
 )
 def test_wide_layers_on_a_map_that_a_convolution_explains(between, rows, kind, why):
@@ -168,26 +154,24 @@ def test_wide_layers_without_a_convolution_are_ordinary():
         assert "no convolution before it explains" in layer.why
 
 
-def test_a_map_may_be_named():
-    layers = classify(Mlp()).trace(doubly_factored={"first": (2, FEATURES // 2)})
-    kinds = {path: layer.block.kind for path, layer in layers.items()}
-    assert kinds == {"first": "doubly_factored", "last": "kronecker"}
-
-
 @pytest.mark.parametrize(
     ("between", "choice", "message"),
     [
-        ("", {"top": (6, 4)}, r"'top', which is no layer that runs.*\['wide'\]"),
+        (
+            "",
+            {"top": (6, 4)},
+            r"'top', which is no layer that runs.*nn.Dense \['wide'\]",
+        ),
         ("", {"high": (6, 4)}, r"'high', which is ConvTranspose.*\['wide'\]"),
-        ("general", {"wide": (6, 4)}, r"'wide', which is DenseGeneral.*here \[\]"),
+        ("general", {"wide": (6, 4)}, r"'wide', which is DenseGeneral.*nn.Dense \[\]"),
         ("", {"wide": (5, 4)}, r"\['wide'\]=\(5, 4\).*product is 24"),
         ("", {"wide": (-6, -4)}, r"\['wide'\]=\(-6, -4\).*product is 24"),
         ("", {"wide": (6.0, 4)}, r"\['wide'\]=\(6.0, 4\).*\(locations, channels\)"),
         ("", {"wide": (6, 2, 2)}, r"\['wide'\]=\(6, 2, 2\).*product is 24"),
         ("", {"wide": 24}, r"\['wide'\]=24 must be \(locations, channels\)"),
-        ("tokens", {"wide": (2, 2)}, r"\(2, 2\).*\[8, 2, 3, 4\], several rows.*out"),
-        ("", 0, "doubly_factored=0 must be None, a number of rows"),
-        ("", True, "doubly_factored=True must be None, a number of rows"),
+        ("tokens", {"wide": (2, 2)}, r"\(2, 2\).*\[8, 2, 3, 4\] has several rows.*out"),
+        ("", 0, "doubly_factored=0 must be a whole number, ≥ 1; pass a number of rows"),
+        ("", True, "doubly_factored=True must be a whole number"),
         ("", "wide", r"doubly_factored='wide' must be.*\{path: \(locations, channels"),
     ],
 )

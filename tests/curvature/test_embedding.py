@@ -8,9 +8,8 @@ import optax
 import pytest
 
 import lbopt
-from lbopt.curvature import embedding
 from tests import oracles
-from tests.oracles import quick_jit
+from tests.oracles import error, quick_jit
 
 # float32 against float64: sums of at most a hundred products.
 ROUNDING = 1e-5
@@ -43,13 +42,7 @@ def problem(model):
         losses = optax.softmax_cross_entropy_with_integer_labels(f, targets)
         return jnp.mean(jnp.sum(losses, -1))
 
-    return loss_fn, params, words, targets
-
-
-def error(actual, expected):
-    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    assert actual.shape == expected.shape
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    return loss_fn, params, (words, targets)
 
 
 def by_role(calls):
@@ -70,7 +63,7 @@ def by_role(calls):
     ("lookup", "attend"), [(True, False), (False, True), (True, True)]
 )
 def test_factors_of_each_role(lookup, attend):
-    loss_fn, params, words, targets = problem(Model(lookup, attend))
+    loss_fn, params, (words, targets) = problem(Model(lookup, attend))
     layers = lbopt.trace_layers(
         loss_fn, params, words, targets, strict=True, verify=True
     )
@@ -104,28 +97,3 @@ def test_factors_of_each_role(lookup, attend):
     assert error(statistics.g, g) < ROUNDING
     expected = oracles.natural_gradient(np.diag(a), g, damping, grads["embedding"])
     assert error(natural["embedding"], expected) < ROUNDING
-
-
-def test_a_word_that_never_occurs_has_no_curvature():
-    loss_fn, params, words, targets = problem(Model(attend=False))
-    layers = lbopt.trace_layers(loss_fn, params, words, targets)
-    evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
-    statistics = quick_jit(evaluate)(params, words, targets)[2]["embed"]
-    counts = np.bincount(np.ravel(words), minlength=WORDS)
-    assert counts[-1] == 0
-    np.testing.assert_allclose(statistics.a, counts / words.size, rtol=ROUNDING)
-
-
-def test_exact_damping_is_the_dense_solve_with_the_diagonal():
-    rng = np.random.default_rng(0)
-    a, x = rng.uniform(0, 1, WORDS), rng.normal(size=(9, WIDTH))
-    g, v = x.T @ x / 9, rng.normal(size=(WORDS, WIDTH))
-    block = embedding.embed_block(WORDS, WIDTH, jnp.float32).variant(True, None)
-    factors = block.pack(
-        embedding.kronecker.KroneckerFactors(jnp.float32(a), jnp.float32(g))
-    )
-    inverses = block.invert(factors, 0.1)
-    natural = block.precondition(inverses, {"embedding": jnp.float32(v)})["embedding"]
-    full = np.kron(np.diag(a), g) + 0.1 * np.eye(WORDS * WIDTH)
-    expected = np.linalg.solve(full, v.ravel()).reshape(v.shape)
-    assert error(natural, expected) < ROUNDING

@@ -1,7 +1,7 @@
 """The three Fisher matrices, what is due, and what each of them costs."""
 
-import functools
 import inspect
+import itertools
 import re
 
 import flax.linen as nn
@@ -13,12 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import lbopt
+from tests import oracles
 from tests.curvature.test_capture import Lifted, lifted_pair
 from tests.problems import (
     BATCH,
     CLASSES,
-    FEATURES,
-    WIDTH,
     Mlp,
     Problem,
     all_finite,
@@ -36,67 +35,50 @@ SAMPLES = 4096
 MONTE_CARLO = 6 / SAMPLES**0.5
 
 
-def loss_of(distribution):
-    def categorical(f, y):
-        return cross_entropy(f, y)
+def categorical(f, y):
+    return cross_entropy(f, y)
 
-    def bernoulli(f, y):
-        hot = jax.nn.one_hot(y, CLASSES)
-        return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(f, hot), -1))
 
-    def normal(f, y):
-        hot = jax.nn.one_hot(y, CLASSES)
-        return jnp.mean(jnp.sum(jnp.square(f - hot), -1)) / 2
+def bernoulli(f, y):
+    hot = jax.nn.one_hot(y, CLASSES)
+    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(f, hot), -1))
 
-    return {"categorical": categorical, "bernoulli": bernoulli, "normal": normal}[
-        distribution
-    ]
+
+def normal(f, y):
+    return jnp.mean(jnp.sum(jnp.square(f - jax.nn.one_hot(y, CLASSES)), -1)) / 2
+
+
+LOSSES = {f.__name__: f for f in (categorical, bernoulli, normal)}
 
 
 def problem_of(distribution, model=None):
     model = Mlp() if model is None else model
-    problem = classify(model)
 
     def loss_fn(params, x, y):
         f = lbopt.likelihood(model.apply({"params": params}, x), distribution)
-        return loss_of(distribution)(f, y)
+        return LOSSES[distribution](f, y)
 
-    return problem._replace(loss_fn=loss_fn)
-
-
-def output_fisher(distribution, f):
-    """The Fisher matrix of each example's distribution in its outputs."""
-    p = np.asarray(jax.nn.softmax(f), np.float64)
-    q = np.asarray(jax.nn.sigmoid(f), np.float64)
-    if distribution == "categorical":
-        return [np.diag(row) - np.outer(row, row) for row in p]
-    if distribution == "bernoulli":
-        return [np.diag(row * (1 - row)) for row in q]
-    return [np.eye(f.shape[-1])] * len(f)
+    return classify(model)._replace(loss_fn=loss_fn)
 
 
-DISTRIBUTIONS = ["categorical", "bernoulli", "normal"]
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", LOSSES)
 def test_the_exact_fisher_pulls_back_that_of_the_outputs(distribution):
     problem = problem_of(distribution)
-    loss, grads, curvature = problem.evaluate(fisher="exact")
-    assert_equal((loss, grads), problem.untapped())
+    curvature = problem.captured(fisher="exact")
     params, (x, _) = problem.params, problem.args
+    top = params["last"]["kernel"]
     pre = x @ params["first"]["kernel"] + params["first"]["bias"][None]
-    f = jnp.tanh(pre) @ params["last"]["kernel"]
-    roots = output_fisher(distribution, f)
-    jacobian = jax.vmap(jax.jacobian(lambda z: jnp.tanh(z) @ params["last"]["kernel"]))(
-        pre
+    roots = oracles.output_fisher(jnp.tanh(pre) @ top, distribution)
+    jacobian = jax.vmap(jax.jacobian(lambda z: jnp.tanh(z) @ top))(pre)
+    pulled = oracles.exact_fisher(
+        np.asarray(jacobian), jnp.tanh(pre) @ top, distribution
     )
-    pulled = [j.T @ r @ j for j, r in zip(np.asarray(jacobian), roots, strict=True)]
     assert_close(curvature["last"].g, np.mean(roots, 0))
-    assert_close(curvature["first"].g, np.mean(pulled, 0))
+    assert_close(curvature["first"].g, pulled)
     assert_close(curvature["last"].a, jnp.tanh(pre).T @ jnp.tanh(pre) / BATCH)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", LOSSES)
 def test_sampled_labels_converge_to_the_exact_fisher(distribution):
     problem = problem_of(distribution)
     layers = problem.trace()
@@ -135,31 +117,24 @@ def test_the_exact_fisher_of_a_diagonal_block():
     x, _ = problem.args
     params = problem.params
     hidden = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
-    fishers = np.asarray(output_fisher("categorical", hidden * params["scale"]))
+    fishers = oracles.output_fisher(hidden * params["scale"], "categorical")
     expected = np.mean(np.einsum("ic,icc->ic", np.square(hidden), fishers), 0)
     assert_close(curvature["scale"].f, expected[None])
     assert_close(curvature["dense"].g, np.mean(fishers, 0))
 
 
-class Tokens(nn.Module):
-    """A prediction for every token."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(CLASSES, name="dense")(x)
-
-
 def test_a_loss_that_averages_tokens_states_its_terms():
-    tokens = 3
-    x = inputs(batch=BATCH * tokens)
-    y = labels(BATCH * tokens)
-    flat = classify(Tokens(), x, y)
-    model = Tokens()
+    tokens, model = 3, nn.Sequential([nn.Dense(CLASSES)])
+    x, y = inputs(batch=BATCH * tokens), labels(BATCH * tokens)
+    flat = classify(model, x, y)
 
     def loss_fn(params, x, y):
         f = model.apply({"params": params}, x)
         f = lbopt.likelihood(f, "categorical", terms=BATCH * tokens)
         return cross_entropy(f, y)
+
+    def silent(params, x, y):
+        return cross_entropy(model.apply({"params": params}, x), y)
 
     args = (x.reshape(BATCH, tokens, -1), y.reshape(BATCH, tokens))
     problem = Problem(loss_fn, flat.params, args)
@@ -167,17 +142,14 @@ def test_a_loss_that_averages_tokens_states_its_terms():
         assert_close(
             problem.evaluate(fisher=fisher), flat.evaluate(fisher=fisher), atol=1e-5
         )
-    key = jax.random.key(3)
-    sampled = problem.evaluate(fisher="sampled", rng=key)[2]
+    sampled = problem.evaluate(fisher="sampled", rng=jax.random.key(3))[2]
     assert all_finite(sampled)
     # batch_size says the same where there is no likelihood in the loss.
-    silent = problem._replace(
-        loss_fn=lambda p, x, y: cross_entropy(model.apply({"params": p}, x), y)
-    )
+    silent = problem._replace(loss_fn=silent)
     stated = silent.evaluate(batch_size=BATCH * tokens)
     assert_close(stated, flat.evaluate())
-    unstated = silent.evaluate()
-    assert_close(unstated[2]["dense"].g * tokens, stated[2]["dense"].g)
+    unstated = silent.evaluate()[2]["layers_0"]
+    assert_close(unstated.g * tokens, stated[2]["layers_0"].g)
 
 
 def test_has_aux():
@@ -228,48 +200,28 @@ def all_due(problem, layers):
     return lbopt.refresh(lbopt.scale_by_kfac(layers).init(problem.params))
 
 
-def test_a_statistic_that_is_not_due_is_zero_and_the_others_unchanged():
-    problem = classify(Mlp())
-    layers = problem.trace()
-    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
-    loss, grads, full = problem.evaluate(layers)
-    traced = jax.jit(lambda due: f(problem.params, *problem.args, due=due))
-    mask = all_due(problem, layers)
-    for path in layers:
-        for field in ("a", "g"):
-            off = {
-                **mask,
-                path: mask[path]._replace(**{field: jnp.asarray(False)}),
-            }
-            static = jax.tree.map(bool, off)
-            expected = {
-                **full,
-                path: full[path]._replace(
-                    **{field: jnp.zeros_like(getattr(full[path], field))}
-                ),
-            }
-            assert_close(traced(off), (loss, grads, expected))
-            assert not np.any(getattr(traced(off)[2][path], field))
-            if path == "first":
-                assert_close(
-                    f(problem.params, *problem.args, due=static),
-                    (loss, grads, expected),
-                )
-
-
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
-def test_due_is_heeded_by_the_second_pass(fisher):
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_statistic_that_is_not_due_is_zero_and_the_others_unchanged(fisher, traced):
     problem = problem_of("categorical")
-    layers = problem.trace()
-    rng = jax.random.key(0)
-    full = problem.evaluate(layers, fisher=fisher, rng=rng)
-    mask = all_due(problem, layers)
-    off = {**mask, "last": mask["last"]._replace(g=jnp.asarray(False))}
-    loss, grads, curvature = problem.evaluate(layers, due=off, fisher=fisher, rng=rng)
-    assert_close((loss, grads), full[:2])
-    assert not np.any(curvature["last"].g)
-    assert_close(curvature["last"].a, full[2]["last"].a)
-    assert_close(curvature["first"], full[2]["first"])
+    layers, rng = problem.trace(), jax.random.key(0)
+    loss, grads, full = problem.evaluate(layers, fisher=fisher, rng=rng)
+    mask = jax.tree.map(bool, all_due(problem, layers))
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers, fisher=fisher)
+
+    def run(due):
+        return f(problem.params, *problem.args, rng=rng, due=due)
+
+    compiled = jax.jit(run)
+    for path, field in itertools.product(layers, ("a", "g")):
+        if not traced and path == "last":
+            continue  # a program of its own for each mask
+        off = {**mask, path: mask[path]._replace(**{field: False})}
+        found = compiled(off) if traced else run(off)
+        zeros = jnp.zeros_like(getattr(full[path], field))
+        expected = {**full, path: full[path]._replace(**{field: zeros})}
+        assert not np.any(getattr(found[2][path], field))
+        assert_close(found, (loss, grads, expected))
 
 
 def test_a_layer_that_due_does_not_name_is_not_wanted():
@@ -289,34 +241,36 @@ def conditionals(compiled):
     return len(re.findall(r" conditional\(", compiled.as_text()))
 
 
+def compiled(problem, wrap=lambda f: f):
+    """The program with traced flags, all parts of a step."""
+    layers = problem.trace()
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+    call = jax.jit(wrap(lambda p, args, due: f(p, *args, due=due)[2]))
+    mask = all_due(problem, layers)
+    return call.lower(problem.params, problem.args, mask).compile()
+
+
 @pytest.mark.parametrize("lift", ["once", "remat", "scan_remat", "vmap_scan", "jit"])
 def test_the_compiled_program_keeps_the_conditionals(lift):
     problem = lifted_pair(lift)[0] if lift != "once" else classify(Lifted("once"))
-    layers = problem.trace()
-    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
-    call = jax.jit(lambda p, args, due: f(p, *args, due=due))
-    mask = all_due(problem, layers)
-    program = call.lower(problem.params, problem.args, mask).compile()
-    assert conditionals(program) == 4  # two layers of two statistics
+    assert conditionals(compiled(problem)) == 4  # two layers of two statistics
 
 
-def test_the_conditionals_survive_shard_map():
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_the_conditionals_survive_shard_map(check_vma):
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), axis_types=kinds)
-    problem = classify(Mlp())
-    layers = problem.trace()
-    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
-    for check_vma in (False, True):
-        call = jax.shard_map(
-            lambda p, args, due: jax.lax.pmean(f(p, *args, due=due)[2], "data"),
+
+    def wrap(f):
+        return jax.shard_map(
+            lambda *args: jax.lax.pmean(f(*args), "data"),
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec()),
             out_specs=PartitionSpec(),
             check_vma=check_vma,
         )
-        mask = all_due(problem, layers)
-        program = jax.jit(call).lower(problem.params, problem.args, mask).compile()
-        assert conditionals(program) == 4
+
+    assert conditionals(compiled(classify(Mlp()), wrap)) == 4
 
 
 def dots(function, *args):
@@ -327,29 +281,22 @@ def dots(function, *args):
 def test_how_many_matrix_products_each_fisher_takes():
     # Two layers: 2 forward, 2 for the kernels and 1 to the hidden layer backward.
     problem = problem_of("categorical")
-    layers = problem.trace()
-    make = functools.partial(lbopt.value_grad_and_curvature, problem.loss_fn, layers)
+    layers, rng = problem.trace(), jax.random.key(0)
     sgd = dots(jax.value_and_grad(problem.loss_fn), problem.params, *problem.args)
-    assert sgd == 5
-    empirical = dots(make(), problem.params, *problem.args)
-    assert empirical == sgd + 2 * len(layers)
+
+    def products(make, fisher):
+        f = make(problem.loss_fn, layers, fisher=fisher)
+        return dots(
+            lambda p, *args: f(p, *args, rng=rng), problem.params, *problem.args
+        )
+
+    empirical = products(lbopt.value_grad_and_curvature, "empirical")
+    sampled = products(lbopt.value_grad_and_curvature, "sampled")
+    assert (sgd, empirical) == (5, 5 + 2 * len(layers))
     # The second backward pass has no kernel gradients: 1 product more.
-    sampled = dots(
-        lambda p, args, rng: make(fisher="sampled")(p, *args, rng=rng),
-        problem.params,
-        problem.args,
-        jax.random.key(0),
-    )
     assert sampled == empirical + 1
     # Alone: 2 forward, 1 to the hidden layer backward, and no kernel gradients.
-    f = lbopt.curvature_only(problem.loss_fn, layers, fisher="sampled")
-    only = dots(
-        lambda p, args, rng: f(p, *args, rng=rng),
-        problem.params,
-        problem.args,
-        jax.random.key(0),
-    )
-    assert only == sampled - 3 == 3 + 2 * len(layers)
+    assert products(lbopt.curvature_only, "sampled") == 3 + 2 * len(layers)
 
 
 def test_nothing_due_costs_nothing():
@@ -388,10 +335,14 @@ def test_unknown_words():
         unchecked(
             lbopt.value_grad_and_curvature, problem.loss_fn, layers, fisher="true"
         )
-    message = r"distribution='poisson' must be one of .*'categorical'"
+    message = "distribution='poisson' must be 'categorical', 'normal' or 'bernoulli'"
     with pytest.raises(ValueError, match=message):
         unchecked(lbopt.likelihood, jnp.zeros((2, 3)), "poisson")
-    message = "layers=dict must be what lbopt.trace_layers returns"
+    with pytest.raises(ValueError, match=r"terms=0 must be a whole number, ≥ 1"):
+        lbopt.likelihood(jnp.zeros((2, 3)), "normal", terms=0)
+    with pytest.raises(ValueError, match=r"batch_size=0 must be a whole number, ≥ 1"):
+        lbopt.value_grad_and_curvature(problem.loss_fn, layers, batch_size=0)
+    message = "layers=dict must be the table that lbopt.trace_layers returns"
     with pytest.raises(ValueError, match=message):
         unchecked(lbopt.value_grad_and_curvature, problem.loss_fn, dict(layers))
 
@@ -419,11 +370,3 @@ def test_due_from_another_model():
     message = r"due\['first'\] is a DiagonalFactors, not a KroneckerFactors"
     with pytest.raises(ValueError, match=message):
         f(problem.params, *problem.args, due=renamed)
-
-
-def test_shapes_of_the_statistics():
-    curvature = classify(Mlp()).evaluate()[2]
-    shapes = jax.tree.map(lambda x: x.shape, curvature)
-    d = FEATURES + 1
-    assert tuple(shapes["first"]) == ((d, d), (WIDTH, WIDTH))
-    assert tuple(shapes["last"]) == ((WIDTH, WIDTH), (CLASSES, CLASSES))

@@ -23,6 +23,12 @@ def window(**options):
     return patches.Window(**(default | options))
 
 
+def conv_linear(channels, geometry, **options):
+    return linear_maps.conv_linear(
+        geometry, lambda x: x, channels, 4, True, True, **options
+    )
+
+
 CASES = {
     "dense": (
         nn.Dense(4),
@@ -42,23 +48,17 @@ CASES = {
     "conv": (
         nn.Conv(4, (2, 3), strides=(1, 2), padding="VALID"),
         (3, 5, 6, 2),
-        lambda: linear_maps.conv_linear(
-            window(strides=(1, 2)), lambda x: x, 2, 4, True, True
-        ),
+        lambda: conv_linear(2, window(strides=(1, 2))),
     ),
     "conv, groups": (
         nn.Conv(4, (2, 3), padding="VALID", feature_group_count=2),
         (3, 5, 6, 4),
-        lambda: linear_maps.conv_linear(
-            window(), lambda x: x, 2, 4, True, True, groups=2
-        ),
+        lambda: conv_linear(2, window(), groups=2),
     ),
     "conv, mirrored": (
         nn.ConvTranspose(4, (2, 3), padding="VALID", transpose_kernel=True),
         (3, 5, 6, 2),
-        lambda: linear_maps.conv_linear(
-            window(padding=((1, 1), (2, 2))), lambda x: x, 2, 4, True, True, flip=True
-        ),
+        lambda: conv_linear(2, window(padding=((1, 1), (2, 2))), flip=True),
     ),
 }
 

@@ -16,7 +16,6 @@ from tests.problems import (
     Mlp,
     Problem,
     classify,
-    cross_entropy,
     inputs,
     labels,
 )
@@ -52,8 +51,7 @@ def test_every_parameter_is_reported():
         "gate": "diagonal",
         "head": "kronecker",
     }
-    unused = [path for path in layers if path not in layers.preconditioned]
-    assert unused == ["unused/kernel", "unused/bias"]
+    assert [p for p in layers if p not in kinds] == ["unused/kernel", "unused/bias"]
 
 
 def test_the_table():
@@ -76,23 +74,17 @@ def test_the_table():
     assert lines[-1].startswith("! 3 without a block of their own")
 
 
-def test_the_state_has_the_bytes_of_the_table():
+def test_the_state_holds_what_the_table_says():
     problem = classify(Gated())
     layers = problem.trace()
+    used = {"gate", "dense", "norm", "head"}
     state = lbopt.scale_by_kfac(layers).init(problem.params)
+    assert set(state.factors) == set(layers.preconditioned) == used
     held = jax.tree.leaves((state.factors, state.inverses))
-    assert sum(x.nbytes for x in held) == sum(
-        x.state_bytes() for x in layers.preconditioned.values()
-    )
-
-
-def test_an_unused_layer_has_no_curvature_and_no_state():
-    problem = classify(Gated())
-    _, grads, curvature = problem.evaluate()
-    assert set(curvature) == {"gate", "dense", "norm", "head"}
+    assert sum(x.nbytes for x in held) == sum(layers[p].state_bytes() for p in used)
+    _, grads, curvature = problem.evaluate(layers)
+    assert set(curvature) == used
     assert not np.any(grads["unused"]["kernel"])
-    state = lbopt.scale_by_kfac(problem.trace()).init(problem.params)
-    assert set(state.factors) == {"gate", "dense", "norm", "head"}
 
 
 def test_strict_refuses_by_path():
@@ -134,99 +126,78 @@ def test_a_layer_at_the_root_of_the_parameters():
     assert statistics.a.shape == (FEATURES + 1, FEATURES + 1)
 
 
-def test_a_subclass_that_calls_super_is_tapped_once():
-    class Scaled(nn.Dense):
-        @nn.compact
-        def __call__(self, inputs):
-            return 2 * super().__call__(inputs)
+class Scaled(nn.Dense):
+    """A subclass that calls Flax's method."""
 
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Scaled(CLASSES, name="scaled")(x)
-
-    layers = classify(Net()).trace(verify=True)
-    assert layers["scaled"].block.kind == "kronecker"
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
 
 
-def test_a_subclass_with_its_own_rule_falls_back():
-    class Other(nn.Dense):
-        @nn.compact
-        def __call__(self, inputs):
-            kernel = self.param("kernel", nn.initializers.ones, (FEATURES, CLASSES))
-            return inputs @ jnp.abs(kernel)
+class Other(nn.Dense):
+    """A subclass with a method of its own."""
 
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Other(CLASSES, name="other")(x)
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", nn.initializers.ones, (FEATURES, CLASSES))
+        return inputs @ jnp.abs(kernel)
 
-    layers = classify(Net()).trace()
-    assert layers["other/kernel"].fallback
+
+def test_layers_are_the_functions_that_run():
+    layers = classify(nn.Sequential([Scaled(CLASSES)])).trace(verify=True)
+    assert layers["layers_0"].block.kind == "kronecker"
+    layers = classify(nn.Sequential([Other(CLASSES)])).trace()
+    assert layers["layers_0/kernel"].fallback
 
 
 def test_weight_sharing_by_path():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dense(WIDTH, name="low")(x)
-            return jnp.mean(nn.Dense(CLASSES, name="top")(x), 1)
-
-    x = jnp.tile(inputs()[:, None], (1, 2, 1))
-    problem = classify(Net(), x)
     seen = []
 
     def choose(path):
         seen.append(path)
-        return "reduce" if path == "top" else "expand"
+        return "reduce" if path == "last" else "expand"
 
-    layers = problem.trace(weight_sharing=choose)
-    assert seen == ["low", "top"]
-    assert layers["top"].why.startswith("reduce")
-    assert layers["low"].why.startswith("expand")
-
-
-class Pictures(nn.Module):
-    """A map of 2 × 2 locations and 3 channels under a wide layer."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(3, (3, 3), name="conv")(x).reshape(x.shape[0], -1)
-        return nn.Dense(CLASSES, name="wide")(x)
+    layers = classify(Mlp()).trace(weight_sharing=choose)
+    assert seen == ["first", "last"]
+    whys = [layer.why for layer in layers.values()]
+    assert whys == ["expand over locations", "reduce over locations"]
 
 
-@pytest.mark.parametrize("choice", [9, {"wide": (4, 3)}], ids=str)
-def test_a_doubly_factored_layer_in_the_table(choice):
-    problem = classify(Pictures(), jnp.ones((8, 2, 2, 2)))
-    layers = problem.trace(doubly_factored=choice)
-    kinds = {path: layer.block.kind for path, layer in layers.items()}
-    assert kinds == {"conv": "kronecker", "wide": "doubly_factored"}
-    (row,) = [line for line in str(layers).splitlines() if "wide" in line]
-    assert row.split(maxsplit=3)[:3] == ["wide", "Dense", "doubly_factored"]
-    assert "4×4 + 3×3 + 3×3" in row
-    assert row.endswith("4 locations × 3 channels, rank one an example")
-    # 3 outputs: G as a factor of the kernel, and again for the bias.
-    packed, whole = 10 + 6 + 6 + 6, 16 + 9 + 9 + 9
-    assert layers["wide"].state_bytes() == 4 * (packed + whole)
+def test_a_doubly_factored_layer_in_the_table():
+    layers = classify(Mlp()).trace(doubly_factored={"first": (2, FEATURES // 2)})
+    (row,) = [line for line in str(layers).splitlines() if "first" in line]
+    assert row.split(maxsplit=3)[:3] == ["first", "Dense", "doubly_factored"]
+    assert "2×2 + 2×2 + 5×5" in row
+    assert row.endswith("2 locations × 2 channels, rank one per example")
+    # 5 outputs: G as a factor of the kernel, and again for the bias.
+    packed, whole = 3 + 3 + 15 + 15, 4 + 4 + 25 + 25
+    assert layers["first"].state_bytes() == 4 * (packed + whole)
 
 
 # ----------------------------------------------------------------------- messages
 
 
-def test_unknown_weight_sharing():
+# The test run checks types before we do.
+untyped = inspect.unwrap(lbopt.trace_layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_sharing": "share"}, "weight_sharing='share' must be 'expand' or 'r"),
+        (
+            {"weight_sharing": lambda path: "share"},
+            r"weight_sharing\('first'\)='share' must be 'expand' or 'reduce'",
+        ),
+        ({"norm_blocks": "dense"}, "norm_blocks='dense' must be 'unit_wise' or 'full'"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number, ≥ 1; None reads"),
+        ({"has_aux": True}, "has_aux=True; return"),
+    ],
+)
+def test_unknown_options(options, message):
     problem = classify(Mlp())
-    trace_layers = inspect.unwrap(lbopt.trace_layers)  # the test run checks types, too
-    with pytest.raises(ValueError, match=r"weight_sharing='share' must be 'expand'"):
-        trace_layers(
-            problem.loss_fn, problem.params, *problem.args, weight_sharing="share"
-        )
-
-    def choose(path):
-        return "share"
-
-    message = r"weight_sharing\('first'\) returned 'share'.*'expand' or 'reduce'"
     with pytest.raises(ValueError, match=message):
-        problem.trace(weight_sharing=choose)
+        untyped(problem.loss_fn, problem.params, *problem.args, **options)
 
 
 def test_a_loss_that_ignores_the_model():
@@ -250,18 +221,13 @@ def test_empty_params(params):
 
 
 def test_boxed_params():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
-            return nn.Dense(CLASSES, kernel_init=init, name="dense")(x)
-
-    problem = classify(Net())
-    message = r"params\['dense'\]\['kernel'\] is a boxed Partitioned.*meta.unbox"
+    init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    problem = classify(nn.Sequential([nn.Dense(CLASSES, kernel_init=init)]))
+    message = r"params\['layers_0'\]\['kernel'\] is a boxed Partitioned.*meta.unbox"
     with pytest.raises(ValueError, match=message):
         problem.trace()
     unboxed = problem._replace(params=nn.meta.unbox(problem.params))
-    assert list(unboxed.trace()) == ["dense"]
+    assert list(unboxed.trace()) == ["layers_0"]
 
 
 def test_parameters_in_a_list():
@@ -275,48 +241,48 @@ def test_parameters_in_a_list():
         lbopt.trace_layers(loss_fn, [problem.params], *problem.args)
 
 
-def test_a_loss_that_is_not_one_number():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loss: loss * jnp.ones(2), r"loss_fn=changed returns float32\[2\]"),
+        (
+            lambda loss: loss.astype(complex),
+            r"returns complex64\[\]; the loss is one r",
+        ),
+        (lambda loss: (loss, {}), r"loss_fn=changed returns a pair.*has_aux=False"),
+    ],
+)
+def test_a_loss_that_is_not_one_number(change, message):
     problem = classify(Mlp())
 
-    def vector(params, x, y):
-        return problem.loss_fn(params, x, y) * jnp.ones(2)
+    def changed(params, x, y):
+        return change(problem.loss_fn(params, x, y))
 
-    with pytest.raises(ValueError, match=r"loss_fn=vector returns float32\[2\]"):
-        problem._replace(loss_fn=vector).trace()
-
-
-def test_aux_must_be_announced():
-    problem = classify(Mlp())
-
-    def pair(params, x, y):
-        return problem.loss_fn(params, x, y), {}
-
-    with pytest.raises(ValueError, match=r"loss_fn=pair returns a pair.*has_aux=False"):
-        problem._replace(loss_fn=pair).trace()
-    with pytest.raises(ValueError, match="has_aux=True; return"):
-        problem._replace(has_aux=True).trace()
+    with pytest.raises(ValueError, match=message):
+        problem._replace(loss_fn=changed).trace()
 
 
-def test_messages_come_before_any_compile():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strict": True}, "strict=True"),
+        ({"verify": True}, r"verify=True runs the loss.*ShapeDtypeStruct"),
+    ],
+)
+def test_messages_come_before_any_compile(options, message):
     # Abstract arrays cannot be compiled with: all that trace_layers refuses, it
     # refuses from shapes.
     problem = classify(Gated())
     shapes = jax.eval_shape(lambda *x: x, problem.params, problem.args)
-    with pytest.raises(ValueError, match="strict=True"):
-        lbopt.trace_layers(problem.loss_fn, shapes[0], *shapes[1], strict=True)
-    with pytest.raises(
-        ValueError, match=r"verify=True runs the loss.*ShapeDtypeStruct"
-    ):
-        lbopt.trace_layers(problem.loss_fn, shapes[0], *shapes[1], verify=True)
+    with pytest.raises(ValueError, match=message):
+        lbopt.trace_layers(problem.loss_fn, shapes[0], *shapes[1], **options)
 
 
-def test_problem_of_two_inputs():
-    # The batch may be any tree.
-    model = Mlp()
-    params = model.init(jax.random.key(0), inputs())["params"]
+def test_the_batch_may_be_any_tree():
+    problem = classify(Mlp())
 
     def loss_fn(params, batch):
-        return cross_entropy(model.apply({"params": params}, batch["x"]), batch["y"])
+        return problem.loss_fn(params, batch["x"], batch["y"])
 
     batch = {"x": inputs(), "y": labels()}
-    assert list(Problem(loss_fn, params, (batch,)).trace()) == ["first", "last"]
+    assert list(Problem(loss_fn, problem.params, (batch,)).trace()) == ["first", "last"]

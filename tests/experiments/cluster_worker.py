@@ -19,12 +19,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from experiments import cluster, preemption
 
 
-def act(what: str, step: int, joined: cluster.Cluster) -> None:
+def act(what: str, step: int) -> None:
     """What befalls a process: `WORKER_DIE=1@3` kills process 1 after step 3."""
     if (at := os.environ.get(what)) is None:
         return
     process, _, when = at.partition("@")
-    if int(process) != joined.process or int(when) != step:
+    if int(process) != jax.process_index() or int(when) != step:
         return
     if what == "WORKER_DIE":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -34,7 +34,7 @@ def act(what: str, step: int, joined: cluster.Cluster) -> None:
         raise RuntimeError("a worker's own error")
 
 
-def run(joined: cluster.Cluster) -> int:
+def run() -> int:
     """Does steps until it is told to stop; returns how it went."""
     auto = (AxisType.Auto,)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
@@ -43,19 +43,15 @@ def run(joined: cluster.Cluster) -> int:
     total = jax.jit(lambda x: x.sum(), out_shardings=whole)
     own = np.ones(len(jax.local_devices()), np.float32)
     hint = "start the job again with --resume"
-    with (
-        cluster.others_may_die(joined, hint) as reached,
-        preemption.Preemption() as preempted,
-    ):
+    with cluster.fail_fast(hint), preemption.Preemption() as preempted:
         for step in range(1, int(os.environ.get("WORKER_STEPS", "5")) + 1):
             x = jax.make_array_from_process_local_data(split, own)
             assert float(total(x)) == mesh.size
-            reached(step)
             print(f"step {step}", flush=True)
             if os.environ.get("WORKER_REFUSE") == str(step):
                 raise ValueError(f"refused in step {step}")
             for what in ("WORKER_DIE", "WORKER_TERM", "WORKER_FAIL"):
-                act(what, step, joined)
+                act(what, step)
             if preempted.requested(step):
                 print(f"saved at {step}", flush=True)
                 return cluster.ExitCode.PREEMPTED
@@ -67,13 +63,10 @@ def main() -> None:
     # Should the test be killed, nobody else ends a process that waits for another.
     faulthandler.dump_traceback_later(240, exit=True)
     print(json.dumps(sys.argv[1:]), flush=True)
-    joined = cluster.start(
-        "on",
-        start_timeout=float(os.environ.get("WORKER_START", "120")),
-        heartbeat_timeout=10,
-    )
-    print(joined.describe(), flush=True)
-    sys.exit(run(joined))
+    start_timeout = float(os.environ.get("WORKER_START", "120"))
+    cluster.start("on", start_timeout=start_timeout, heartbeat_timeout=10)
+    print(cluster.describe(), flush=True)
+    sys.exit(run())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Real processes of the real command, on few small images."""
+"""Real processes of the real command, on few small images; and how runs end."""
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import metrics
+from experiments import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = "experiments/imagenet_resnet50.py"
 TIMEOUT = 600.0  # seconds for any one of them, on a busy machine
 # Eight steps an epoch, a checkpoint every two steps.
 SETTINGS = {
@@ -71,18 +72,10 @@ class Place:
             }
         with (self.root / f"{name}.log").open("a") as log:
             return subprocess.Popen(
-                [
-                    sys.executable,
-                    "experiments/imagenet_resnet50.py",
-                    *flags,
-                    "--resume",
-                ],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
+                [sys.executable, SCRIPT, *flags, "--resume"],
+                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
-            )
+            )  # fmt: skip
 
     def start_several(self, name, processes, **settings):
         """The command on several processes of this machine."""
@@ -100,13 +93,13 @@ class Place:
             running = [self.start(name, **settings)]
         else:
             running = self.start_several(name, processes, **settings)
-        self.expect(0, name, running)
+        self.expect({0}, name, running)
 
-    def expect(self, code, name, running, timeout=TIMEOUT):
-        """Waits until processes end with a code, and leaves none behind."""
+    def expect(self, codes, name, running, timeout=TIMEOUT):
+        """Waits until processes end with one of some codes, and leaves none behind."""
         try:
             for process in running:
-                assert process.wait(timeout) == code, self.log(name)
+                assert process.wait(timeout) in codes, self.log(name)
         finally:
             for process in running:
                 process.kill()
@@ -140,21 +133,35 @@ class Place:
         last = max(
             (self.root / name / "checkpoints").iterdir(), key=lambda p: int(p.name)
         )
-        restored = ocp.StandardCheckpointer().restore(last / "state")
-        return [
-            np.asarray(jax.random.key_data(x) if is_key(x) else x)
-            for x in jax.tree.leaves(restored)
-        ]
+        return arrays(ocp.StandardCheckpointer().restore(last / "state"))
+
+
+def arrays(state):
+    """The arrays of a state; of keys their data."""
+    return [
+        np.asarray(jax.random.key_data(x) if is_key(x) else x)
+        for x in jax.tree.leaves(state)
+    ]
 
 
 def is_key(x):
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def until(condition, process, log):
-    """Waits for a condition, as long as the process runs."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, log()
-        assert process.poll() is None, log()
-        time.sleep(0.001)
+def assert_same_end(one, other, like, step):
+    """Two runs have the same records, but for their times, and the same end."""
+    records, ends = [], []
+    for directory in (one, other):
+        found = metrics.read_json_lines(directory / "metrics.jsonl")
+        timed = [k for r in found for k in r if re.search("second|memory", k)]
+        records.append(
+            [r | dict.fromkeys(timed) for r in found if r["kind"] != "event"]
+        )
+        with checkpoints.Checkpoints(directory / "checkpoints") as store:
+            ends.append(store.restore_latest(lambda place: like))
+    assert records[0] == records[1]
+    assert records[0][-1]["step"] == ends[0].step == ends[1].step == step
+    assert ends[0].place == ends[1].place
+    assert ends[0].place.batches_taken == step
+    for a, b in zip(*(arrays(end.state) for end in ends), strict=True):
+        np.testing.assert_array_equal(a, b)

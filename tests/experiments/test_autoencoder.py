@@ -138,10 +138,10 @@ def carried_out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS", "FIGURES"):
             patch.setattr(study, name, directory)
-        record = study.study(TINY)
+        record = study.carry_out(TINY)
         # A second time nothing is trained.
         patch.setattr(study, "train_together", None)
-        assert study.study(TINY) == record
+        assert study.carry_out(TINY) == record
     return record, directory
 
 

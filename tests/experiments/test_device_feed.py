@@ -72,24 +72,18 @@ def test_without_a_mesh_the_default_device_has_it_all():
     np.testing.assert_array_equal(placed["image"], next(Counting())["image"])
 
 
-def test_the_order_is_that_of_the_batches(mesh):
-    feed = device_feed.DeviceFeed(Counting(), mesh)
-    assert numbers(feed, 7) == [1, 2, 3, 4, 5, 6, 7]
-    feed.close()
-
-
 def test_state_counts_what_was_taken_and_not_what_is_ahead():
     batches = Counting()
-    feed = device_feed.DeviceFeed(batches, None, ahead=3)
+    feed = device_feed.DeviceFeed(batches, None)
     assert feed.get_state() == 0
     assert numbers(feed, 2) == [1, 2]
     deadline = threading.Event()
     for _ in range(500):
-        if batches.taken >= 5:
+        if batches.taken >= 4:
             break
         deadline.wait(0.01)
-    # Three wait in the queue, and the thread may hold one more.
-    assert 5 <= batches.taken <= 6
+    # Two wait in the queue, and the thread may hold one more.
+    assert 4 <= batches.taken <= 5
     assert feed.get_state() == 2
     feed.set_state(2)
     assert numbers(feed, 2) == [3, 4]
@@ -99,12 +93,12 @@ def test_state_counts_what_was_taken_and_not_what_is_ahead():
     feed.close()
 
 
-def test_a_stream_begins_where_its_batches_stand():
+def test_a_stream_begins_where_its_batches_stand(mesh):
     batches = Counting()
     batches.set_state(41)
-    feed = device_feed.DeviceFeed(batches, None)
+    feed = device_feed.DeviceFeed(batches, mesh)
     assert feed.get_state() == 41
-    assert numbers(feed, 1) == [42]
+    assert numbers(feed, 7) == [42, 43, 44, 45, 46, 47, 48]
     feed.close()
 
 
@@ -124,7 +118,7 @@ def test_an_error_is_raised_in_its_batch_s_place_and_again():
 
 def test_closing_ends_the_thread_and_leaves_the_state():
     batches = Counting()
-    feed = device_feed.DeviceFeed(batches, None, ahead=1)
+    feed = device_feed.DeviceFeed(batches, None)
     assert numbers(feed, 2) == [1, 2]
     assert len(feeding()) == 1
     feed.close()
@@ -136,9 +130,7 @@ def test_closing_ends_the_thread_and_leaves_the_state():
     feed.close()
 
 
-def test_what_cannot_be_divided_or_is_not_ahead_is_refused(mesh):
+def test_what_cannot_be_divided_is_refused(mesh):
     batch = {"label": np.zeros(6, np.int32)}
     with pytest.raises(ValueError, match=r"label: 6 .* 4 devices .* multiple of 4"):
         device_feed.place(batch, mesh)
-    with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
-        device_feed.DeviceFeed(Counting(), mesh, ahead=0)

@@ -14,7 +14,6 @@ from experiments import figures
 def runs(tmp_path):
     files = {}
     for index, name in enumerate(("sgd", "kfac")):
-        path = tmp_path / f"{name}.jsonl"
         records = []
         for step in range(1, 21):
             when = {"step": step, "seconds": 2.0 * step + index}
@@ -23,21 +22,20 @@ def runs(tmp_path):
             if step % 5 == 0:
                 accuracy = (step + index) / 25
                 records.append({"kind": "test", **when, "accuracy": accuracy})
-        path.write_text("".join(json.dumps(r) + "\n" for r in records))
-        files[name] = path
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(r) + "\n" for r in records))
     return files
 
 
 def test_a_curve_is_read_by_kind_and_metric(runs):
     test = figures.read_curve(runs["kfac"], "test", "accuracy")
-    assert test.steps == [5, 10, 15, 20]
-    assert test.seconds == [11.0, 21.0, 31.0, 41.0]
-    assert test.values[-1] == 21 / 25
-
-
-def test_a_step_without_a_number_is_left_out(runs):
+    assert test == (
+        [5, 10, 15, 20],
+        [11, 21, 31, 41],
+        [x / 25 for x in (6, 11, 16, 21)],
+    )
     loss = figures.read_curve(runs["sgd"], "train", "loss")
-    assert loss.steps == [step for step in range(1, 21) if step != 4]
+    assert loss.steps == [step for step in range(1, 21) if step != 4], "where known"
 
 
 def test_the_picture_shows_every_run_in_its_colour(runs, tmp_path):
@@ -55,22 +53,16 @@ def test_the_picture_shows_every_run_in_its_colour(runs, tmp_path):
 
 
 def test_vector_formats_keep_the_words(runs, tmp_path):
+    runs |= {f"run {i}": runs["sgd"] for i in range(7)}  # more than there are colours
     path = figures.draw_runs(runs, tmp_path / "figure.svg", title="resnet8, batch 64")
     text = path.read_text()
     words = ["training loss (nats)", "test accuracy", "training time (s)", "resnet8"]
-    for word in [*words, "sgd, 80.0% at the end", "kfac, 84.0% at the end"]:
+    for word in [*words, "sgd, 80.0% at the end", "kfac, 84.0% at the end", "run 6"]:
         assert word in text
 
 
-def test_colours_and_styles_repeat_for_many_runs(runs, tmp_path):
-    many = {f"run {i}": runs["sgd"] for i in range(9)}
-    assert figures.draw_runs(many, tmp_path / "many.png").stat().st_size > 10_000
-
-
 def test_nothing_to_draw_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="runs"):
-        figures.draw_runs({}, tmp_path / "figure.png")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    with pytest.raises(ValueError, match=r"'new' has no train loss"):
-        figures.draw_runs({**runs, "new": empty}, tmp_path / "figure.png")
+    with pytest.raises(ValueError, match=r"'new' must have a train loss in .*empty"):
+        figures.draw_runs({**runs, "new": empty}, tmp_path / "figure.png", title="")

@@ -100,6 +100,10 @@ def archives(tmp_path_factory):
     return write_archives(tmp_path_factory.mktemp("archives"), train, validation)
 
 
+def official(name):
+    return (tfds.core.tfds_path("datasets/imagenet2012") / name).read_text().split()
+
+
 class Reference(imagenet2012_dataset_builder.Builder, skip_registration=True):
     """The official builder; only what calls TensorFlow is replaced."""
 
@@ -114,10 +118,7 @@ class Reference(imagenet2012_dataset_builder.Builder, skip_registration=True):
             tarfile.open(dl_manager.manual_dir / name)  # noqa: SIM115
             for name in imagenet_archives.TARS.values()
         )
-        labels = (tfds.core.tfds_path("datasets") / "imagenet2012").joinpath(
-            "validation_labels.txt"
-        )
-        lines = labels.read_text().strip().splitlines()
+        lines = official("validation_labels.txt")
         names = dict(zip(sorted(validation.getnames()), lines, strict=False))
         return {
             "train": self._generate_examples(_iterated(train)),
@@ -185,8 +186,8 @@ def test_files_are_those_of_the_official_builder(tmp_path, monkeypatch):
     del train["n01739381"]["n01739381_1309.JPEG"]
     archives = write_archives(tmp_path, train, validation_files(range(1, 13)))
     ours = contents(prepared(archives, tmp_path / "ours"))
-    official = imagenet2012_dataset_builder.Builder
-    theirs = contents(reference(archives, tmp_path / "theirs", official))
+    builder = imagenet2012_dataset_builder.Builder
+    theirs = contents(reference(archives, tmp_path / "theirs", builder))
     assert ours == theirs
 
 
@@ -226,9 +227,7 @@ def test_validation_labels_go_by_the_number(tmp_path):
     numbers = [7, 1, 50_000, 23_456]
     archives = write_archives(tmp_path, train_files(), validation_files(numbers))
     rows = indexed(archives["validation"], "validation")
-    official = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
-    labels = official.read_text().split()
-    names = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
+    labels, names = official("validation_labels.txt"), official("labels.txt")
     assert [names[label] for label in rows["label"]] == [labels[n - 1] for n in numbers]
 
 
@@ -328,30 +327,24 @@ def test_training_archives_that_are_refused(tmp_path, damage, message):
         imagenet_archives.parts(path, "train")
 
 
-def png_cut_short():
-    return image_file(np.random.default_rng(2), "PNG")[:400]
+PNG_CUT_SHORT = image_file(np.random.default_rng(2), "PNG")[:400]
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("split", "name", "data", "message"),
     [
-        ({"n01440764_1.JPG": b""}, "'n01440764_1.JPG', which is not an image"),
-        ({"n01739381_1.JPEG": b""}, "'n01739381_1.JPEG', which is not an image"),
-        ({"n01440764_1.JPEG": png_cut_short()}, "_1.JPEG in .* cannot be decoded"),
+        ("train", "n01440764_1.JPG", b"", "'n01440764_1.JPG', which is not an image"),
+        ("train", "n01739381_1.JPEG", b"", "'n01739381_1.JPEG', which is not an image"),
+        ("train", "n01440764_1.JPEG", PNG_CUT_SHORT, "1.JPEG in .* cannot be decoded"),
+        ("validation", "ILSVRC2012_val_00000000.JPEG", b"", "which is not an image"),
+        ("validation", "ILSVRC2012_val_00050001.JPEG", b"", "which is not an image"),
     ],
-    ids=["name", "class", "png"],
+    ids=["name", "class", "png", "number 0", "number 50,001"],
 )
-def test_images_that_are_refused(tmp_path, members, message):
-    path = write_archives(tmp_path, {"n01440764": members}, {})["train"]
+def test_images_that_are_refused(tmp_path, split, name, data, message):
+    paths = write_archives(tmp_path, {"n01440764": {name: data}}, {name: data})
     with pytest.raises(imagenet_archives.ArchiveError, match=message):
-        indexed(path, "train")
-
-
-@pytest.mark.parametrize("number", [0, 50_001])
-def test_validation_images_that_are_refused(tmp_path, number):
-    path = write_archives(tmp_path, {}, validation_files([number]))["validation"]
-    with pytest.raises(imagenet_archives.ArchiveError, match="which is not an image"):
-        indexed(path, "validation")
+        indexed(paths[split], split)
 
 
 def test_a_class_cut_short_inside_the_archive(tmp_path):

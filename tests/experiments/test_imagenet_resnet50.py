@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from experiments import (
-    checkpoints,
     classifier,
     imagenet_resnet50,
     loop,
@@ -22,6 +21,7 @@ from experiments import (
 )
 from experiments.data import pipeline
 from experiments.models import registry, resnet
+from tests.experiments.real_runs import assert_same_end
 
 ROOT = pathlib.Path(imagenet_resnet50.__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
         assert train[-1]["loss"] < 3
         assert train[-1]["skipped"] == 0
         assert [r["step"] for r in records if r["kind"] == "test"] == [4, 8]
-        assert (root / optimizer / "report_curves.png").stat().st_size > 10_000
+        assert (root / optimizer / "report.png").stat().st_size > 10_000
         assert any((root / optimizer / "tensorboard").iterdir())
         assert (root / optimizer / "checkpoints" / "8").is_dir()
     output = capsys.readouterr()
@@ -82,10 +82,6 @@ def test_the_demo_trains_with_both_and_draws_both(flags, tmp_path, capsys):
     assert output.out.count(" test accuracy ") == 2
     assert "sp_ngd  epoch 2/2  step 8/8" in output.err
     assert "stage1_block1/Conv_0" in output.out, "the table of layers is shown"
-
-
-TIMED = re.compile("second|memory")
-"""Metrics that no two runs have alike."""
 
 
 class Killed(BaseException):
@@ -136,28 +132,8 @@ def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, setting
     resumed = prepare(dataclasses.replace(killed, resume=True))
     assert loop.train(resumed) == accuracy
 
-    one, other = (
-        [
-            {key: value for key, value in record.items() if not TIMED.search(key)}
-            for record in metrics.read_json_lines(tmp_path / name / "metrics.jsonl")
-            if record["kind"] != "event"
-        ]
-        for name in ("whole", "killed")
-    )
-    assert one == other
-    assert one[-1]["step"] == 6
     state = resumed.program.init()
-    restored = []
-    for name in ("whole", "killed"):
-        with checkpoints.Checkpoints(tmp_path / name / "checkpoints") as saved:
-            restored.append(saved.restore_latest(lambda place: state))
-    assert restored[0][0] == restored[1][0] == 6
-    assert restored[0].place == restored[1].place
-    assert restored[0].place.batches_taken == 6
-    for a, b in zip(*(jax.tree.leaves(r[1]) for r in restored), strict=True):
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(a, b)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", state, step=6)
 
 
 def test_evaluation_is_the_mean_over_the_test_images(config, tmp_path):
@@ -202,34 +178,26 @@ def test_label_smoothing_is_in_the_training_loss(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "batch_size must be positive, got 0"),
+        (["--batch-size", "0"], "batch_size=0 must be positive"),
         (["--batch-size", "300"], "batch_size must be at most 256"),
-        (["--devices", "-1"], r"devices must be in \[0, inf\), got -1"),
-        (["--devices", "3"], r"batch_size must be a multiple of 3 devices, got 64"),
-        (["--micro-batch-size", "0"], "micro_batch_size must be positive or none"),
+        (["--devices", "3"], "batch_size=64 must be a multiple of 3 devices"),
         (
             ["--devices", "4", "--micro-batch-size", "10"],
-            "multiple of 4 devices × micro_batch_size=10, got 64",
+            "batch_size=64 must be a multiple of 4 devices × micro_batch_size=10",
         ),
         (
             ["--devices", "4", "--eval-batch-size", "30"],
             "eval_batch_size must be a mul",
         ),
+        (["--num-workers", "-1"], "num_workers.*-1"),
         (["--sync-norm"], "sync_norm needs several devices"),
         (["--remat", "--model", "convnet"], "remat: convnet has no residual blocks"),
         (["--distributed", "on"], "distributed=on, but no cluster"),
         (["--devices", "16"], r"devices=16, but there are 8"),
         (["--optimizer", "sp_ngd", "--sp-ngd.damping", "0"], "damping=0.0 must be"),
-        (["--epochs", "-1"], "epochs must be positive, got -1"),
-        (["--warmup-epochs", "8"], r"warmup_epochs must be in \[0, 2.0\), got 8"),
-        (["--label-smoothing", "1"], "label_smoothing must be in"),
-        (["--l2", "-1"], r"l2 must be in \[0, inf\), got -1"),
-        (["--weight-average", "1"], r"weight_average must be in \(0, 1\) or none"),
-        (["--schedule", "staircase"], "decay_epochs must name the epochs of schedule"),
+        (["--warmup-epochs", "8"], r"warmup_epochs=8.0 must lie in \[0, 2.0\)"),
         (["--optimizer", "lars", "--lars.weight-decay", "-1"], "weight_decay=-1.0 mus"),
-        (["--seed", "-3"], "seed must be in"),
-        (["--kfac.learning-rate", "0"], "kfac.learning_rate must be positive"),
-        (["--kfac.momentum", "1"], r"kfac.momentum must be in \[0, 1\)"),
+        (["--kfac.learning-rate", "0"], "kfac.learning_rate=0.0 must be positive"),
         (["--kfac.damping", "-0.5"], "damping.*-0.5"),
         (["--kfac.inverse-period", "0"], "inverse_period.*0"),
         (["--dataset", "strokes/21"], "configs.*'21'"),

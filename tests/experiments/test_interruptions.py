@@ -11,10 +11,17 @@ from experiments import cluster
 from tests.experiments.real_runs import ALL_AT_ONCE, Place, until
 
 
-def in_a_write(place, name, process):
-    """Kills a run while a checkpoint is being written."""
+def kill(process, when, log):
+    """Kills a run when a condition holds."""
+    until(when, process, log)
+    process.kill()
+    process.wait()
+
+
+def in_a_write(place, name):
+    """Carries the run on and kills it while a checkpoint is being written."""
     checkpoints = place.root / name / "checkpoints"
-    before = time.time()
+    before, process = time.time(), place.start(name)
 
     def writing():
         try:
@@ -22,21 +29,18 @@ def in_a_write(place, name, process):
         except FileNotFoundError:
             return False
 
-    until(writing, process, lambda: place.log(name))
-    process.kill()
-    process.wait()
+    kill(process, writing, lambda: place.log(name))
 
 
-def at_random(place, name, process, before, steps, delay):
-    """Kills a run some steps and some time after it went on."""
+def at_random(place, name, rng):
+    """Carries the run on and kills it some steps and some time later."""
+    before, process = place.times(name), place.start(name)
+    steps, delay = rng.randrange(1, 15), rng.uniform(0, 0.1)
 
     def far_enough():
-        return len(place.times(name) - before) >= steps
+        return len(place.times(name) - before) >= steps and not time.sleep(delay)
 
-    until(far_enough, process, lambda: place.log(name))
-    time.sleep(delay)
-    process.kill()
-    process.wait()
+    kill(process, far_enough, lambda: place.log(name))
 
 
 def assert_same(place, name):
@@ -49,7 +53,7 @@ def stop(place, name, process, at):
     """Tells a run to stop once it has done some steps; returns how many."""
     until(lambda: at in place.steps(name), process, lambda: place.log(name))
     process.send_signal(signal.SIGTERM)
-    place.expect(cluster.ExitCode.PREEMPTED, name, [process])
+    place.expect({cluster.ExitCode.PREEMPTED}, name, [process])
     assert "start again with --resume" in place.log(name)
     done = place.steps(name)[-1]
     assert (place.root / name / "checkpoints" / str(done)).is_dir()
@@ -60,7 +64,7 @@ def test_a_run_that_is_killed_while_it_saves_and_then_told_to_stop(tmp_path):
     place = Place(tmp_path, epochs=3)
     place.finish("undisturbed")
     assert place.steps("undisturbed") == list(range(1, 25))
-    in_a_write(place, "disturbed", place.start("disturbed"))
+    in_a_write(place, "disturbed")
     assert 7 <= stop(place, "disturbed", place.start("disturbed"), at=7) < 24
     place.finish("disturbed")
     assert_same(place, "disturbed")
@@ -73,12 +77,10 @@ def test_a_run_that_is_killed_ten_times(tmp_path, settings):
     place, rng = Place(tmp_path, epochs=30, **settings), random.Random(0)
     place.finish("undisturbed")
     for number in range(10):
-        before, process = place.times("disturbed"), place.start("disturbed")
         if number % 2:
-            in_a_write(place, "disturbed", process)
+            in_a_write(place, "disturbed")
         else:
-            steps, delay = rng.randrange(1, 15), rng.uniform(0, 0.1)
-            at_random(place, "disturbed", process, before, steps, delay)
+            at_random(place, "disturbed", rng)
     assert place.steps("disturbed")[-1] < 240, "it was to be killed before its end"
     stop(place, "disturbed", place.start("disturbed"), at=200)
     place.finish("disturbed")

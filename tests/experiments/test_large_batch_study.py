@@ -24,6 +24,7 @@ from experiments.large_batch.cells import Cell, Outcome
 from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS
 from experiments.large_batch.runs import Run, Runner
+from experiments.study import ROOT
 
 # ------------------------------------------------------------------ problems
 
@@ -303,8 +304,8 @@ def test_variants_are_kfac_with_what_they_say_changed(monkeypatch):
     as_it_is, *changed = made
     changes = [kwargs.items() - as_it_is.items() for kwargs in changed]
     assert dict(zip(VARIANTS, changes, strict=True)) == {
-        "kfac_stale_inverses": {("inverse_period", 5)},
-        "kfac_stale_statistics": {("inverse_period", 5), ("stats_period", 5)},
+        "kfac_stale_inverses": {("periods", lbopt.Periods(inverses=5))},
+        "kfac_stale_statistics": {("periods", lbopt.Periods(5, 5))},
         "kfac_one_batch": {("factor_decay", 0.0)},
         "kfac_data_labels": set(),
         "kfac_no_momentum": {("momentum", None)},
@@ -469,7 +470,7 @@ def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
     assert record["savings"] == findings.savings(record["rows"])
     everything = {str(cell) for cell in cells.all_cells()}
     assert set(record["missing"]) == everything - {str(cell) for cell in KNOWN}
-    page = (study.ROOT / "experiments" / "README.md").read_text("utf-8")
+    page = (ROOT / "experiments" / "README.md").read_text("utf-8")
     for problem in PROBLEMS.values():
         assert findings.table(record["rows"], problem) in page
         assert record["noise_scale"][problem.name]
@@ -481,7 +482,7 @@ def test_the_record_is_of_the_cells_and_the_pages_are_of_the_record():
         best = KNOWN[cell].best[0].errors
         assert errors[: len(best)] == best
     assert tuple(record["lengths"]) == tuple(map(str, study.LENGTHS_AT))
-    front = (study.ROOT / "README.md").read_text("utf-8")
+    front = (ROOT / "README.md").read_text("utf-8")
     assert findings.table_of_largest(record["rows"]) in front
     assert record["command"] in page
     assert record["date"] in page

@@ -5,18 +5,14 @@ import tarfile
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments import made_imagenet
 from experiments.data import strokes
+from tests.experiments.test_imagenet_builder import official
 
 OPTIONS = ["--train-images", "45", "--validation-images", "30"]
 SIZES = ["--min-size", "40", "--max-size", "90"]
-
-
-def official(name):
-    return (tfds.core.tfds_path("datasets/imagenet2012") / name).read_text().split()
 
 
 def members(data):
@@ -137,14 +133,14 @@ def test_existing_archives_are_not_replaced(directory, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--num-classes 1", r"num_classes must be 2\.\.1000 .*, got 1"),
-        ("--num-classes 1001", r"num_classes must be 2\.\.1000 .*, got 1001"),
-        ("--train-images 19", "train_images must be at least 20 .*, got 19"),
-        ("--validation-images 1001", r"validation_images must be 1\.\.1000 .*"),
-        ("--validation-images 0", r"validation_images must be 1\.\.1000 .*"),
-        ("--min-size 501", r"min_size must be 8\.\.500 .*, got 501"),
-        ("--min-size 7", r"min_size must be 8\.\.500 .*, got 7"),
-        ("--seed -1", "seed must be at least 0 .*, got -1"),
+        ("--num-classes 1", r"num_classes=1 must lie in \[2, 1000\]"),
+        ("--num-classes 1001", r"num_classes=1001 must lie in \[2, 1000\]"),
+        ("--train-images 19", r"train_images=19 must lie in \[20, inf\]"),
+        ("--validation-images 1001", r"validation_images=1001 must lie in \[1, 1000\]"),
+        ("--validation-images 0", r"validation_images=0 must lie in \[1, 1000\]"),
+        ("--min-size 501", r"min_size=501 must lie in \[8, 500\]"),
+        ("--min-size 7", r"min_size=7 must lie in \[8, 500\]"),
+        ("--seed -1", r"seed=-1 must lie in \[0, inf\]"),
     ],
 )
 def test_options_that_are_refused(tmp_path, option, message):

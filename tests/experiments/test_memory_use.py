@@ -16,7 +16,7 @@ from experiments import memory_use
 
 print(memory_use.share_arenas())
 libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
 together = threading.Barrier(17)
 
 def allocate():
@@ -26,7 +26,6 @@ def allocate():
 threads = [threading.Thread(target=allocate) for _ in range(16)]
 for thread in threads:
     thread.start()
-libc.fdopen.restype = ctypes.c_void_p
 sys.stdout.flush()
 to = libc.fdopen(1, b"w")
 libc.malloc_info(0, ctypes.c_void_p(to))
@@ -35,23 +34,22 @@ together.wait()
 """
 
 
-def said(script, **env):
-    mine = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(
-        command, env=mine | env, capture_output=True, text=True, check=True
-    ).stdout
+def arenas(script):
+    """What a script prints, and how many arenas the C library counts then."""
+    env = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+    said = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    return said.partition("\n")[0], len(re.findall("<heap ", said))
 
 
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="no other C library has such arenas"
 )
 def test_threads_share_arenas():
-    shared = said(COUNT)
-    assert shared.startswith("True\n")
-    assert len(re.findall("<heap ", shared)) == 2
-    own = said(COUNT.replace("print(memory_use.share_arenas())", ""))
-    assert len(re.findall("<heap ", own)) > 8
+    assert arenas(COUNT) == ("True", 2)
+    assert arenas(COUNT.replace("print(memory_use.share_arenas())", ""))[1] > 8
 
 
 def test_the_environment_comes_first(monkeypatch):

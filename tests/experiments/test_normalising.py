@@ -42,6 +42,22 @@ def test_caffe_scales_by_256():
     np.testing.assert_allclose(out.reshape(256, 3), expected, atol=1e-6)
 
 
+def test_each_image_by_its_own_deviation_unless_nearly_uniform():
+    random = np.random.default_rng(0)
+    images = np.full((3, 2, 2, 3), 90, np.uint8)
+    images[1, 0, 1, 2] = 91  # a deviation of sqrt(11) / 12, below 1 / sqrt(12)
+    images[2] = random.integers(0, 256, (2, 2, 3))
+    out = np.empty(images.shape, np.float32)
+    normalising.normaliser(split((2, 2, 3), normalise="image"), np.float32)(images, out)
+    np.testing.assert_array_equal(out[0], 0)
+    expected = np.full((2, 2, 3), -(12**-0.5))
+    expected[0, 1, 2] = 11 * 12**-0.5
+    np.testing.assert_allclose(out[1], expected, rtol=1e-3)
+    pixels = images[2].astype(float)
+    expected = (pixels - pixels.mean()) / pixels.std()
+    np.testing.assert_allclose(out[2], expected, atol=1e-5)
+
+
 def test_slices_of_other_arrays_will_do():
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     normalise = normalising.normaliser(split((16, 16, 3)), np.float32)

@@ -41,10 +41,10 @@ def test_slices_are_contiguous_parts_of_each_batch(processes, size):
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
-        (order.Slices(0), "batch_size.*got 0"),
-        (order.Slices(30, 0, 4), "batch_size.*4 process.*got 30"),
-        (order.Slices(32, 1, 1), r"process_index.*\[0, 1\), got 1"),
-        (order.Slices(32, -1, 2), "process_index.*got -1"),
+        (order.Slices(0), "batch_size=0 must"),
+        (order.Slices(30, 0, 4), "batch_size=30 must be .*; 4 would do"),
+        (order.Slices(32, 1, 1), r"process_index=1 must lie in \[0, 1\)"),
+        (order.Slices(32, -1, 2), "process_index=-1 must"),
     ],
 )
 def test_what_cannot_be_is_refused(slices, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.models import preact_resnet
+from tests import oracles
 
 KEY = jax.random.key(0)
 
@@ -61,15 +62,7 @@ def small():
 
 
 def convolved(x, kernel, stride=1):
-    pad = kernel.shape[0] // 2
-    out = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return np.asarray(out)
+    return oracles.convolved(x, kernel, stride, kernel.shape[0] // 2)
 
 
 def expected(variables, images, *, train):
@@ -170,18 +163,3 @@ def test_initial_kernels_have_variance_one_over_fan_in():
     limit = (6 / (32 + 10)) ** 0.5  # of Glorot's uniform numbers
     assert 0.95 * limit < abs(params["head"]["kernel"]).max() <= limit
     assert not params["head"]["bias"].any()
-
-
-def test_bfloat16_activations_keep_float32_parameters_and_logits(small):
-    images = small[2]
-    model = preact_resnet.PreactResNet8(num_classes=4, width=4, dtype=jnp.bfloat16)
-    variables = jax.eval_shape(functools.partial(model.init, train=True), KEY, images)
-    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    apply = functools.partial(
-        model.apply, train=True, mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
-    )  # fmt: skip
-    logits, state = jax.eval_shape(apply, variables, images)
-    assert logits.dtype == jnp.float32
-    block = state["intermediates"]["stage3_block1"]["__call__"][0]
-    assert block.dtype == jnp.bfloat16

@@ -14,7 +14,7 @@ import pytest
 from experiments.data import decoding, pipeline, splits
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETTINGS = {"batch_size": 32, "seed": 1, "with_index": True}
+SETTINGS = {"batch_size": 32, "seed": 1}
 
 
 @pytest.fixture(scope="module")

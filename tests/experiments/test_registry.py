@@ -41,10 +41,15 @@ def test_models_are_built_and_give_logits(name):
     images = jax.ShapeDtypeStruct((2, 67, 67, 3), jnp.float32)
     init = functools.partial(model.init, train=True)
     variables = jax.eval_shape(init, jax.random.key(0), images)
-    logits = jax.eval_shape(
-        functools.partial(model.apply, train=False), variables, images
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    apply = functools.partial(
+        model.apply, train=False, mutable=["intermediates"], capture_intermediates=True
     )
+    logits, state = jax.eval_shape(apply, variables, images)
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    seen = state["intermediates"]
+    hidden = {key: seen[key] for key in seen if key not in ("head", "__call__")}
+    assert {x.dtype for x in jax.tree.leaves(hidden)} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("name", RESNETS)

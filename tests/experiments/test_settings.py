@@ -9,6 +9,9 @@ from experiments import imagenet_resnet50
 from experiments.settings import Config, Kfac, Lars, Nlcg, SpNgd
 
 SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
+POSITIVE = ["batch_size", "micro_batch_size", "eval_batch_size", "epochs", "log_period"]
+POSITIVE += ["eval_epochs", "checkpoint_epochs", "keep_checkpoints", "num_threads"]
+POSITIVE += ["start_timeout", "heartbeat_timeout", "doubly_factored"]
 
 
 @pytest.mark.parametrize(
@@ -16,7 +19,7 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
     [
         (
             {"schedule": "staircase"},
-            "decay_epochs must name the epochs of schedule=staircase",
+            "decay_epochs=() must name the epochs of schedule=staircase",
         ),
         (
             {"decay_epochs": (30.0, 60.0)},
@@ -25,11 +28,11 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
         ),
         (
             {"schedule": "staircase", "decay_epochs": (60.0, 30.0)},
-            "decay_epochs must be positive and ascend, got (60.0, 30.0)",
+            "decay_epochs=(60.0, 30.0) must be positive and ascend",
         ),
         (
             {"schedule": "staircase", "decay_epochs": (0.0, 30.0)},
-            "decay_epochs must be positive and ascend, got (0.0, 30.0)",
+            "decay_epochs=(0.0, 30.0) must be positive and ascend",
         ),
         (
             {"decay_rate": 0.9, "schedule": "polynomial"},
@@ -46,11 +49,11 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
         ),
         (
             {"end_value": 0.03, "schedule": "polynomial"},
-            "end_value must be in [0, kfac.learning_rate=0.03), got 0.03",
+            "end_value=0.03 must lie in [0, kfac.learning_rate=0.03)",
         ),
         (
             {"end_value": -1.0, "schedule": "polynomial"},
-            "end_value must be in [0, kfac.learning_rate=0.03), got -1.0",
+            "end_value=-1.0 must lie in [0, kfac.learning_rate=0.03)",
         ),
         (
             {"kfac": Kfac(kl_clip=None, kl_clip_decay=0.9)},
@@ -58,15 +61,15 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
         ),
         (
             {**SP_NGD, "sp_ngd": SpNgd(decay_end=34.0)},
-            "sp_ngd.decay_end must be at least epochs=35.0, got 34.0: the learning",
+            "sp_ngd.decay_end=34.0 must be at least epochs=35.0, as the learning",
         ),
         (
             {**SP_NGD, "sp_ngd": SpNgd(decay_start=35.0)},
-            "sp_ngd.decay_start must be in [0, epochs=35.0), got 35.0",
+            "sp_ngd.decay_start=35.0 must lie in [0, epochs=35.0)",
         ),
         (
             {**SP_NGD, "sp_ngd": SpNgd(decay_start=-1.0)},
-            "sp_ngd.decay_start must be in [0, epochs=35.0), got -1.0",
+            "sp_ngd.decay_start=-1.0 must lie in [0, epochs=35.0)",
         ),
         (
             {**SP_NGD, "fisher": "sampled"},
@@ -77,16 +80,51 @@ SP_NGD = {"optimizer": "sp_ngd", "epochs": 35.0}
             {"optimizer": "sgd", "doubly_factored": 512},
             "doubly_factored=512 needs an optimizer with curvature, got optimizer=sgd",
         ),
-        (
-            {"reader": "tf_data", "num_workers": 2},
-            "reader=tf_data has threads of its own and stops at bad images; leave out "
-            "num_workers=2",
-        ),
     ],
 )
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("decay_rate", (0.0, 1.5), "(0, 1]"),
+        ("statistics_fraction", (0.0, 1.5), "(0, 1]"),
+        ("random_erasing", (-0.1, 1.5), "(0, 1]"),
+        ("weight_average", (1.0,), "[0, 1)"),
+        ("weight_average", (0.0,), "(0, 1]"),
+        ("mixup_alpha", (-1.0, float("inf")), "0 or positive"),
+        ("seed", (-1, 2**32), "[0, 4294967296)"),
+        ("warmup_epochs", (-0.5, 8.0), "[0, 8.0)"),
+        ("label_smoothing", (-0.1, 1.0), "[0, 1)"),
+        *((name, (0, -1), "positive") for name in POSITIVE),
+        *((name, (-1,), "0 or positive") for name in ("devices", "num_workers", "l2")),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, values, words):
+    default = getattr(Config(), name)
+    for value in values:
+        message = rf"{name}={value} must \w+ (in )?{re.escape(words)}; .* {default}$"
+        with pytest.raises(ValueError, match=message):
+            Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, r"kfac.momentum=1.0 must lie in \[0, 1\); .* 0.9$"),
+        ({"learning_rate": 0.0}, r"kfac.learning_rate=0.0 must be positive; .* 0.03$"),
+        ({"inverse_period": 0}, r"kfac.inverse_period=0 must be positive; .* 5$"),
+        ({"stats_period": 0}, r"kfac.stats_period=0 must be positive; .* 1$"),
+        ({"kl_clip_decay": 1.1}, r"kfac.kl_clip_decay=1.1 must lie in \(0, 1\]; "),
+    ],
+)
+def test_numbers_of_the_optimizer_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(kfac=Kfac(**settings))
+    assert Config(optimizer="sgd", kfac=Kfac(**settings)), "SGD reads none of it"
 
 
 @pytest.mark.parametrize(
@@ -126,4 +164,5 @@ def test_a_published_run_that_is_made_longer_asks_for_the_end_of_its_decay(
     arguments = ["sp_ngd_4k", "--epochs", "60", "--directory", str(tmp_path)]
     with pytest.raises(SystemExit):
         imagenet_resnet50.main(arguments)
-    assert "sp_ngd.decay_end must be at least epochs=60" in capsys.readouterr().err
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "sp_ngd.decay_end=53.0 must be at least epochs=60" in text

@@ -33,7 +33,7 @@ def test_two_processes_and_one_with_other_devices_carry_on_one_run(tmp_path):
     running = place.start_several("ours", 2, devices=4)
     until(lambda: 5 in place.steps("ours"), running[0], lambda: place.log("ours"))
     running[1].send_signal(signal.SIGTERM)  # and not the one that writes
-    place.expect(cluster.ExitCode.PREEMPTED, "ours", running)
+    place.expect({cluster.ExitCode.PREEMPTED}, "ours", running)
     done = place.steps("ours")[-1]
     assert 5 <= done < 16
     place.finish("ours", devices=2, placement="comm")
@@ -62,18 +62,13 @@ def test_a_process_is_killed_and_the_job_goes_on(tmp_path, victim):
     running[victim].kill()
     running[victim].wait()
     other = running[1 - victim]
-    place.expect(cluster.ExitCode.UNAVAILABLE, "ours", [other], timeout=30)
-    assert f"lost contact with process {victim}" in place.log("ours")
-    assert "start again with --resume" in place.log("ours")
+    # Whichever is the faster: Gloo, whose error the process prints, or jax's abort.
+    ends = {cluster.ExitCode.UNAVAILABLE, -signal.SIGABRT}
+    place.expect(ends, "ours", [other], timeout=30)
+    if other.returncode == cluster.ExitCode.UNAVAILABLE:
+        assert "lost contact with another process" in place.log("ours")
+        assert "start again with --resume" in place.log("ours")
+    else:
+        assert "most likely indicates that another task died" in place.log("ours")
     place.finish("ours", 2)
     assert_close(place, "ours", "undisturbed")
-
-
-@pytest.mark.slow
-def test_a_process_that_never_comes_is_named(tmp_path):
-    place = Place(tmp_path, epochs=3, devices=3, batch_size=30, start_timeout=20)
-    running = place.start_several("ours", 3)
-    running[2].kill()
-    running[2].wait()
-    place.expect(cluster.ExitCode.UNAVAILABLE, "ours", running[:2])
-    assert "1 of 3 processes did not come within 20 s: process 2" in place.log("ours")

@@ -50,7 +50,20 @@ def test_contestants_see_the_same_batches(config, capsys):
     assert stale.statistic_bytes == [0.0] * STEPS  # one device sends nothing
 
 
+@pytest.mark.slow
+def test_pmap_changes_no_number(config):
+    several = dataclasses.replace(
+        config, optimizer="kfac", statistics_fraction=0.5, devices=2
+    )
+    outcomes = train_together(
+        {"shard_map": several, "pmap": dataclasses.replace(several, parallel="pmap")}
+    )
+    assert outcomes["pmap"].losses == pytest.approx(
+        outcomes["shard_map"].losses, rel=1e-5
+    )
+
+
 def test_other_data_are_refused(config):
     other = dataclasses.replace(config, batch_size=32)
-    with pytest.raises(ValueError, match=r"batch_size: 'b' has 32, the first .* 64"):
+    with pytest.raises(ValueError, match=r"batch_size=32 of 'b' must be 64, as of"):
         train_together({"a": config, "b": other})

@@ -23,7 +23,7 @@ def test_records_are_the_drawings_in_order(tiny):
         images, labels = strokes.draw(config.drawing, split, count)
         records = tiny.as_data_source(split)
         assert len(records) == count
-        read = records.__getitems__(list(range(count)))
+        read = [records[i] for i in range(count)]
         np.testing.assert_array_equal(np.stack([r["image"] for r in read]), images)
         np.testing.assert_array_equal([r["label"] for r in read], labels)
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from experiments import checkpoints, classifier, settings
@@ -79,8 +78,10 @@ def test_the_recursion_is_the_papers(form):
         x, t = batch["image"].astype(float), one_hot(batch).astype(float)
         weights = virtual_batch.mixing_weights(key_of(step), N, alpha=ALPHA, form=form)
         assert weights.shape == ((1,) if form == "paper" else (N,))
-        if step == 0:
+        if step == 0:  # not mixed at all
             images, labels = x, t
+            np.testing.assert_array_equal(virtual.images, batch["image"])
+            np.testing.assert_array_equal(virtual.labels, one_hot(batch))
         else:
             for i in range(N):  # slot by slot
                 share = float(weights[i % len(weights)])
@@ -91,14 +92,6 @@ def test_the_recursion_is_the_papers(form):
         np.testing.assert_allclose(virtual.labels.sum(1), 1, atol=1e-6)
         assert virtual.count == step + 1
     assert np.any((labels > 0).sum(1) > 2), "more than two real images live in a slot"
-
-
-@pytest.mark.parametrize("form", ["paper", "code"])
-def test_the_first_step_is_not_mixed(form):
-    (virtual,) = mixed(1, form)
-    batch = make_batch(0)
-    np.testing.assert_array_equal(virtual.images, batch["image"])
-    np.testing.assert_array_equal(virtual.labels, one_hot(batch))
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0])
@@ -171,17 +164,16 @@ def test_a_share_of_the_images_is_erased_each_for_itself():
         boxes(erase(jax.random.key(seed), jnp.ones((n, 8, 8, 1))))[:, 2] > 0
         for seed in (0, 1)
     ]
+    images = make_batch(0)["image"]
+    for probability in (0.0, 1.0):
+        erased = virtual_batch.random_erasing(
+            key_of(0), images, probability=probability
+        )
+        assert (np.asarray(erased) == 0).any((1, 2, 3)).mean() == probability
     for each in chosen:
         assert abs(each.mean() - 0.5) < 5 * 0.5 / n**0.5
         assert abs(np.corrcoef(each[1:], each[:-1])[0, 1]) < 5 / n**0.5
     assert abs(np.corrcoef(chosen[0], chosen[1])[0, 1]) < 5 / n**0.5
-
-
-@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (1.0, 1.0)])
-def test_none_and_all(probability, share):
-    images = make_batch(0)["image"]
-    erased = virtual_batch.random_erasing(key_of(0), images, probability=probability)
-    assert np.mean((np.asarray(erased) == 0).any(axis=(1, 2, 3))) == share
 
 
 def test_area_and_aspect_are_within_their_bounds():
@@ -263,11 +255,10 @@ def test_an_image_is_treated_alike_on_one_device_and_on_four():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": -0.4}, r"alpha must be positive.*got -0\.4.*the real batch"),
-        ({"alpha": 0.0}, r"alpha must be positive.*got 0\.0.*the real batch"),
-        ({"alpha": math.nan}, "alpha.*nan"),
-        ({"alpha": math.inf}, "alpha.*inf"),
-        ({"alpha": 1.0, "form": "max"}, '"paper" or "code", got \'max\''),
+        ({"alpha": -0.4}, r"alpha=-0\.4 must be positive; .*the real batch"),
+        ({"alpha": 0.0}, r"alpha=0\.0 must be positive"),
+        ({"alpha": math.inf}, "alpha=inf must be positive"),
+        ({"alpha": 1.0, "form": "max"}, "form='max' must be 'paper' or 'code'"),
     ],
 )
 def test_mixup_refuses_bad_settings(arguments, message):
@@ -284,29 +275,23 @@ def test_mixup_refuses_a_batch_of_another_shape(part):
     arrays = {"images": batch["image"], "labels": one_hot(batch)}
     arrays[part] = arrays[part][:1]  # would broadcast
     previous = virtual_batch.empty((N, *SHAPE), CLASSES)
-    with pytest.raises(ValueError, match=r"in previous, \(8, 16, 12, 3\).*empty"):
+    with pytest.raises(ValueError, match=r"in previous, \(\(8, 16, 12, 3\).*empty"):
         virtual_batch.running_mixup(key_of(0), previous, **arrays, alpha=ALPHA)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"probability": -0.1}, r"probability must be in \[0, 1\], got -0\.1"),
-        ({"probability": 1.5}, r"probability .*got 1\.5; 0 erases nothing"),
-        ({"probability": math.nan}, "probability.*nan"),
-        ({"area": (0.0, 0.2)}, r"area must be .*0 < least.*got \(0\.0, 0\.2\)"),
-        ({"aspect": (0.5, 0.3)}, r"aspect must be .*got \(0\.5, 0\.3\)"),
-        ({"aspect": (0.3, 3.3)}, "aspect"),
+        ({"probability": -0.1}, r"probability=-0\.1 must lie in \[0, 1\]; 0 erases"),
+        ({"probability": 1.5}, r"probability=1\.5 must lie in"),
+        ({"probability": math.nan}, "probability=nan must lie in"),
+        ({"images": jnp.ones(SHAPE)}, r"images.shape=\(16, 12, 3\) must be \[n,"),
     ],
 )
-def test_erasing_refuses_bad_settings(arguments, message):
+def test_erasing_refuses_bad_arguments(arguments, message):
+    arguments = {"images": make_batch(0)["image"], **arguments}
     with pytest.raises(ValueError, match=message):
-        virtual_batch.random_erasing(key_of(0), make_batch(0)["image"], **arguments)
-
-
-def test_erasing_refuses_a_single_image():
-    with pytest.raises(ValueError, match=r"images must be \[n,.*\(16, 12, 3\)"):
-        virtual_batch.random_erasing(key_of(0), jnp.ones(SHAPE))
+        virtual_batch.random_erasing(key_of(0), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -356,16 +341,21 @@ def test_the_form_of_mixup_is_passed_on(problem):
     assert shares["paper"] < 0.5 <= shares["code"]
 
 
-def test_the_loss_is_on_the_soft_labels_and_the_accuracy_on_the_real_ones(problem):
+@pytest.mark.parametrize("alpha", [0.0, ALPHA], ids=["real batch", "mixup"])
+def test_the_loss_is_on_the_soft_labels_and_the_accuracy_on_the_real_ones(
+    problem, alpha
+):
     model, params, model_state = problem
-    batch, previous = make_batch(1), mixed(1)[0]
-    loss_fn = classifier.make_loss(model, 0.1, mixup_alpha=ALPHA)
-    before = with_virtual(model_state, previous)
+    batch = make_batch(1)
+    loss_fn = classifier.make_loss(model, 0.1, mixup_alpha=alpha)
+    before = with_virtual(model_state, mixed(1)[0]) if alpha else model_state
     loss, (after, metrics) = jax.jit(loss_fn)(params, before, batch, key_of(1))
     assert after.keys() == before.keys()
-    virtual = after[classifier.VIRTUAL_BATCH]
-    assert virtual.count == 2
-    assert ((virtual.labels > 0).sum(1) == 2).any(), "labels are soft"
+    virtual = virtual_batch.VirtualBatch(batch["image"], one_hot(batch), 1)
+    if alpha:
+        virtual = after[classifier.VIRTUAL_BATCH]
+        assert virtual.count == 2
+        assert ((virtual.labels > 0).sum(1) == 2).any(), "labels are soft"
     variables = {"params": params, **model_state}
     logits: Any = model.apply(
         variables, virtual.images, train=True, mutable=["batch_stats"]
@@ -397,32 +387,6 @@ def test_erasing_alone_carries_nothing(problem):
     loss_fn = classifier.make_loss(model, 0.0, random_erasing=1.0)
     _, (after, _) = loss_fn(params, model_state, make_batch(0), key_of(0))
     assert jax.tree.structure(after) == jax.tree.structure(model_state)
-
-
-def test_without_them_the_loss_is_the_old_one(problem):
-    model, params, model_state = problem
-
-    def old_loss(params, model_state, batch, rng):
-        del rng
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(
-            variables, batch["image"], train=True, mutable=list(model_state)
-        )
-        labels = jax.nn.one_hot(batch["label"], model.num_classes)
-        targets = optax.smooth_labels(labels, 0.1)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        return loss, (model_state, {"accuracy": accuracy})
-
-    arguments = params, model_state, make_batch(0), key_of(0)
-    new_loss = classifier.make_loss(model, 0.1)
-    new, old = (
-        jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(*arguments).compile()
-        for loss_fn in (new_loss, old_loss)
-    )
-    assert_bits_equal(new(*arguments), old(*arguments))
-    costs = [compiled.cost_analysis() for compiled in (new, old)]
-    assert costs[0] == costs[1]
 
 
 # === The training step ================================================================

@@ -53,18 +53,16 @@ def test_options_of_kfac(gradients):
     assert_close(trajectory(gradients, clipped), trajectory(gradients, chain))
 
 
-def test_schedules_and_the_mask_of_the_decay(gradients):
+def test_schedules_and_the_decay(gradients):
     layers = gradients[1]
-    mask = {"first": {"kernel": True, "bias": False}, "last": {"kernel": True}}
     scheduled = lbopt.kfac(
         optax.constant_schedule(0.1),
         layers,
         damping=optax.constant_schedule(1e-2),
         weight_decay=0.1,
-        weight_decay_mask=mask,
     )
     chain = optax.chain(
-        optax.add_decayed_weights(0.1, mask),
+        optax.add_decayed_weights(0.1),
         lbopt.scale_by_kfac(layers, damping=1e-2 + 0.1),
         optax.trace(0.9),
         optax.scale(-0.1),
@@ -75,11 +73,11 @@ def test_schedules_and_the_mask_of_the_decay(gradients):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_decay": -1e-4}, r"weight_decay=-0.0001 must not be negative"),
-        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\), or be None"),
+        ({"weight_decay": -1e-4}, r"weight_decay=-0.0001 must be 0 or positive"),
+        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); None for none"),
         ({"momentum": -0.5}, r"momentum=-0.5 must lie in \[0, 1\)"),
         ({"damping": -1.0, "weight_decay": 2.0}, r"damping=-1.0 must be positive"),
-        ({"kl_clip": 0.0}, r"c=0.0 must be positive; pass kl_clip=None"),
+        ({"kl_clip": 0.0}, r"c=0.0 must be positive; kl_clip=None"),
     ],
 )
 def test_settings_out_of_range(gradients, settings, message):
@@ -93,9 +91,10 @@ def test_settings_out_of_range(gradients, settings, message):
 def test_distributed_kfac_is_kfac_with_a_bound_and_stale_inverses(gradients):
     layers = gradients[1]
     bound = optax.exponential_decay(1e-2, 1, 0.5, staircase=True)
-    tx = lbopt.distributed_kfac(1.0, layers, kl_clip=bound, inverse_period=2)
+    periods = lbopt.Periods(inverses=2)
+    tx = lbopt.distributed_kfac(1.0, layers, kl_clip=bound, periods=periods)
     chain = optax.chain(
-        lbopt.clip_by_kl(lbopt.scale_by_kfac(layers, inverse_period=2), bound, 1.0),
+        lbopt.clip_by_kl(lbopt.scale_by_kfac(layers, periods=periods), bound, 1.0),
         optax.trace(0.9),
         optax.scale(-1.0),
     )

@@ -1,21 +1,32 @@
-"""NLCG is its core with the settings of the authors' release."""
+"""NLCG is its core; the defaults are the settings of the authors' release."""
 
 import jax
 import jax.numpy as jnp
+import optax
+import pytest
 
 import lbopt
 from tests.problems import assert_equal
 
+RELEASE = {
+    "beta": "fletcher_reeves",
+    "preconditioner": "bfgs",
+    "step_control": "step",
+    "control_period": 5,
+}
 
-def test_nlcg_is_its_core_with_the_release_s_settings():
-    tx = lbopt.nlcg(0.1)
-    core = lbopt.scale_by_nlcg(
-        0.1,
-        beta="fletcher_reeves",
-        preconditioner="bfgs",
-        step_control="step",
-        control_period=5,
-    )
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": "dai_yuan", "step_control": "online"},
+        {"preconditioner": optax.scale(0.5), "control_period": 2},
+    ],
+)
+def test_nlcg_is_its_core(settings):
+    tx = lbopt.nlcg(0.1, **settings)
+    core = lbopt.scale_by_nlcg(0.1, **RELEASE | settings)
     w = jnp.array([1.0, -2.0])
     states = [tx.init(w), core.init(w)]
     for k in range(12):

@@ -43,5 +43,5 @@ def test_errors():
     tx = lbopt.average_params()
     with pytest.raises(ValueError, match=r"average_params.update needs params"):
         tx.update({}, tx.init({}))
-    with pytest.raises(ValueError, match=r"holds 0 averages, not one; put lbopt.aver"):
+    with pytest.raises(ValueError, match=r"must hold one average, not 0; put lbopt.a"):
         lbopt.averaged_params(optax.sgd(0.1).init({}))

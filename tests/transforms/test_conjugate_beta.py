@@ -25,7 +25,6 @@ def products(g=G, g_before=G_BEFORE, d=D, p=None):
         "dy": d @ y,
         "dg": d @ g,
         "yy": y @ (z - z_before),
-        "before_gz": g_before @ z,
     }
     return Products(**{name: jnp.asarray(x) for name, x in values.items()})
 
@@ -63,7 +62,7 @@ def test_rules_use_no_more_than_they_keep(name):
     if not rule.keeps_residual:
         p = p._replace(gz_cross=(), yy=())
     if not rule.keeps_gradient:
-        p = p._replace(yz=(), dy=(), yy=(), before_gz=())
+        p = p._replace(yz=(), dy=(), yy=())
     assert np.isfinite(rule.beta(p))
 
 

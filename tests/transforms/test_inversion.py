@@ -9,8 +9,8 @@ from lbopt import linalg
 from lbopt.collectives import Axis
 from lbopt.curvature import factor
 from lbopt.sharding import Unit, owners_of
-from lbopt.transforms import desk, inversion
-from tests.devices import AXIS, on_devices
+from lbopt.transforms import inversion, owner_buffers
+from tests.devices import AXIS, on_devices, shares
 from tests.oracles import quick_jit
 
 # The damped matrices below have conditions of at most a hundred.
@@ -112,22 +112,17 @@ def expected_inverse(i, dense, renewed):
 
 def shares_of(packed, devices):
     """Each statistic's rows cut over devices, ``[devices, rows, share]``."""
-    split = []
-    for x in by_statistic(packed):
-        share = -(-x.shape[1] // devices)
-        x = np.pad(x, ((0, 0), (0, devices * share - x.shape[1])))
-        split.append(jnp.moveaxis(jnp.asarray(x).reshape(len(x), devices, share), 1, 0))
-    return split
+    return [shares(x, devices) for x in by_statistic(packed)]
 
 
-def inverted(devices, packed, due, gather_dtype=None):
+def inverted(devices, packed, due):
     """The inverses of all units from the identity, and what was found out."""
     owners = owners_of(UNITS, devices or 1)
     due, damping = jnp.asarray(due), jnp.asarray(DAMPING, jnp.float32)
 
     def run(factors, axis):
         inverses, kept, found = inversion.invert(
-            owners, factors, identities(), None, due, damping, axis, gather_dtype
+            owners, factors, identities(), None, due, damping, axis
         )
         assert kept is None
         return inverses, found
@@ -163,8 +158,8 @@ def test_what_is_due_is_inverted_and_nothing_else(devices, due):
     inverses, found = inverted(devices, packed, due)
     assert found.accepted.tolist() == due.tolist()
     assert found.rounds.tolist() == most_due(due, devices)
-    assert found.handed_rounds.tolist() == found.rounds.tolist()
-    assert found.handed.tolist() == [sum(due[i] for i in ids) for ids in CLASSES]
+    assert found.delivered_rounds.tolist() == found.rounds.tolist()
+    assert found.delivered.tolist() == [sum(due[i] for i in ids) for ids in CLASSES]
     for i, inverse in enumerate(dense_inverses(inverses)):
         expected = expected_inverse(i, dense, due[i])
         # What was not due is untouched.
@@ -186,19 +181,6 @@ def test_an_inverse_that_is_not_finite_is_refused(devices):
         np.testing.assert_allclose(inverse, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("devices", [None, 4])
-def test_inverses_that_travel_in_half_precision(devices):
-    _, packed = matrices()
-    exact, _ = inverted(devices, packed, EVERY)
-    rounded, _ = inverted(devices, packed, EVERY, jnp.bfloat16)
-    for whole, half in zip(exact, rounded, strict=True):
-        assert half.dtype == jnp.float32
-        np.testing.assert_array_equal(half, np.asarray(half, jnp.bfloat16))
-        # Eight significant bits, rounded to nearest.
-        np.testing.assert_allclose(half, whole, rtol=2.0**-8)
-        assert (np.asarray(half) != np.asarray(whole)).any()
-
-
 def kept_by_owners(packed, due):
     """The owners, their desks after a step from the identity, what was found out."""
     devices = 4
@@ -212,17 +194,19 @@ def kept_by_owners(packed, due):
             1:
         ]
 
-    start = desk.identities(owners, jnp.float32)
+    start = owner_buffers.identities(owners, jnp.float32)
     return owners, *on_devices(devices, run, shares_of(packed, devices), start)
 
 
 def assert_kept(owners, kept, dense, renewed):
-    plan = desk.kept_desk(owners)
+    plan = owner_buffers.kept_layout(owners)
     for i, unit in enumerate(UNITS):
         first = plan.offsets[i]
-        numbers = kept[owners.owner[i], first : first + desk.kept_size(unit.factor)]
+        numbers = kept[
+            owners.owner[i], first : first + owner_buffers.kept_size(unit.factor)
+        ]
         np.testing.assert_allclose(
-            dense_of(unit.factor, desk.restored(unit.factor, numbers)),
+            dense_of(unit.factor, owner_buffers.restored(unit.factor, numbers)),
             expected_inverse(i, dense, renewed[i]),
             rtol=ROUNDING,
             atol=ROUNDING,
@@ -260,22 +244,13 @@ def test_what_is_made_waits_until_it_is_delivered(devices):
     first = np.arange(len(UNITS)) < 3  # of which unit 1 is not due
 
     def course(factors):
-        def step(inverses, waiting, due, ready, first):
+        def step(inverses, waiting, *flags):
             inverses, _, waiting, found = inversion.invert_later(
-                owners,
-                factors,
-                inverses,
-                None,
-                waiting,
-                due,
-                ready,
-                first,
-                damping,
-                axis,
+                owners, factors, inverses, None, waiting, *flags, damping, axis
             )
             return (inverses, waiting), found
 
-        room = inversion.desk_of_all(owners).length
+        room = inversion.layout_of_all(owners).length
         start = (identities(), jnp.zeros(room))
         due = jnp.asarray(SOME)
         begun, found = step(*start, due, none, due & first)
@@ -299,9 +274,9 @@ def test_what_is_made_waits_until_it_is_delivered(devices):
     assert not np.any(nothing.accepted)
     assert np.asarray(later.accepted).tolist() == (SOME & ~first).tolist()
     assert found.rounds.tolist() == most_due(SOME, devices)
-    assert found.handed_rounds.tolist() == most_due(SOME & first, devices)
-    assert nothing.rounds.tolist() == nothing.handed.tolist() == [0] * len(CLASSES)
+    assert found.delivered_rounds.tolist() == most_due(SOME & first, devices)
+    assert nothing.rounds.tolist() == nothing.delivered.tolist() == [0] * len(CLASSES)
     assert later.rounds.tolist() == most_due(EVERY, devices)
-    assert later.handed.tolist() == [
+    assert later.delivered.tolist() == [
         sum((SOME & ~first)[i] for i in ids) for ids in CLASSES
     ]

@@ -3,17 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import lbopt
 from lbopt import sharding
 from lbopt.collectives import Axis
 from lbopt.sharding import Sharded
 from lbopt.transforms import kfac_state
 from lbopt.transforms.inversion import Inverted
 from tests.devices import AXIS
-from tests.problems import Mlp, classify
+from tests.problems import Mlp, assert_equal, classify
 
-FLOAT, HALF = 4, 2  # bytes
+FLOAT = 4  # bytes
 # ``Mlp``: A [5, 5] (4 features and the bias) and G [5, 5] of first; A [5, 5] and
 # G [3, 3] of last.  As triangles 15, 15, 15 and 6 numbers.
 TWO = Axis(AXIS, 2)
@@ -25,13 +27,11 @@ def prepared(axis):
     return own, sharding.owners_of(sharding.units_of(own), axis.size)
 
 
-def reported(due, accepted, rounds, units, *, joint, axis=TWO, gather_dtype=None):
+def reported(due, accepted, rounds, units, *, joint, axis=TWO):
     own, owners = prepared(axis)
     rounds = jnp.asarray(rounds)
     inverted = Inverted(jnp.asarray(accepted), rounds, rounds, jnp.asarray(units))
-    found = kfac_state.report(
-        own, owners, jnp.asarray(due), inverted, joint, axis, gather_dtype, {}
-    )
+    found = kfac_state.report(own, owners, jnp.asarray(due), inverted, joint, axis, {})
     return jax.tree.map(lambda x: np.asarray(x).tolist(), found)
 
 
@@ -57,14 +57,6 @@ def test_everything_on_two_devices(joint):
     assert found.inverse_bytes == (2 * (16 + 16) + 3 * 8 + (6 + 6) + 3) * FLOAT
 
 
-def test_inverses_in_half_precision():
-    found = reported(
-        [True] * 4, [True] * 4, [2, 1], [3, 1], joint=True, gather_dtype="bfloat16"
-    )
-    away, back = 2 * 16 + 6, 2 * 16 + 3 * 8 + 6 + 3
-    assert found.inverse_bytes == away * FLOAT + back * HALF
-
-
 def test_what_is_delivered_later_is_sent_later():
     own, owners = prepared(TWO)
     due = jnp.zeros(4, bool)
@@ -73,11 +65,7 @@ def test_what_is_delivered_later_is_sent_later():
     begun = Inverted(due, some, none, none)
     delivered = Inverted(due, none, some, units)
     bytes_of = [
-        float(
-            kfac_state.report(
-                own, owners, due, found, True, TWO, None, {}
-            ).inverse_bytes
-        )
+        float(kfac_state.report(own, owners, due, found, True, TWO, {}).inverse_bytes)
         for found in (begun, delivered)
     ]
     assert bytes_of == [(2 * 16 + 6) * FLOAT, (2 * 16 + 3 * 8 + 6 + 3) * FLOAT]
@@ -130,3 +118,17 @@ def test_the_state_before_the_first_step(axis, shapes, adaptive):
     assert state.boost.tolist() == [1.0, 1.0]
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
     assert len(set(pointers)) == len(pointers)  # steps may donate it
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_one_state_in_a_chain(number):
+    problem = classify(Mlp())
+    core = lbopt.scale_by_kfac(problem.trace())
+    chain = optax.chain(optax.masked(optax.chain(*[core] * number), True), optax.sgd(1))
+    state = {"optimizer": chain.init(problem.params), "step": 0}
+    if number == 1:
+        assert_equal(lbopt.curvature_state(state), core.init(problem.params))
+        return
+    message = rf"opt_state=dict must hold one curvature transform, not {number}; pass"
+    with pytest.raises(ValueError, match=message):
+        lbopt.curvature_state(state)

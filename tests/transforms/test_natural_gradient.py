@@ -39,6 +39,6 @@ def test_every_layer_is_multiplied_by_its_inverses():
 def test_what_is_no_layer_stays():
     tree = {"first": {"kernel": jnp.ones(3)}, "other": {"scale": jnp.full(2, 5.0)}}
     own = {"first": LAYERS["first"]}
-    put = natural_gradient.put(own, tree, {"first": {"kernel": jnp.zeros(3)}})
-    assert_equal(put["other"], tree["other"])
-    assert not put["first"]["kernel"].any()
+    insert = natural_gradient.insert(own, tree, {"first": {"kernel": jnp.zeros(3)}})
+    assert_equal(insert["other"], tree["other"])
+    assert not insert["first"]["kernel"].any()

@@ -1,9 +1,7 @@
 """Nonlinear conjugate gradients: golden runs, linear CG, momentum, a textbook loop."""
 
 import inspect
-import itertools
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,142 +69,79 @@ def quadratic(w):
 
 # ------------------------------------------------------------------- golden numbers
 
-GOLDEN_A = {
-    None: (
-        [
-            (0.95, -1.7, 0.25),
-            (0.875756048, -1.28453629, -0.008719758),
-            (0.718218839, -0.507675392, -0.243796957),
-            (0.55788146, 0.08112237, -0.13208292),
-            (0.463465234, 0.19863734, 0.026913866),
-            (0.425954726, 0.186686564, 0.037600835),
-        ],
+# The last of six points on the quadratic, and β of each step.
+GOLDEN = {
+    ("fletcher_reeves", None): (
+        (0.425954726, 0.186686564, 0.037600835),
         (0, 0.53487903, 0.4711603, 0.5618704, 0.24091749, 0.30370302),
     ),
-    "bfgs": (
-        [
-            (0.95, -1.7, 0.25),
-            (0.884584903, -1.403454032, 0.147103306),
-            (0.719300351, -0.805987324, 0.005633383),
-            (0.608379613, -0.590406345, -0.025832129),
-            (0.48293999, -0.409735083, -0.039610378),
-            (0.439274407, -0.367288209, -0.039205201),
-        ],
+    ("fletcher_reeves", "bfgs"): (
+        (0.439274407, -0.367288209, -0.039205201),
         (0, 0.34545413, 0.56745809, 0.21630638, 0.55783095, 0.3464584),
     ),
+    ("polak_ribiere", "bfgs"): ((0.614141539, -0.950332962, 0.14418993), (0,) * 6),
 }
-
-
-@pytest.mark.parametrize("preconditioner", [None, "bfgs"])
-def test_golden_run_on_a_quadratic(precision, preconditioner):
-    tx = scale_by_nlcg(rates(A_RATES), preconditioner=preconditioner, step_control=None)
-    rows = descent(tx, quadratic, START, 6)
-    points, betas = GOLDEN_A[preconditioner]
-    np.testing.assert_allclose([w for w, _ in rows], points, **DIGITS)
-    np.testing.assert_allclose([s.beta for _, s in rows], betas, **DIGITS)
-    if preconditioner == "bfgs":
-        h = [s.preconditioner.h for _, s in rows]
-        np.testing.assert_allclose(h[1], (0.98665643, 1.32186178, 7.56056239), **DIGITS)
-        np.testing.assert_allclose(h[5], (1.10080433, 5.51245931, 7.0936185), **DIGITS)
-
-
-def test_golden_run_of_polak_ribiere(precision):
-    tx = scale_by_nlcg(rates(A_RATES), beta="polak_ribiere", step_control=None)
-    rows = descent(tx, quadratic, START, 6)
-    np.testing.assert_array_equal([s.beta for _, s in rows], 0)
-    last = (0.614141539, -0.950332962, 0.14418993)
-    np.testing.assert_allclose(rows[5][0], last, **DIGITS)
-
-
-GOLDEN_B = {
+# The last of five updates for gradients that are given, and β of each step.
+GOLDEN_GIVEN = {
     ("fletcher_reeves", None): (
-        [
-            (-0.1, 0.2, -0.05),
-            (-0.04285714, 0.08571429, -0.11142857),
-            (0.03428572, 0.11142857, -0.40285714),
-            (-0.06571428, 0.01142857, -0.20285714),
-            (-0.18285714, 0.10571429, -0.30142857),
-        ],
+        (-0.18285714, 0.10571429, -0.30142857),
         (0, 0.2285714, 1, 1, 1),
     ),
     ("fletcher_reeves", "bfgs"): (
-        [
-            (-0.1, 0.2, -0.05),
-            (-0.02044742, 0.03065969, -0.06801416),
-            (-0.02828095, 0.05498039, -0.32907353),
-            (-0.01579689, -0.00021888, -0.04569184),
-            (-0.02155307, 0.01312273, -0.05504236),
-        ],
+        (-0.02155307, 0.01312273, -0.05504236),
         (0, 0.1249889, 1, 0.2366896, 1),
     ),
-    ("polak_ribiere", None): (
-        [
-            (-0.1, 0.2, -0.05),
-            (-0.02, 0.04, -0.1),
-            (0.1, -0.02, -0.28),
-            (0, -0.12, -0.08),
-            (-0.15, 0.04, -0.24),
-        ],
-        (0, 0, 0.5, 1, 1),
-    ),
+    ("polak_ribiere", None): ((-0.15, 0.04, -0.24), (0, 0, 0.5, 1, 1)),
     ("polak_ribiere", "bfgs"): (
-        [
-            (-0.1, 0.2, -0.05),
-            (-0.00794852, 0.0056619, -0.06176471),
-            (-0.01040525, 0.00855509, -0.57561027),
-            (-0.01483265, 0.00389408, -0.51576711),
-            (-0.01405742, 0.00660805, -0.31772671),
-        ],
+        (-0.01405742, 0.00660805, -0.31772671),
         (0, 0, 1, 1, 1),
     ),
 }
+# Likewise with step control: the last update, and the multipliers.
+GOLDEN_CONTROL = {
+    "step": ((0.00560125, 0.00090745, 0.01646085), (1, 1, 0.95, 0.95, 0.475)),
+    "online": ((0.00227246, 0.00143234, 0.00646786), (1, 1, 0.5, 0.51, 0.255)),
+}
 
 
-@pytest.mark.parametrize("rule", GOLDEN_B, ids=str)
+@pytest.mark.parametrize("rule", GOLDEN, ids=str)
+def test_golden_run_on_a_quadratic(precision, rule):
+    beta, preconditioner = rule
+    tx = scale_by_nlcg(
+        rates(A_RATES), beta=beta, preconditioner=preconditioner, step_control=None
+    )
+    rows = descent(tx, quadratic, START, 6)
+    point, betas = GOLDEN[rule]
+    np.testing.assert_allclose(rows[-1][0], point, **DIGITS)
+    np.testing.assert_allclose([s.beta for _, s in rows], betas, **DIGITS)
+    if rule == ("fletcher_reeves", "bfgs"):
+        h = rows[-1][1].preconditioner.h
+        np.testing.assert_allclose(h, (1.10080433, 5.51245931, 7.0936185), **DIGITS)
+
+
+@pytest.mark.parametrize("rule", GOLDEN_GIVEN, ids=str)
 def test_golden_run_on_given_gradients(precision, rule):
     beta, preconditioner = rule
     tx = scale_by_nlcg(
         rates(B_RATES), beta=beta, preconditioner=preconditioner, step_control=None
     )
     rows = course(tx, B_GRADIENTS)
-    updates, betas = GOLDEN_B[rule]
-    np.testing.assert_allclose([u for u, _ in rows], updates, **DIGITS)
+    update, betas = GOLDEN_GIVEN[rule]
+    np.testing.assert_allclose(rows[-1][0], update, **DIGITS)
     np.testing.assert_allclose([s.beta for _, s in rows], betas, **DIGITS)
     if rule == ("fletcher_reeves", "bfgs"):
-        h = [s.preconditioner.h for _, s in rows]
-        expected = [
-            (2.5161903, 7.0647617, 1.6190474),
-            (9.5133317, 9.4652494, 0.932424),
-            (10.9852907, 7.5573405, 6.211866),
-        ]
-        np.testing.assert_allclose(h[1:4], expected, **DIGITS)
-        assert_equal(h[4], h[3])  # the skip branch
+        *_, before, last = (s.preconditioner.h for _, s in rows)
+        expected = (10.9852907, 7.5573405, 6.211866)
+        np.testing.assert_allclose(before, expected, **DIGITS)
+        assert_equal(last, before)  # the skip branch
 
 
-@pytest.mark.parametrize("mode", ["step", "online"])
+@pytest.mark.parametrize("mode", GOLDEN_CONTROL)
 def test_golden_run_with_step_control(precision, mode):
     tx = scale_by_nlcg(rates(B_RATES), step_control=mode, control_period=2)
     rows = course(tx, B_GRADIENTS, LOSSES)
-    first = [(-0.1, 0.2, -0.05), (-0.02044742, 0.03065969, -0.06801416)]
-    later, multipliers = {
-        "step": (
-            [
-                (-0.01331456, 0.02952123, -0.22289022),
-                (-0.01469104, -0.00065696, -0.04215671),
-                (0.00560125, 0.00090745, 0.01646085),
-            ],
-            (1, 1, 0.95, 0.95, 0.475),
-        ),
-        "online": (
-            [
-                (0.0353913, -0.05243841, 0.10597181),
-                (-0.00604008, -0.00258316, -0.01620392),
-                (0.00227246, 0.00143234, 0.00646786),
-            ],
-            (1, 1, 0.5, 0.51, 0.255),
-        ),
-    }[mode]
-    np.testing.assert_allclose([u for u, _ in rows], first + later, **DIGITS)
+    update, multipliers = GOLDEN_CONTROL[mode]
+    np.testing.assert_allclose(rows[-1][0], update, **DIGITS)
     controls = [s.control for _, s in rows]
     np.testing.assert_allclose([c.multiplier for c in controls], multipliers, rtol=1e-6)
     averages = (2, 1.94, 2.108, 2.0756, 2.50292)
@@ -276,7 +211,8 @@ def test_is_the_textbook_loop(rule, preconditioner, control):
     rng = np.random.default_rng(0)
     steps = 40
     gradients = rng.normal(size=(steps, 3)) + np.asarray([1.0, -0.5, 0.2])
-    eta = np.concatenate([[0.0], rng.uniform(0.01, 0.1, steps - 1)])
+    eta = rng.uniform(0.01, 0.1, steps)
+    eta[[0, *range(5, steps, 10)]] = 0  # also at decisions, where nothing is undone
     losses = np.exp(0.6 * rng.normal(size=steps)) if control else None
     expected = textbook(rule, preconditioner, gradients, eta, losses)
     with jax.enable_x64(True):
@@ -314,7 +250,8 @@ def test_linear_conjugate_gradients(rule, preconditioned):
     n = 6
     rng = np.random.default_rng(0)
     root = rng.normal(size=(n, n))
-    a, solution = root @ root.T + np.eye(n), 1e3 * rng.normal(size=n)
+    # So well conditioned that no β is above 1.
+    a, solution = root @ root.T + 20 * np.eye(n), 1e3 * rng.normal(size=n)
     scales = rng.uniform(0.5, 2.0, n) if preconditioned else np.ones(n)
     # With P = S², CG on w is CG without a preconditioner on S⁻¹ w.
     s = np.diag(np.sqrt(scales))
@@ -326,7 +263,6 @@ def test_linear_conjugate_gradients(rule, preconditioned):
             beta=rule,
             preconditioner=p if preconditioned else None,
             step_control=None,
-            beta_max=np.inf,
         )
         rows = descent(tx, lambda w: a @ (w - solution), np.zeros(n), n)
     scale = np.abs(solution).max()
@@ -364,50 +300,6 @@ def test_beta_does_not_know_the_scale_of_the_loss(rule):
     assert len({float(x) for x in plain}) > 2
 
 
-# ------------------------------------------------------------------ restarts, guard
-
-
-def test_periodic_restarts():
-    tx = scale_by_nlcg(0.1, preconditioner=None, step_control=None, restart_period=2)
-    betas = [float(s.beta) for _, s in course(tx, B_GRADIENTS)]
-    assert [b == 0 for b in betas] == [True, False, True, False, True]
-
-
-def test_powell_s_restart_is_for_gradients_that_are_not_orthogonal():
-    tx = scale_by_nlcg(
-        0.1, preconditioner=None, step_control=None, powell_threshold=0.2
-    )
-    grads = [[1, 0, 0], [0.19, 1, 0], [0, 0.21, 1.0], [0, 0, -1.0], [0, 1, 0.1]]
-    betas = [float(s.beta) for _, s in course(tx, grads)]
-    overlaps = [abs(np.dot(a, b)) / np.dot(b, b) for a, b in itertools.pairwise(grads)]
-    assert [b == 0 for b in betas[1:]] == [x >= 0.2 for x in overlaps]
-    assert 0 < sum(x >= 0.2 for x in overlaps) < 4
-
-
-def test_the_descent_guard_replaces_and_counts_uphill_directions():
-    # The second gradient is opposite to the first and longer: β is 1, and d = −g + d.
-    grads = [[1.0, 0, 0], [-0.9, 0.1, 0], [0.1, 0.1, 0.1], [1.0, 1.0, 1.0]]
-
-    def directions(**options):
-        tx = scale_by_nlcg(
-            0.1, preconditioner=None, step_control=None, beta=0.95, **options
-        )
-        return course(tx, grads)
-
-    rising = [
-        np.dot(g, s.direction) >= 0
-        for g, (_, s) in zip(grads, directions(), strict=True)
-    ]
-    assert any(rising)
-    guarded = directions(descent_guard=True)
-    for k, (g, (_, s)) in enumerate(zip(grads, guarded, strict=True)):
-        assert np.dot(g, s.direction) < 0
-        if s.beta == 0:
-            np.testing.assert_allclose(s.direction, -np.asarray(g), rtol=1e-6)
-        assert s.uphill == sum(float(x.beta) == 0 for _, x in guarded[1 : k + 1])
-    assert guarded[-1][1].uphill > 0
-
-
 # -------------------------------------------------------------------------- the state
 
 
@@ -420,7 +312,6 @@ def test_the_descent_guard_replaces_and_counts_uphill_directions():
         ({"beta": "hager_zhang"}, 4),
         ({"preconditioner": None}, 1),
         ({"preconditioner": None, "beta": "polak_ribiere"}, 2),
-        ({"preconditioner": None, "powell_threshold": 0.2}, 2),
     ],
     ids=str,
 )
@@ -440,19 +331,6 @@ def test_half_precision_parameters_have_a_state_in_float32():
     updates, after = tx.update(w, state, w, value=jnp.bfloat16(1.0))
     assert updates["w"].dtype == jnp.bfloat16
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-
-
-def test_sleep_in_the_middle_of_a_run():
-    tx = scale_by_nlcg(rates(B_RATES), control_period=2)
-    w = jnp.zeros(3)
-    whole = course(tx, B_GRADIENTS, LOSSES)
-    asleep = flax.serialization.to_bytes(whole[2][1])
-    state = flax.serialization.from_bytes(tx.init(w), asleep)
-    update = jax.jit(lambda g, s, v: tx.update(g, s, w, value=v))
-    for k in (3, 4):
-        g, value = jnp.asarray(B_GRADIENTS[k], float), jnp.asarray(LOSSES[k], float)
-        updates, state = update(g, state, value)
-        assert_equal(np.asarray(updates), whole[k][0])
 
 
 def test_a_preconditioner_that_breaks_down_leaves_everything_as_it_was():
@@ -501,17 +379,6 @@ def test_preconditioned_by_kfac():
     )
 
 
-def test_an_adaptive_preconditioner_from_optax():
-    tx = scale_by_nlcg(0.05, preconditioner=optax.scale_by_rms())
-    w = jnp.asarray(START)
-    state = tx.init(w)
-    for _ in range(30):
-        loss = jnp.sum(A * w**2) / 2
-        updates, state = tx.update(quadratic(w), state, w, value=loss)
-        w = optax.apply_updates(w, updates)
-    assert float(jnp.sum(A * w**2) / 2) < 0.5
-
-
 # ---------------------------------------------------------------------------- errors
 
 
@@ -531,24 +398,16 @@ def test_the_loss_is_needed(mode):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": -0.1}, r"learning_rate=-0.1 must not be negative; the dir"),
-        ({"beta": "polak"}, r"beta='polak' must be one of \['dai_yuan', .*, or a numb"),
-        ({"beta": -0.5}, r"beta=-0.5 must lie in \[0, 1\]"),
+        ({"learning_rate": -0.1}, r"learning_rate=-0.1 must be 0 or positive; the d"),
+        ({"beta": "polak"}, r"beta='polak' must be 'dai_yuan', .* or 'polak_rib"),
+        ({"beta": -0.5}, r"beta=-0.5 must lie in \[0, 1\]; it is a momen"),
+        ({"beta": 1.5}, r"beta=1.5 must lie in \[0, 1\]; it is a momentum"),
         ({"preconditioner": "kfac"}, r"preconditioner='kfac' must be 'bfgs', None, or"),
         ({"preconditioner": 3.0}, r"preconditioner=3.0 must be 'bfgs', None, or a tra"),
         ({"step_control": "armijo"}, r"step_control='armijo' must be 'step', 'online'"),
-        ({"control_period": 0}, r"control_period=0 must be a whole number of steps"),
-        ({"beta_max": -1.0}, r"beta_max=-1.0 must not be negative; 1 is usual"),
-        ({"restart_period": 0}, r"restart_period=0 must be a whole number of steps"),
-        ({"powell_threshold": 0.0}, r"powell_threshold=0.0 must be positive; 0.2 is"),
+        ({"control_period": 0}, r"control_period=0 must be a whole number, ≥ 1; 5"),
     ],
 )
 def test_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(scale_by_nlcg)(**({"learning_rate": 0.1} | change))
-
-
-def test_the_ready_optimizer_is_the_core():
-    ready = course(lbopt.nlcg(0.1, beta="dai_yuan"), B_GRADIENTS, LOSSES)
-    core = course(scale_by_nlcg(0.1, beta="dai_yuan"), B_GRADIENTS, LOSSES)
-    assert_equal(ready, core)

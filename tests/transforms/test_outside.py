@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lbopt
-from lbopt.transforms import desk, outside, unit_classes
+from lbopt.transforms import outside, owner_buffers, unit_classes
 from lbopt.transforms.reshard import owners_in
 from tests.problems import Mlp, assert_equal, classify
 from tests.transforms.test_reshard import random_state
@@ -25,7 +25,7 @@ def states(devices, placement):
     renewals = jnp.asarray([1, 1, 1, 0])  # G of the last layer is not known
     state = state._replace(refresh=state.refresh._replace(renewals=renewals))
     many = lbopt.scale_by_kfac(
-        LAYERS, axis_name="data", axis_size=devices, placement=placement
+        LAYERS, placement=lbopt.Placement("data", devices, placement)
     )
     like = jax.eval_shape(many.init, PROBLEM.params)
     return state, lbopt.reshard(state, like, LAYERS)
@@ -36,7 +36,7 @@ def test_the_order_holds_all_factors_whatever_the_devices(placement):
     state, spread = states(4, placement)
     packed = [np.asarray(x) for x in jax.tree.leaves(state.factors)]
     for given in (state, spread):
-        order = outside.take_out(OWN, given)
+        order = outside.export_factors(OWN, given)
         owners = owners_in(OWN, given)
         for units, rows, damping in zip(
             unit_classes.classes_of(owners), order.factors, order.damping, strict=True
@@ -60,7 +60,7 @@ def test_what_comes_back_has_its_place(placement):
         rows[units.numbers == 1] = np.nan
         wires.append(jnp.asarray(rows, jnp.float32))
     known = jnp.asarray([True, True, False, False])
-    after = outside.bring_in(OWN, state, wires, known, jnp.asarray(7))
+    after = outside.import_inverses(OWN, state, wires, known, jnp.asarray(7))
     # The first is new; the second is refused; of the others nothing was known.
     assert after.refresh.inverse_step.tolist() == [7, -1, -1, -1]
     assert after.rejected.tolist() == [1, 0]
@@ -77,4 +77,4 @@ def test_what_comes_back_has_its_place(placement):
     ]
     (wire, factor) = position[0]
     np.testing.assert_array_equal(found[0], factor.expand(wire))
-    assert desk.kept_size(factor) == found[0].size
+    assert owner_buffers.kept_size(factor) == found[0].size

@@ -10,7 +10,7 @@ from lbopt import sharding
 from lbopt.collectives import Axis
 from lbopt.curvature import capture, diagonal, kronecker, linear_maps, unit_wise
 from lbopt.curvature.registry import Layer
-from lbopt.transforms import desk, kfac_state
+from lbopt.transforms import kfac_state, owner_buffers
 from lbopt.transforms.placement import precondition_on_owners
 
 
@@ -60,7 +60,7 @@ def random_inverses():
 
 def on_their_owners(owners, inverses):
     """The same on each owner's desk, put there by hand."""
-    kept = np.zeros((owners.devices, desk.kept_desk(owners).length))
+    kept = np.zeros((owners.devices, owner_buffers.kept_layout(owners).length))
     ends = [0] * owners.devices
     for unit, device in zip(owners.units, owners.owner, strict=True):
         names = type(LAYERS[unit.path].block.factors)._fields

@@ -30,17 +30,17 @@ def quadratic(w):
     return jnp.sum(jnp.asarray(F, w.dtype) * w**2) / 2
 
 
-def stepper(tx, jit=True, value_fn=quadratic, products=diagonal_products):
+def stepper(tx, jit=True, loss_fn=quadratic, value_fn=None, products=diagonal_products):
     """One update on the quadratic, some of whose numbers may be replaced."""
 
     def step(w, state, change):
-        loss, grads = jax.value_and_grad(quadratic)(w)
+        loss, grads = jax.value_and_grad(loss_fn)(w)
         given = {"grads": grads, "value": loss} | change
         return tx.update(
             given.pop("grads"),
             state,
             w,
-            value_fn=value_fn,
+            value_fn=value_fn or loss_fn,
             fisher_products=products,
             **given,
         )
@@ -49,14 +49,27 @@ def stepper(tx, jit=True, value_fn=quadratic, products=diagonal_products):
     return lambda w=START, state=None, **change: step(w, state or tx.init(w), change)
 
 
-def descent(tx, steps, **options):
+def descent(tx, steps, w=START, **options):
     """The point and the state after each step."""
-    step, w, state, rows = stepper(tx, **options), START, None, []
+    step, state, rows = stepper(tx, **options), tx.init(w), []
     for _ in range(steps):
         update, state = step(w, state)
         w = w + update
         rows.append((w, state))
     return rows
+
+
+def least_squares(x, y):
+    """The loss of a linear regression, and products with its Fisher matrix."""
+
+    def loss_fn(w):
+        return jnp.mean(jnp.square(x @ w - y)) / 2
+
+    def products(vectors):
+        v = jnp.stack(vectors)
+        return v @ (x.T @ x / len(x)) @ v.T
+
+    return {"loss_fn": loss_fn, "products": products}
 
 
 # ----------------------------------------------------------------- conjugate gradients
@@ -87,37 +100,21 @@ def linear_regression(momentum, weight_decay):
     """The points of as many steps as there are parameters, and what they must be."""
     n, size = 12, 6
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, size)), rng.normal(size=n)
-    f, p, tiny = x.T @ x / n, spd(1, size), 1e-14
+    # The smallest λ is 1e-14 of curvatures as large as these.
+    x, y = 1e3 * rng.normal(size=(n, size)), 1e3 * rng.normal(size=n)
+    f, p, weight_decay = x.T @ x / n, spd(1, size), 1e6 * weight_decay
     tx = scale_by_quadratic_model(
         optax.stateless(lambda g, _: jnp.asarray(p) @ g),
-        damping=tiny,
-        damping_floor=tiny,
+        damping=1e-8,
         weight_decay=weight_decay,
         momentum=momentum,
     )
-    loss_fn = lambda w: jnp.mean(jnp.square(x @ w - y)) / 2  # noqa: E731
-
-    def products(vectors):
-        v = jnp.stack(vectors)
-        return v @ f @ v.T
-
-    @quick_jit
-    def step(w, state):
-        loss, grads = jax.value_and_grad(loss_fn)(w)
-        updates, state = tx.update(
-            grads, state, w, value=loss, value_fn=loss_fn, fisher_products=products
-        )
-        return w + updates, state
-
-    w = jnp.asarray(rng.normal(size=size))
+    w = rng.normal(size=size)
     a, b = f + weight_decay * np.eye(size), x.T @ y / n
-    expected = conjugate_gradients(a, b, p, np.asarray(w), size)
-    state, points = tx.init(w), []
-    for _ in range(size):
-        w, state = step(w, state)
-        points.append(w)
-    return np.asarray(points), expected, np.linalg.solve(a, b), state
+    expected = conjugate_gradients(a, b, p, w, size)
+    rows = descent(tx, size, jnp.asarray(w), **least_squares(x, y))
+    points = np.asarray([w for w, _ in rows])
+    return points, expected, np.linalg.solve(a, b), rows[-1][1]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
@@ -129,7 +126,7 @@ def test_on_a_quadratic_the_steps_are_conjugate_gradients(weight_decay):
     np.testing.assert_allclose(points[-1], solution, atol=1e-9)
     # The model is the loss: ρ of the fifth step is 1, and λ stays at its floor.
     np.testing.assert_allclose(state.ratio, 1, rtol=1e-6)
-    assert float(state.damping) == 1e-14
+    assert float(state.damping) == 1e-8
     assert state.rejected == 0
     # Without momentum it is steepest descent, the same at the first step only.
     np.testing.assert_allclose(alone[0], points[0], rtol=1e-12)
@@ -143,7 +140,7 @@ def test_on_a_quadratic_the_steps_are_conjugate_gradients(weight_decay):
 def test_the_step_is_the_minimum_of_the_model(momentum):
     p, f, w = spd(2, 3), spd(3, 3), np.asarray(START, float)
     grads, last = np.asarray([0.7, -1.0, 2.0]), np.asarray([0.3, 0.2, -0.1])
-    products = lambda v: jnp.stack(v) @ f @ jnp.stack(v).T  # noqa: E731
+    products = least_squares(np.linalg.cholesky(3 * f).T, 0)["products"]
     with jax.enable_x64(True):
         tx = scale_by_quadratic_model(
             optax.stateless(lambda g, _: jnp.asarray(p) @ g),
@@ -220,11 +217,9 @@ def nothing(vectors):
     return jnp.zeros((2, 2))
 
 
-def decided(rise, damping=8.0, **options):
+def decided(rise, damping=8.0):
     """A decision after a loss of 1 rose by a multiple of the predicted change."""
-    tx = scale_by_quadratic_model(
-        IDENTITY, damping=damping, damping_period=2, **options
-    )
+    tx = scale_by_quadratic_model(IDENTITY, damping=damping, damping_period=2)
     state = tx.init(START)._replace(count=jnp.asarray(1))
     # F = 0 and P = I: M(δ) − M(0) is −|g|² / 2λ.
     g = jnp.array([2.0, 0.0, 0.0])
@@ -238,12 +233,11 @@ def test_every_branch_of_the_rule(rho, factor):
     state = decided(rho)
     np.testing.assert_allclose(state.ratio, rho, rtol=1e-5)
     np.testing.assert_allclose(state.damping, 8 * factor, rtol=1e-6)
-    assert decided(rho, damping_decay=1.0).damping == 8
 
 
 def test_the_damping_has_bounds():
-    assert decided(1.0, 1e-8, damping_floor=1e-8).damping == np.float32(1e-8)
-    np.testing.assert_allclose(decided(1.0, 1.0, damping_floor=0.95).damping, 0.95)
+    for damping in (1e-8, 1.1e-8):
+        assert decided(1.0, damping).damping == np.float32(1e-8)
     assert decided(0.0, 1e12).damping == np.float32(1e12)
 
 
@@ -337,13 +331,6 @@ def test_a_step_that_is_not_taken_raises_the_damping_at_once():
 # -------------------------------------------------------------------------- the state
 
 
-def test_compiled_or_not():
-    tx = scale_by_quadratic_model(optax.scale_by_rms(), damping=1.0, damping_period=2)
-    compiled, plain = descent(tx, 3), descent(tx, 3, jit=False)
-    assert_close(compiled, plain)
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(plain))
-
-
 def test_half_precision_parameters_have_a_state_in_float32():
     w = START.astype(jnp.bfloat16)
     tx = scale_by_quadratic_model(IDENTITY)
@@ -410,23 +397,7 @@ def test_examples_spread_over_devices():
             damping_period=1,
             axis_name=axis_name,
         )
-        loss_fn = lambda w: jnp.mean(jnp.square(x @ w - y)) / 2  # noqa: E731
-        w = START
-        state = tx.init(w)
-        for _ in range(3):
-            loss, grads = jax.value_and_grad(loss_fn)(w)
-            updates, state = tx.update(
-                grads,
-                state,
-                w,
-                value=loss,
-                value_fn=loss_fn,
-                fisher_products=lambda vectors: (
-                    jnp.stack(vectors) @ (x.T @ x / len(x)) @ jnp.stack(vectors).T
-                ),
-            )
-            w = w + updates
-        return w, state
+        return descent(tx, 3, jit=False, **least_squares(x, y))[-1]
 
     shares = jnp.stack(jnp.split(x, 2)), jnp.stack(jnp.split(y, 2))
     found = on_devices(2, lambda x, y: run(x, y, AXIS), *shares)
@@ -471,12 +442,9 @@ def test_products_are_a_matrix():
     [
         ({"preconditioner": "kfac"}, r"preconditioner='kfac' must be a transformation"),
         ({"damping": 0.0}, r"damping=0.0 must be positive; 150 is a usual start"),
-        ({"weight_decay": -1.0}, r"weight_decay=-1.0 must not be negative"),
-        ({"damping_period": 0}, r"damping_period=0 must be a whole number of steps, ≥"),
-        ({"damping_period": 2.5}, r"damping_period=2.5 must be a whole number of st"),
-        ({"damping_decay": 0.0}, r"damping_decay=0.0 must lie in \(0, 1\]; 19/20 is u"),
-        ({"damping_decay": 1.1}, r"damping_decay=1.1 must lie in \(0, 1\]"),
-        ({"damping_floor": 0.0}, r"damping_floor=0.0 must be positive"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0 must be 0 or positive; 0"),
+        ({"damping_period": 0}, r"damping_period=0 must be a whole number, ≥ 1; 5"),
+        ({"damping_period": 2.5}, r"damping_period=2.5 must be a whole number, ≥ 1"),
     ],
 )
 def test_settings_out_of_range(change, message):

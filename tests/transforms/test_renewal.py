@@ -10,11 +10,11 @@ import pytest
 
 import lbopt
 from tests.problems import Mlp, assert_close, assert_equal, classify, inputs
-from tests.transforms.test_kfac import numpy_natural
+from tests.transforms.test_kfac import assert_natural
 
 DAMPING, DECAY, STEPS = 1e-2, 0.8, 9
 # Float64; the inverses' conditions of 1e3 leave about this.
-ROUNDING = 1e-9
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
@@ -79,31 +79,33 @@ def changing():
 )
 def test_a_step_uses_the_factors_of_so_many_steps_ago(period, delay):
     course = changing()
-    results = course.states(inverse_period=period, inverse_delay=delay)
+    periods = lbopt.Periods(inverses=period, delay=delay)
+    results = course.states(periods=periods)
     for t, (updates, state) in enumerate(results):
         # Inversions begin at 0, period, ...; the first has effect at once.
         made = max(k for k in range(0, t + 1, period) if k == 0 or k + delay <= t)
-        for path in course.layers:
-            expected = numpy_natural(
-                course.given[t][0][path], *course.averages[made][path], DAMPING
-            )
-            actual = {name: updates[path][name] for name in expected}
-            assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+        given, averages = course.given[t][0], course.averages[made]
+        assert_natural(updates, given, averages, DAMPING, **EXACT)
         ages = jax.tree.leaves(lbopt.inverse_age(state))
         assert [int(age) for age in ages] == [t - made] * len(ages)
 
 
 def test_without_a_delay_nothing_is_kept_for_later():
-    plain = changing().states(inverse_period=2)
-    assert_equal(changing().states(inverse_period=2, inverse_delay=0), plain)
+    plain, now = (
+        changing().states(periods=lbopt.Periods(inverses=2, delay=delay))
+        for delay in (None, 0)
+    )
+    assert_equal(now, plain)
     assert plain[-1][1].pending == ()
 
 
 def test_factors_that_stand_still_make_any_delay_the_same():
     course = Course([0] * 6)
-    plain = course.states(inverse_period=2)
-    for delay in (1, 2):
-        later = course.states(inverse_period=2, inverse_delay=delay)
+    plain, *delayed = (
+        course.states(periods=lbopt.Periods(inverses=2, delay=delay))
+        for delay in (None, 1, 2)
+    )
+    for later in delayed:
         for (actual, _), (expected, _) in zip(later, plain, strict=True):
             assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -113,7 +115,8 @@ def test_an_inverse_that_is_not_finite_is_refused_when_it_comes(delay):
     course = changing()
     damping = [DAMPING] * STEPS
     damping[3] = np.nan
-    results = course.states(damping=damping, inverse_period=3, inverse_delay=delay)
+    periods = lbopt.Periods(inverses=3, delay=delay)
+    results = course.states(damping=damping, periods=periods)
     states = [state for _, state in results]
     comes = 3 + delay
     assert not states[comes - 1].rejected.any()
@@ -121,17 +124,14 @@ def test_an_inverse_that_is_not_finite_is_refused_when_it_comes(delay):
     assert states[comes].boost.tolist() == [10.0, 10.0]
     assert_equal(states[comes].inverses, states[2].inverses)
     # The next is made with ten times the damping, and is sound.
-    path = next(iter(course.layers))
-    grads = course.given[-1][0][path]
-    expected = numpy_natural(grads, *course.averages[6][path], 10 * DAMPING)
-    actual = {name: results[-1][0][path][name] for name in expected}
-    assert_close(actual, expected, rtol=ROUNDING, atol=ROUNDING)
+    given, found = course.given[-1][0], results[-1][0]
+    assert_natural(found, given, course.averages[6], 10 * DAMPING, **EXACT)
     assert states[-1].boost.tolist() == [1.0, 1.0]
 
 
 def test_sleep_while_inverses_are_under_way():
     course = changing()
-    options = {"inverse_period": 3, "inverse_delay": 2}
+    options = {"periods": lbopt.Periods(inverses=3, delay=2)}
     whole = course.states(**options)
     state = whole[3][1]
     assert (state.pending.step == 3).all()  # made at step 3, in effect at 5
@@ -143,10 +143,11 @@ def test_sleep_while_inverses_are_under_way():
 
 def test_what_was_under_way_is_made_again_on_other_devices():
     course = changing()
-    options = {"inverse_period": 4, "inverse_delay": 3}
+    options = {"periods": lbopt.Periods(inverses=4, delay=3)}
     state = course.states(**options)[5][1]
     assert (state.pending.step == 4).all()
-    two = lbopt.scale_by_kfac(course.layers, axis_name="data", axis_size=2, **options)
+    placement = lbopt.Placement("data", 2)
+    two = lbopt.scale_by_kfac(course.layers, placement=placement, **options)
     one = lbopt.scale_by_kfac(course.layers, **options)
     params = course.problem.params
     for tx in (two, one):
@@ -158,19 +159,3 @@ def test_what_was_under_way_is_made_again_on_other_devices():
     ]
     # Step 6 makes them anew; those of step 8 are in effect at 11.
     assert ages == [{0}, {1}, {2}, {3}, {4}, {3}, {4}, {5}]
-
-
-def test_settings_out_of_range():
-    layers = changing().layers
-    for delay in (-1, 0.5):
-        message = rf"inverse_delay={delay} must be a whole number of steps, ≥ 0"
-        with pytest.raises(ValueError, match=message):
-            lbopt.scale_by_kfac.__wrapped__(layers, inverse_delay=delay)
-    message = r"inverse_delay=3 is longer than the 2 steps .* lengthen inverse_period"
-    with pytest.raises(ValueError, match=message):
-        lbopt.scale_by_kfac(layers, inverse_period=2, inverse_delay=3)
-    message = r"inverse_delay=2 is longer than the 1 steps"
-    with pytest.raises(ValueError, match=message):
-        lbopt.scale_by_kfac(
-            layers, stale_threshold=0.1, factor_decay=0.0, inverse_delay=2
-        )

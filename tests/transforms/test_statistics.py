@@ -11,7 +11,7 @@ from lbopt import linalg
 from lbopt.collectives import Axis
 from lbopt.curvature import factor
 from lbopt.transforms.statistics import Running, fold
-from tests.devices import AXIS, on_devices
+from tests.devices import AXIS, on_devices, shares
 from tests.oracles import quick_jit
 from tests.problems import assert_close
 
@@ -61,13 +61,6 @@ def packed_of(whole):
         jnp.stack([case.pack(jnp.asarray(x, jnp.float32)) for x in each])
         for case, each in zip(CASES, whole, strict=True)
     ]
-
-
-def shares(x, devices):
-    """``[copies, size]`` as ``[devices, copies, share]``."""
-    share = -(-x.shape[1] // devices)
-    padded = np.pad(x, ((0, 0), (0, devices * share - x.shape[1])))
-    return jnp.asarray(np.moveaxis(padded.reshape(len(x), devices, share), 1, 0))
 
 
 def made(packed):
@@ -239,14 +232,3 @@ def test_missing_and_zero_history_is_not_similar(devices):
     _, findings = folded(devices, start(zeros, zeros), nothing, alpha=0.1)
     assert not findings.similar.any()
     assert not findings.similar_before.any()
-
-
-@everywhere
-def test_travelling_together_or_alone_is_the_same(devices):
-    _, old = drawn(0)
-    _, new = drawn(1, devices or 1)
-    joint, _ = folded(devices, start(old), new, weights=0.3)
-    alone, _ = folded(devices, start(old, old), new, weights=0.3, alpha=0.1)
-    for a, b in zip(joint, alone, strict=True):
-        assert_close(np.asarray(a.factor), np.asarray(b.factor), rtol=ROUNDING)
-        assert_close(np.asarray(a.traces), np.asarray(b.traces), rtol=ROUNDING)

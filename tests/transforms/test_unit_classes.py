@@ -1,4 +1,4 @@
-"""Classes of units, and whose turn it is on which device."""
+"""Classes of units, queues of those that are due, and rows that are replaced."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,20 +34,36 @@ def test_gathered_units_and_others_are_classes_apart():
     ]
 
 
-def test_turns_are_those_of_the_owners():
+def test_queues_are_those_of_the_owners():
     owners = owners_of(UNITS, 3)
     classes = unit_classes.classes_of(owners)
-    turns = unit_classes.turns_of(classes, jnp.asarray(SOME))
-    for ids, turn in zip(CLASSES, turns, strict=True):
-        assert turn.due.tolist() == SOME[ids].tolist()
+    queues = unit_classes.queues_of(classes, jnp.asarray(SOME))
+    for ids, queue in zip(CLASSES, queues, strict=True):
+        assert queue.due.tolist() == SOME[ids].tolist()
         for device in range(3):
             mine = [k for k, i in enumerate(ids) if owners.owner[i] == device]
             first = [k for k in mine if SOME[ids[k]]]
-            assert int(turn.lengths[device]) == len(first)
-            positions = turn.positions[device].tolist()
+            assert int(queue.lengths[device]) == len(first)
+            positions = queue.positions[device].tolist()
             assert positions[: len(first)] == first
             assert sorted(k for k in positions if k < len(ids)) == mine
-    most = unit_classes.most_of(turns)
-    assert most.tolist() == [int(np.max(turn.lengths)) for turn in turns]
-    count = unit_classes.count_of(turns)
+    most = unit_classes.longest_queues(queues)
+    assert most.tolist() == [int(np.max(queue.lengths)) for queue in queues]
+    count = unit_classes.due_counts(queues)
     assert count.tolist() == [int(SOME[ids].sum()) for ids in CLASSES]
+
+
+def test_sound_rows_are_replaced_and_others_stay():
+    owners = owners_of(UNITS, 1)
+    units = unit_classes.classes_of(owners)[0]  # statistics 0 and 2, three rows and two
+    old = [jnp.full((3, 1, 4, 4), -1.0), jnp.full((2, 4, 4), -2.0)]
+    packed = jnp.arange(5.0)[:, None] * jnp.ones(units.factor.wire)
+    sound = jnp.asarray([True, False, True, False, True])
+    new = unit_classes.replace_sound(owners, units, old, packed, sound)
+    assert [x.shape for x in new] == [x.shape for x in old]
+    corners = [x.reshape(-1, 4, 4)[:, 0, 0].tolist() for x in new]
+    assert corners == [[0, -1, 2], [-2, 4]]
+
+
+def test_a_loop_of_a_traced_length():
+    assert unit_classes.repeat(jnp.asarray(4), lambda k, x: x + k, 10) == 16

@@ -1,6 +1,6 @@
 """How many steps K-FAC needs for what SGD reaches: the demo, tuned, over three seeds.
 
-    python -m experiments.demo_study
+    python -m experiments.archive.demo_study
 
 Ten settings of each optimizer are tried with seed 0, and the best of each is run with
 two more seeds. SGD's best has the highest test accuracy at the end, K-FAC's the fewest
@@ -22,7 +22,7 @@ from experiments.settings import Config, Kfac, Sgd
 
 SEEDS = (0, 1, 2)
 RUNS = pathlib.Path("runs/demo_study")
-RESULTS = pathlib.Path(__file__).parent / "results" / "demo_study.json"
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "demo_study.json"
 
 SGD = [
     Sgd(learning_rate=rate, momentum=momentum)

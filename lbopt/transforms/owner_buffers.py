@@ -1,7 +1,7 @@
-"""Where each device has its own units: one row of numbers, whatever their kinds.
+"""Flat buffers, one for each device, that hold the units it owns back to back.
 
-A device that owns few units of one size and many of another would waste memory on
-arrays ``[slots, ...]`` of every size; on its *desk* they lie one after the other.
+An array ``[slots, ...]`` for each size of unit would waste memory wherever devices own
+unequal numbers of that size; a buffer only pads to the longest of the devices.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,49 +17,49 @@ from lbopt.curvature.factor import Factor
 from lbopt.sharding import Owners
 
 
-class Desk(NamedTuple):
-    """The plan of all desks.
+class Layout(NamedTuple):
+    """The offsets of units in their owners' buffers.
 
     Attributes:
-      offsets: where each unit begins on its owner's desk, ``[units]``; 0 for what lies
-        on none.
-      length: numbers of the longest desk.
+      offsets: the index of each unit's first number in its owner's buffer,
+        ``[units]``; 0 for units that have no place in any.
+      length: the size of the longest buffer.
     """
 
     offsets: np.ndarray
     length: int
 
 
-def lay_out(
+def layout_of(
     owners: Owners, numbers: Iterable[int], room: Callable[[Factor], int]
-) -> Desk:
-    """Puts units onto the desks of their owners.
+) -> Layout:
+    """Assigns units to consecutive places in the buffers of their owners.
 
     Args:
-      owners: who owns what.
-      numbers: the units, in the order in which they lie.
-      room: how many numbers a unit of this kind needs.
+      owners: the owner of each unit.
+      numbers: the units by number, in the order in which each buffer holds them.
+      room: the size of a unit's place, given its kind.
 
     Returns:
-      The plan.
+      The layout.
     """
     offsets = np.zeros(len(owners.units), np.int64)
-    ends = [0] * owners.devices
+    ends = [0] * owners.devices  # of what is placed so far
     for i in numbers:
         device = owners.owner[i]
         offsets[i] = ends[device]
         ends[device] += room(owners.units[i].factor)
-    return Desk(offsets, max(ends))
+    return Layout(offsets, max(ends))
 
 
-def kept_desk(owners: Owners) -> Desk:
-    """The plan of the inverses that stay with their owners, as they are kept."""
+def kept_layout(owners: Owners) -> Layout:
+    """Returns the layout of the inverses that stay on the device that computed them."""
     staying = [i for i, gathered in enumerate(owners.gathered) if not gathered]
-    return lay_out(owners, staying, kept_size)
+    return layout_of(owners, staying, kept_size)
 
 
 def identities(owners: Owners, dtype: Any) -> Float[Array, "devices length"]:
-    """The desks of kept inverses before the first statistic."""
+    """Returns buffers of identities: owner-kept inverses before the first statistic."""
     rows: list[list[Array]] = [[] for _ in range(owners.devices)]
     for unit, owner, gathered in zip(
         owners.units, owners.owner, owners.gathered, strict=True
@@ -73,25 +73,26 @@ def identities(owners: Owners, dtype: Any) -> Float[Array, "devices length"]:
 def stacked(
     rows: Sequence[Sequence[Float[Array, " _"]]], dtype: Any
 ) -> Float[Array, "devices length"]:
-    """Desks with each device's units in order, padded to the longest."""
-    nothing = jnp.zeros(0, dtype)
+    """Concatenates each device's rows to one buffer, padded to the longest."""
+    nothing = jnp.zeros(0, dtype)  # for a device that owns no unit
     joined = [jnp.concatenate([nothing, *row]) for row in rows]
     length = max(x.size for x in joined)
     return jnp.stack([jnp.pad(x, (0, length - x.size)) for x in joined])
 
 
 def kept_size(factor: Factor) -> int:
-    """How many numbers the inverse of a unit is, as it is kept."""
+    """Returns the size of a unit's inverse in its owner's buffer."""
+    # Unpacked: preconditioning reads it at every step, and unpacking is not free.
     return sum(x.size for x in jax.tree.leaves(_expanded(factor, ())))
 
 
 def flat(inverse: Any) -> Float[Array, " numbers"]:
-    """One unit's inverse as a row of numbers."""
+    """Concatenates the arrays of one unit's inverse."""
     return jnp.concatenate([x.ravel() for x in jax.tree.leaves(inverse)])
 
 
 def restored(factor: Factor, rows: Float[Array, "*copies numbers"]) -> Any:
-    """Inverses out of rows of numbers, what ``flat`` made, copies first."""
+    """Splits rows made by ``flat`` into the arrays of inverses, copies first."""
     leaves, tree = jax.tree.flatten(_expanded(factor, rows.shape[:-1]))
     ends = np.cumsum([_numbers(x, rows) for x in leaves])
     parts = jnp.split(rows, ends[:-1], axis=-1)
@@ -104,5 +105,6 @@ def _numbers(leaf: Any, rows: Array) -> int:
 
 
 def _expanded(factor: Factor, copies: tuple[int, ...]) -> Any:
+    # The dtype is arbitrary: only shapes are read.
     wire = jax.ShapeDtypeStruct((*copies, factor.wire), jnp.float32)
     return jax.eval_shape(factor.expand, wire)

@@ -7,7 +7,7 @@ import pytest
 
 from lbopt.curvature import factor
 from lbopt.sharding import Owners, Unit
-from lbopt.transforms import desk
+from lbopt.transforms import owner_buffers
 
 KINDS = [
     factor.symmetric(3),
@@ -29,20 +29,20 @@ OWNERS = Owners(
 
 
 def test_a_plan_puts_units_behind_one_another():
-    plan = desk.lay_out(OWNERS, [4, 2, 0, 1], lambda f: f.order)
+    plan = owner_buffers.layout_of(OWNERS, [4, 2, 0, 1], lambda f: f.order)
     assert plan.offsets.tolist() == [2, 1, 0, 0, 0]
     assert plan.length == 5  # orders 2 and 3 on device 1
 
 
 def test_kept_inverses_leave_out_what_every_device_has():
-    assert [desk.kept_size(kind) for kind in KINDS] == SIZES
-    plan = desk.kept_desk(OWNERS)
+    assert [owner_buffers.kept_size(kind) for kind in KINDS] == SIZES
+    plan = owner_buffers.kept_layout(OWNERS)
     assert plan.offsets.tolist() == [0, 0, 9, 0, 6]
     assert plan.length == 16
 
 
 def test_desks_start_with_identities():
-    desks = np.asarray(desk.identities(OWNERS, jnp.float32))
+    desks = np.asarray(owner_buffers.identities(OWNERS, jnp.float32))
     assert desks.shape == (3, 16)
     np.testing.assert_array_equal(desks[1, :9].reshape(3, 3), np.eye(3))
     np.testing.assert_array_equal(desks[1, 9:], [0, 1, 1, 1, 0, 0, 1])
@@ -57,6 +57,8 @@ def test_rows_of_numbers_are_the_inverses_again(kind, copies):
     rng = np.random.default_rng(0)
     wires = jnp.asarray(rng.normal(size=(*copies, kind.wire)), jnp.float32)
     whole = kind.expand(wires)
-    rows = np.stack([desk.flat(kind.expand(w)) for w in wires.reshape(-1, kind.wire)])
-    again = desk.restored(kind, jnp.asarray(rows.reshape(*copies, -1)))
+    rows = np.stack(
+        [owner_buffers.flat(kind.expand(w)) for w in wires.reshape(-1, kind.wire)]
+    )
+    again = owner_buffers.restored(kind, jnp.asarray(rows.reshape(*copies, -1)))
     jax.tree.map(np.testing.assert_array_equal, again, whole)

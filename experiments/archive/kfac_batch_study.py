@@ -1,6 +1,6 @@
 """K-FAC and SGD by batch size: updates to a fixed training loss; and two step sizes.
 
-    python -m experiments.kfac_batch_study
+    python -m experiments.archive.kfac_batch_study
 
 A small convolutional network without normalisation on `strokes/20_small`. At batches of
 64, 256, 1,024 and 2,048 SGD with Nesterov momentum and K-FAC with the KL clip get as
@@ -44,7 +44,7 @@ BASE_BATCH = 256
 ABLATION_BATCH = 1024
 
 RUNS = pathlib.Path("runs/kfac_batch_study")
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "kfac_batch_study.json"
 FIGURE = ROOT / "docs" / "figures" / "kfac_batch_sizes.png"
 

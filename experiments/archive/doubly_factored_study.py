@@ -1,6 +1,6 @@
 """K-FAC with three factors for a wide dense layer, beside its full factor, and SGD.
 
-    python -m experiments.doubly_factored_study
+    python -m experiments.archive.doubly_factored_study
 
 `convnet_wide` on `strokes/20_small`, whose hidden layer reads a map of 16 locations ×
 64 channels. Of all its inputs a factor has 1,025 rows, which can be inverted still; in
@@ -31,8 +31,7 @@ import numpy as np
 import optax
 
 from experiments import figures
-from experiments.classifier import build_program, open_data
-from experiments.kfac_batch_study import (
+from experiments.archive.kfac_batch_study import (
     AVERAGED_IMAGES,
     KFAC_GRID,
     SGD_GRID,
@@ -41,6 +40,7 @@ from experiments.kfac_batch_study import (
     last_loss,
     row_of,
 )
+from experiments.classifier import build_program, open_data
 from experiments.settings import Config
 from experiments.side_by_side import Outcome, outcomes_in
 
@@ -55,7 +55,7 @@ CURVATURES = {FULL: None, THREE: 512}
 LABELS = {SGD: "SGD", FULL: "K-FAC, full factor", THREE: "K-FAC, three factors"}
 
 RUNS = pathlib.Path("runs/doubly_factored_study")
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "doubly_factored_study.json"
 FIGURE = ROOT / "docs" / "figures" / "doubly_factored.png"
 

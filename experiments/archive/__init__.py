@@ -1,0 +1,1 @@
+"""Finished studies; README.md says at which commit each of them ran."""

@@ -1,0 +1,68 @@
+"""The parts that all studies share: their places, programs, records and legends."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import matplotlib.figure
+from matplotlib.axes import Axes
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "docs" / "figures"
+
+Outcome = TypeVar("Outcome")
+
+
+def share_programs(runs: pathlib.Path) -> None:
+    """Keeps compiled programs beside a study's runs, for other seeds and restarts."""
+    jax.config.update("jax_compilation_cache_dir", str(runs.resolve() / "compiled"))
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file as a whole or leaves the old one; makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Writes a record as the JSON file that is committed."""
+    replace_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def outcomes_in(
+    path: pathlib.Path,
+    contestants: Mapping[str, Any],
+    train: Callable[..., Mapping[str, Any]],
+    outcome: Callable[..., Outcome],
+) -> dict[str, Outcome]:
+    """Returns the outcomes of the contestants, from a file if they have run before.
+
+    The file is written when all have run; `outcome` is the dataclass of an outcome.
+    """
+    if not path.exists():
+        print(f"{path.stem}: training {len(contestants)} contestants", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            outcomes = train(contestants)
+        kept = {name: dataclasses.asdict(x) for name, x in outcomes.items()}
+        replace_text(path, json.dumps(kept))
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return {name: outcome(**values) for name, values in kept.items()}
+
+
+def legend_below(
+    figure: matplotlib.figure.Figure, panel: Axes, fontsize: float | None = None
+) -> None:
+    """Draws the legend of a panel's curves below all panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    options = {} if fontsize is None else {"fontsize": fontsize}
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, **options
+    )
