@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+import lbopt
 from lbopt import sharding
 from tests.oracles import quick_jit
 
@@ -38,6 +39,8 @@ def mesh_of(devices):
     return None if devices is None else sharding.make_mesh(jax.devices()[:devices])
 
 
-def spread(devices):
-    """The arguments of an optimizer on so many devices."""
-    return {} if devices is None else {"axis_name": AXIS, "axis_size": devices}
+def spread(devices, inverses="comm"):
+    """The placement of an optimizer on so many devices, as an argument."""
+    if devices is None:
+        return {}
+    return {"placement": lbopt.Placement(AXIS, devices, inverses)}

@@ -60,7 +60,7 @@ class Case(NamedTuple):
         """The optimizer and its mesh."""
         if self.devices == 1:
             return OPTIMIZERS[self.name](), None
-        options = {"placement": self.placement, **spread(self.devices)}
+        options = spread(self.devices, self.placement)
         return OPTIMIZERS[self.name](**options), mesh_of(self.devices)
 
 

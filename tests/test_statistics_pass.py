@@ -168,7 +168,7 @@ ROUNDING = 1e-4
 
 
 def kfac(**options):
-    return lbopt.kfac(0.05, LAYERS, damping=1e-2, stats_period=2, **options)
+    return lbopt.kfac(0.05, LAYERS, damping=1e-2, periods=lbopt.Periods(2), **options)
 
 
 def run_by_hand(devices, own, steps):
@@ -192,7 +192,7 @@ def run_by_hand(devices, own, steps):
 )
 def test_the_last_devices_evaluate_the_statistics(own, parallel, placement):
     devices = 4
-    tx = kfac(**spread(devices), placement=placement)
+    tx = kfac(**spread(devices, placement))
     state, train_step = started(tx, devices, parallel=parallel, statistics_devices=own)
     expected, losses = run_by_hand(devices, own, steps=3)
     for step, loss in enumerate(losses):
@@ -265,7 +265,7 @@ def test_a_pass_is_skipped_if_nothing_is_due(devices, options):
         jax.debug.callback(lambda: passes.append(None))
         return loss_fn(params, model_state, batch, rng)
 
-    tx = lbopt.scale_by_kfac(LAYERS, stats_period=3, **spread(devices))
+    tx = lbopt.scale_by_kfac(LAYERS, periods=lbopt.Periods(3), **spread(devices))
     state, train_step = started(tx, devices, counted, **options)
     counts = []
     for step in range(4):
@@ -280,7 +280,7 @@ SYNCHRONISED = problems.noisy_loss(problems.NormNet("data"))
 
 def test_layers_that_combine_devices_may_have_a_separate_pass():
     # Its collectives are inside a conditional that all devices decide alike.
-    tx = lbopt.kfac(0.05, LAYERS, stats_period=2, **spread(2))
+    tx = lbopt.kfac(0.05, LAYERS, periods=lbopt.Periods(2), **spread(2))
     state, train_step = started(tx, 2, SYNCHRONISED, **HALF)
     for step in range(3):
         state, metrics = train_step(state, batch_of(step))

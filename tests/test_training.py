@@ -43,7 +43,7 @@ def optimizer(name):
     tx, layers = optax.sgd(0.1, momentum=0.9), None
     if name == "kfac":
         layers = LAYERS
-        tx = lbopt.kfac(0.1, layers, damping=1e-2, stats_period=2, inverse_period=2)
+        tx = lbopt.kfac(0.1, layers, damping=1e-2, periods=lbopt.Periods(2, 2))
     return tx, layers, training.make_train_step(loss_fn, tx, layers)
 
 

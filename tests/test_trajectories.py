@@ -49,8 +49,8 @@ WAYS = [
 
 def start(make, devices=None, **options):
     """A first state and its step."""
-    mesh, placement = mesh_of(devices), {"placement": "memory"} if devices == 4 else {}
-    tx = make(**spread(devices), **placement)
+    mesh = mesh_of(devices)
+    tx = make(**spread(devices, "memory" if devices == 4 else "comm"))
     known = layers() if "kfac" in make.__name__ else None
     state = training.init_state(tx, PARAMS, {}, jax.random.key(1), mesh)
     return state, training.make_train_step(loss_fn, tx, known, mesh, **options)

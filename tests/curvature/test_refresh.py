@@ -25,7 +25,7 @@ def test_everything_is_due_at_first():
 
 
 def chains(layers):
-    inner = lbopt.scale_by_kfac(layers, stats_period=2)
+    inner = lbopt.scale_by_kfac(layers, periods=lbopt.Periods(2))
     return {
         "bare": inner,
         "chain": optax.chain(optax.identity(), inner, optax.trace(0.9)),

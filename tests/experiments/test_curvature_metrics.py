@@ -17,7 +17,7 @@ NUMBERS = 15 + 15 + 15 + 6
 PROBLEM = classify(Mlp())
 LAYERS = PROBLEM.trace()
 EVALUATED = PROBLEM.evaluate(LAYERS)
-PERIODS = {"damping": 1e-2, "stats_period": 2, "inverse_period": 4}
+PERIODS = {"damping": 1e-2, "periods": lbopt.Periods(2, 4)}
 
 
 def compiled(tx):
@@ -79,7 +79,7 @@ def test_statistics_that_stay_similar_are_renewed_ever_more_seldom():
 
 
 def test_four_devices_tell_what_each_sends():
-    tx = lbopt.kfac(0.1, LAYERS, axis_name="data", axis_size=4, **PERIODS)
+    tx = lbopt.kfac(0.1, LAYERS, placement=lbopt.Placement("data", 4), **PERIODS)
     mesh = lbopt.sharding.make_mesh(jax.devices()[:4])
 
     def loss_fn(params, model_state, batch, rng):
