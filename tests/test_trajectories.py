@@ -18,6 +18,7 @@ from tests.problems import assert_equal, assert_near_largest
 from tests.test_distributed import PARAMS, ROUNDING, batch_of, layers, loss_fn
 
 STEPS = 8
+ONE_DEVICE = lbopt.Placement()
 
 
 def lars(**_):
@@ -32,9 +33,9 @@ def nlcg_polak_ribiere(**_):
     return lbopt.nlcg(0.05, beta="polak_ribiere", step_control="online")
 
 
-def nlcg_kfac(axis_name=None, **options):
-    core = lbopt.scale_by_kfac(layers(), damping=1e-2, axis_name=axis_name, **options)
-    return lbopt.nlcg(0.02, preconditioner=core, axis_name=axis_name)
+def nlcg_kfac(placement=ONE_DEVICE):
+    core = lbopt.scale_by_kfac(layers(), damping=1e-2, placement=placement)
+    return lbopt.nlcg(0.02, preconditioner=core, axis_name=placement.axis_name)
 
 
 ON_TWO, ON_FOUR = {"devices": 2}, {"devices": 4, "accumulate": 2}
