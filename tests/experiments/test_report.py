@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from experiments import metrics, report, runs
+from experiments import figures, metrics, report, runs
 from experiments.settings import Config, Kfac, Sgd
 
 STEPS, EPOCH = 40, 10
@@ -143,6 +143,19 @@ def test_the_picture_shows_the_run(kept, copy):
     report.write(copy)
     fewer = cv2.imread(str(copy / "report.png"))
     assert len(fewer) / len(image) == 3 / 4, "no panel of what was not measured"
+
+
+def test_bytes_are_drawn_in_the_unit_of_the_axis(copy, monkeypatch):
+    drawn, plot = [], figures.plot
+
+    def noted(panel, index, x, y, label, *, marked):
+        drawn.append(max(y))
+        plot(panel, index, x, y, label, marked=marked)
+
+    monkeypatch.setattr(figures, "plot", noted)
+    report.write(copy)
+    assert drawn[-3] == 2.0, "MB sent"
+    assert 0.05 < drawn[-1] < 100, "GiB of memory"
 
 
 def test_a_run_that_goes_on_is_reported_as_far_as_it_came(copy):
