@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
@@ -60,7 +59,6 @@ def race(
       (warm-up included) and ``seconds`` of the timed steps, a list for each cycle if
       there is more than one step in it.
     """
-    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler's own start is nobody's
     states = {c.name: c.state for c in contestants}
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     losses: dict[str, list[float]] = {c.name: [] for c in contestants}
