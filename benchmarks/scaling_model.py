@@ -184,12 +184,8 @@ def planned(
     if owners.devices == 1:
         return counts
     axis = Axis("data", owners.devices)
-    layers = sharding.configured(problem.layers.preconditioned)
-    statistics = [
-        x.size // f.size * _padded(f.size, axis)
-        for layer in layers.values()
-        for x, f in zip(layer.factor_shapes(), layer.block.factors, strict=True)
-    ]
+    rows = collections.Counter((u.statistic, u.factor.size) for u in owners.units)
+    statistics = [n * _padded(size, axis) for (_, size), n in rows.items()]
     for size in statistics if adaptive else [sum(statistics)]:
         counts[Collective("reduce-scatter", size, 2)] += 1
     for units in unit_classes.classes_of(owners):

@@ -36,6 +36,7 @@ from experiments import classifier, study
 from experiments.configs import resnet50
 from experiments.data import pipeline
 from experiments.models import resnet
+from experiments.runs import write_text
 from experiments.settings import Config
 from lbopt import memory_plan
 
@@ -186,7 +187,7 @@ def kept(name: str) -> dict[str, Any]:
     path = RUNS / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
         row = in_own_process(name)
-        study.replace_text(path, json.dumps(row) + "\n")
+        write_text(path, json.dumps(row) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

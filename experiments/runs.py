@@ -102,7 +102,8 @@ def write_facts(directory: str | os.PathLike, **of_run: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a file by its new text; an error leaves the old file as it was."""
+    """Replaces a file by its new text, or, after an error, leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)

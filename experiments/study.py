@@ -12,6 +12,8 @@ import jax
 import matplotlib.figure
 from matplotlib.axes import Axes
 
+from experiments.runs import write_text
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -24,17 +26,9 @@ def share_programs(runs: pathlib.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(runs.resolve() / "compiled"))
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file as a whole or leaves the old one; makes its directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
 def write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Writes a record as the JSON file that is committed."""
-    replace_text(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def outcomes_in(
@@ -52,7 +46,7 @@ def outcomes_in(
         with contextlib.redirect_stdout(io.StringIO()):
             outcomes = train(contestants)
         kept = {name: dataclasses.asdict(x) for name, x in outcomes.items()}
-        replace_text(path, json.dumps(kept))
+        write_text(path, json.dumps(kept))
     kept = json.loads(path.read_text(encoding="utf-8"))
     return {name: outcome(**values) for name, values in kept.items()}
 

@@ -86,10 +86,10 @@ def corrected(layers, damping):
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def modelled(damping):
+def modelled(weight_decay):
     """Steps on a model whose Fisher matrix is the identity."""
     inner = lbopt.scale_by_quadratic_model(
-        optax.identity(), damping=damping, damping_period=2
+        optax.identity(), damping=1.0, weight_decay=weight_decay, damping_period=2
     )
     functions = {
         "value_fn": lambda params: optax.tree.norm(params, squared=True),
@@ -151,7 +151,7 @@ OPTIMIZERS = {
     ),
     "scale_by_quadratic_model": Optimizer(
         modelled,
-        lambda layers: {"damping": 1.0},
+        lambda layers: {"weight_decay": 1e-2},
         layerwise=False,
         has_curvature=False,
         bound=None,
@@ -276,7 +276,8 @@ def test_compiles_once_and_keeps_the_state_s_types(setting, name):
 def test_init_from_shapes(setting, name):
     tx, params = setting.make(name), setting.problem.params
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert_equal(tx.init(shapes), tx.init(params))
+    if name != "average_params":  # which starts with the parameters' numbers
+        assert_equal(tx.init(shapes), tx.init(params))
     abstract = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(abstract) == jax.tree.structure(tx.init(params))
 

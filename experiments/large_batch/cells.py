@@ -10,10 +10,11 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments import processor, study
+from experiments import processor
 from experiments.large_batch.contestants import CONTESTANTS, EVERYONE, VARIANTS
 from experiments.large_batch.problems import PROBLEMS, Problem, Task
 from experiments.large_batch.runs import Run, Runner
+from experiments.runs import write_text
 
 TRIALS = 8
 """Settings tried of every optimizer at every batch size, with seed 0."""
@@ -110,7 +111,7 @@ def path_of(cell: Cell, folder: pathlib.Path) -> pathlib.Path:
 
 def keep(cell: Cell, outcome: Outcome, folder: pathlib.Path) -> None:
     """Writes a cell's file as a whole."""
-    study.replace_text(path_of(cell, folder), json.dumps(dataclasses.asdict(outcome)))
+    write_text(path_of(cell, folder), json.dumps(dataclasses.asdict(outcome)))
 
 
 def kept(cell: Cell, folder: pathlib.Path) -> Outcome | None:

@@ -214,7 +214,7 @@ def _factors(controlled: Any, eta: Any, b: Any, undone: Any) -> tuple[Any, Any]:
     if controlled == ():
         return eta, 0.0
     ahead = eta * controlled.multiplier
-    undone = jnp.where(ahead > EPS, undone, 0)  # at a rate of zero nothing is undone
+    undone = jnp.where(ahead > EPS, undone, 0)  # a rate of about zero undoes nothing
     return (1 - undone) * ahead, undone * eta * b
 
 

@@ -89,6 +89,13 @@ def test_every_record_says_what_and_when(tmp_path):
         assert scalars[tag] == pytest.approx(record["loss"])
 
 
+def test_tensorboard_is_up_to_date_at_each_evaluation(tmp_path):
+    with reporter(tmp_path) as run:
+        run.train(1, [SAME])
+        run.test(1, SAME)
+        assert read_scalars(tmp_path).keys() >= {("train/loss", 1), ("test/loss", 1)}
+
+
 def test_numbers_that_are_not_finite_become_null_after_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")

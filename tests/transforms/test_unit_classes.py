@@ -57,7 +57,7 @@ def test_sound_rows_are_replaced_and_others_stay():
     owners = owners_of(UNITS, 1)
     units = unit_classes.classes_of(owners)[0]  # statistics 0 and 2, three rows and two
     old = [jnp.full((3, 1, 4, 4), -1.0), jnp.full((2, 4, 4), -2.0)]
-    packed = jnp.arange(5.0)[:, None] * jnp.ones(units.factor.wire)
+    packed = jnp.arange(5.0)[:, None] * jnp.ones((1, units.factor.wire))
     sound = jnp.asarray([True, False, True, False, True])
     new = unit_classes.replace_sound(owners, units, old, packed, sound)
     assert [x.shape for x in new] == [x.shape for x in old]
