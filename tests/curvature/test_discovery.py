@@ -20,6 +20,7 @@ from tests.problems import BATCH, CLASSES, FEATURES, Mlp, classify, inputs, labe
         ((inputs(), labels()), BATCH),
         (({"image": inputs(), "label": labels()},), BATCH),
         (({"norm": {"mean": jnp.ones(5)}}, inputs()), BATCH),  # batch_stats
+        (({"mean": jnp.ones(5), "scale": jnp.ones((3, 2))}, inputs()), BATCH),
         ((inputs(), jax.random.key(0)), BATCH),
         ((inputs(), jnp.zeros(2, jnp.uint32)), BATCH),  # a raw key
         ((inputs(), 0.1, None, jnp.ones([])), BATCH),

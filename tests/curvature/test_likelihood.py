@@ -53,9 +53,13 @@ TRANSFORMS = {
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 def test_likelihood_is_called_outside_transforms(transform, fisher):
     def declare(f):
-        return lbopt.likelihood(f, "categorical", terms=BATCH)
+        # A new function for each trace: jit would not call the same one again.
+        def inner(f):
+            return lbopt.likelihood(f, "categorical", terms=BATCH)
 
-    problem = problem_with(lambda f: TRANSFORMS[transform](declare)(f))
+        return TRANSFORMS[transform](inner)(f)
+
+    problem = problem_with(declare)
     message = r"lbopt.likelihood\(outputs, 'categorical'\) is called inside a jit, vmap"
     with pytest.raises(ValueError, match=message):
         problem.evaluate(fisher=fisher, rng=jax.random.key(0))

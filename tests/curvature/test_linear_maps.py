@@ -116,6 +116,9 @@ def test_axes_before_the_map_are_shared_beyond_the_first():
     # Under a per-example vmap the layer sees one example: every axis is shared.
     assert conv(False).input_rows(x).shape == (1, 2 * 3 * 4 * 4, 12)
     assert conv(True).input_rows(x[0, 0]).shape == (1, 4 * 4, 12)
+    for batched, shape in ((True, (2, 3 * 5 * 6, 2)), (False, (1, 2 * 3 * 5 * 6, 2))):
+        dense = linear_maps.dense_linear((2, 4), False, batched)
+        assert dense.input_rows(x).shape == shape
 
 
 def test_moments_count_the_appended_ones():

@@ -8,6 +8,7 @@ import pytest
 
 import lbopt
 from lbopt.curvature import refresh as clocks
+from tests.curvature.test_capture import Lifted
 from tests.oracles import quick_jit
 from tests.problems import Mlp, all_finite, assert_equal, classify
 
@@ -54,6 +55,19 @@ def test_two_curvature_transforms_share_the_mask():
         {"first": "often", "last": "rarely"},
     )
     assert set(lbopt.refresh(tx.init(problem.params))) == {"first", "last"}
+
+
+def test_the_age_is_that_of_the_oldest_copy():
+    problem = classify(Lifted("scan"))
+    state = lbopt.scale_by_kfac(problem.trace()).init(problem.params)
+    assert {int(age) for age in jax.tree.leaves(lbopt.inverse_age(state))} == {0}
+    # Three copies of two factors in the body, and two factors of the head.
+    steps = state.refresh._replace(inverse_step=jnp.asarray([4, 2, 3, 5, 5, 1, 6, 0]))
+    ages = lbopt.inverse_age(state._replace(count=jnp.asarray(8), refresh=steps))
+    assert {path: tuple(map(int, age)) for path, age in ages.items()} == {
+        "body/dense": (5, 6),
+        "head": (1, 7),
+    }
 
 
 def test_a_state_without_curvature():

@@ -14,10 +14,8 @@ from tests.problems import (
     FEATURES,
     WIDTH,
     Mlp,
-    Problem,
     classify,
     inputs,
-    labels,
 )
 
 
@@ -116,14 +114,6 @@ def test_arguments_that_are_no_arrays_stay_as_they_are():
         loss_fn, problem.params, *problem.args, "scaled", 2.0, verify=True
     )
     assert list(layers) == ["first", "last"]
-
-
-def test_a_layer_at_the_root_of_the_parameters():
-    problem = classify(nn.Dense(CLASSES))
-    layers = problem.trace()
-    assert [layer.block.kind for layer in layers.values()] == ["kronecker"]
-    (statistics,) = problem.evaluate()[2].values()
-    assert statistics.a.shape == (FEATURES + 1, FEATURES + 1)
 
 
 class Scaled(nn.Dense):
@@ -276,13 +266,3 @@ def test_messages_come_before_any_compile(options, message):
     shapes = jax.eval_shape(lambda *x: x, problem.params, problem.args)
     with pytest.raises(ValueError, match=message):
         lbopt.trace_layers(problem.loss_fn, shapes[0], *shapes[1], **options)
-
-
-def test_the_batch_may_be_any_tree():
-    problem = classify(Mlp())
-
-    def loss_fn(params, batch):
-        return problem.loss_fn(params, batch["x"], batch["y"])
-
-    batch = {"x": inputs(), "y": labels()}
-    assert list(Problem(loss_fn, problem.params, (batch,)).trace()) == ["first", "last"]
