@@ -177,8 +177,8 @@ def _own(tree: Any, devices: int, *, split: bool = False) -> int:
     def size(node: Any) -> int:
         shared = devices if split or _is_sharded(node) else 1
         return sum(
-            # A scalar cannot be cut: every device has it.
-            math.ceil(x.size / (shared if x.ndim else 1)) * x.dtype.itemsize
+            # Rounded up: shares are padded, and every device has all of a scalar.
+            math.ceil(x.size / shared) * x.dtype.itemsize
             for x in jax.tree.leaves(node)
         )
 

@@ -127,7 +127,7 @@ def test_numbers_without_a_mean_are_those_of_the_last_micro_batch():
 
     start = {"last": jnp.int32(7), "mean": jnp.float32(1)}
     state, mean = batch_functions.accumulated(
-        one, 2, start, jnp.arange(4), jax.random.split(RNG)
+        one, 2, start, jnp.arange(1, 5), jax.random.split(RNG)
     )
-    assert (int(state["last"]), float(state["mean"])) == (2, 4.0)
-    assert float(mean) == 3
+    assert (int(state["last"]), float(state["mean"])) == (3, 6.0)
+    assert float(mean) == 5

@@ -226,6 +226,11 @@ def units(*orders):
     ]
 
 
+def test_work_of_layers_with_one_owner_counts_for_the_others():
+    owners = sharding.owners_of(units(4, 2), 2, gathered=["layer1"])
+    assert owners.owner == (0, 1)
+
+
 def test_the_table_counts_units_and_work():
     text = repr(sharding.owners_of(units(4, 2, 2, 3), 2))
     head, *rows = [line.split() for line in text.splitlines()[:3]]
