@@ -169,6 +169,48 @@ EVERYTHING = [
 ]
 
 
+def numbers_of(value):
+    """The numbers of a table's row by which one recognises it."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers_of, value.values()))
+    if isinstance(value, tuple):
+        return set().union(set(), *map(numbers_of, value))
+    # Round numbers stand everywhere.
+    common = not isinstance(value, (int, float)) or float(f"{value:.0e}") == value
+    return set() if common else {value}
+
+
+ROWS_OF_PAPERS = [
+    numbers_of(row)
+    for table in vars(lbopt.presets).values()
+    if isinstance(table, dict)
+    for row in table.values()
+    if isinstance(row, tuple)
+]
+
+
+def test_there_are_tables_of_papers():
+    assert {8.18e-3, 0.997, 2.5e-4} <= set().union(*ROWS_OF_PAPERS)
+    assert sum(len(row) >= 2 for row in ROWS_OF_PAPERS) > 40
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_of_papers_are_presets(path):
+    """No other tuple, list, dictionary or call holds three numbers of one row.
+
+    Rows of two such numbers, a batch size and an accuracy, are recognised by both.
+    """
+    if "presets" in path.parts:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Tuple, ast.List, ast.Dict, ast.Call)):
+            inside = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
+            for row in ROWS_OF_PAPERS:
+                same = {x for x in inside if isinstance(x, float | int)} & row
+                least = max(2, min(3, len(row)))
+                assert len(same) < least, f"line {node.lineno}: {sorted(same)}"
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text())):
