@@ -102,7 +102,7 @@ def test_a_run_is_resumed(make):
     [
         {},
         {"beta": "hager_zhang"},
-        {"beta": "dai_yuan", "descent_guard": True, "powell_threshold": 0.2},
+        {"beta": "dai_yuan"},
     ],
     ids=str,
 )
