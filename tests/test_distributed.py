@@ -426,9 +426,9 @@ def test_an_axis_that_is_not_there():
     mesh = sharding.make_mesh(jax.devices()[:2])
     state = training.init_state(tx, PARAMS, {}, jax.random.key(1))
     step = training.make_train_step(loss_fn, tx, layers(), mesh)
-    with pytest.raises(ValueError, match=r"axis_name='model' is not a mapped axis here"):
+    with pytest.raises(ValueError, match="axis_name='model' is not a mapped axis"):
         step(state, batch_of(0))
-    with pytest.raises(ValueError, match=r"axis_name='model' must be an axis of the mesh"):
+    with pytest.raises(ValueError, match="axis_name='model' must be an axis of the"):
         training.make_train_step(loss_fn, tx, layers(), mesh, axis_name="model")
 
 
