@@ -131,7 +131,8 @@ def warmup(
         return rest
 
     def schedule(step: Any) -> Any:
-        # `where` evaluates both branches: without the minimum, the root is NaN after K.
+        # `where` evaluates both branches: after K the root would be NaN, or, of a step
+        # that is a Python number, complex.
         part = rise(jnp.minimum(step / steps, 1.0))
         ramp = init_value + (peak_value - init_value) * part
         return jnp.where(step < steps, ramp, rest(step))

@@ -37,6 +37,7 @@ def test_shapes_of_the_warmup(shape, rise):
     exact = np.where(steps < 31, ramp, after)
     for values in (jax.jit(jax.vmap(eta))(jnp.asarray(steps)), [*map(eta, range(90))]):
         np.testing.assert_allclose(values, exact, rtol=2e-5, atol=1e-8)
+        assert np.isrealobj(np.asarray(values))
 
 
 def test_warmup_without_steps_and_into_a_number():
