@@ -377,8 +377,7 @@ def test_transforms_in_the_loss(loss_fn):
 
 @pytest.fixture
 def mesh():
-    kinds = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((4,), ("data",), axis_types=kinds)
+    return jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @pytest.mark.parametrize("lift", ["once", "scan"])

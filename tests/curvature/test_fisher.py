@@ -258,8 +258,7 @@ def test_the_compiled_program_keeps_the_conditionals(lift):
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_the_conditionals_survive_shard_map(check_vma):
-    kinds = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=kinds)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def wrap(f):
         return jax.shard_map(

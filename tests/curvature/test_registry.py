@@ -94,6 +94,10 @@ def test_strict_refuses_by_path():
     assert "strict=False" in message
     assert "'dense'" not in message
     classify(Mlp()).trace(strict=True)  # all known
+    # Of a known layer that runs, but that no gradient flows to.
+    layers = [nn.Dense(WIDTH), jax.lax.stop_gradient, nn.Dense(CLASSES)]
+    with pytest.raises(ValueError, match=r"'layers_0' \(the loss does not use it\)"):
+        classify(nn.Sequential(layers)).trace(strict=True)
 
 
 def test_abstract_arguments_suffice():
