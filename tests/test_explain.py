@@ -123,7 +123,7 @@ def test_the_report_is_of_what_training_would_use():
         ([f"{HERE}:net", "--input", "4", "--set", "train=yes"], "must be NAME=VALUE"),
         ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "4"], "batch of 6 examp"),
         ([f"{HERE}:net", "--input", "6x8x8x3", "--devices", "0"], "whole number, ≥ 1"),
-        ([*TRAINED, "--devices", "2", "--placement", "both"], "placement='both'"),
+        ([*TRAINED, "--devices", "2", "--placement", "both"], "inverses='both'"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_by_name(arguments, message):

@@ -890,7 +890,7 @@ def regression_errors(damping, momentum=True):
     tx = scale_by_quadratic_model(
         times(p),
         damping=damping,
-        damping_floor=damping,
+        damping_period=100,  # λ stays
         weight_decay=decay,
         momentum=momentum,
     )

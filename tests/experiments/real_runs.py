@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ ALL_AT_ONCE = {
     "placement": "memory",
     "mixup-alpha": 0.4,
 }
-"""Whatever a state may hold: shares, desks, clocks, and a virtual batch."""
+"""Whatever a state may hold: shares, buffers, refresh times, and a virtual batch."""
 
 
 class Place:
@@ -134,6 +135,15 @@ class Place:
             (self.root / name / "checkpoints").iterdir(), key=lambda p: int(p.name)
         )
         return arrays(ocp.StandardCheckpointer().restore(last / "state"))
+
+
+def until(condition, process, log):
+    """Waits for a condition, as long as the process runs."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, log()
+        assert process.poll() is None, log()
+        time.sleep(0.001)
 
 
 def arrays(state):
