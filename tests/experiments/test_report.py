@@ -95,7 +95,7 @@ def test_the_report_says_what_came_of_the_run(text):
     assert text.startswith("# resnet8 on strokes/20: kfac, batch 64\n\n|")
     results, rest = text.split("![")
     found = {first: rest[0] for first, rest in rows(results).items()}
-    assert found.pop("memory of the host, peak").endswith(" MB")
+    assert re.fullmatch(r"[\d.]+ [MG]B", found.pop("memory of the host, peak"))
     assert found == {
         "": "",
         "---": "---",
