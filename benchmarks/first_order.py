@@ -36,7 +36,7 @@ def measure(steps: int, make: Callable[[], Workload] = resnet20) -> harness.Reco
     runners = [
         contestants.trained(name, workload, tx) for name, tx in optimizers().items()
     ]
-    entries = timing.race(runners, lambda index: workload.batch, steps, warm_up=1)
+    entries = timing.race(runners, lambda _index: workload.batch, steps, warm_up=1)
     for entry in entries:
         entry["ratios"] = timing.stretched_ratios(
             entry["seconds"], entries[0]["seconds"]

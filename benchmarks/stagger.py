@@ -47,7 +47,7 @@ def measure(rounds: int, make: Callable[[], Workload] = resnet50) -> harness.Rec
     ]
     entries = timing.race(
         runners,
-        lambda index: workload.batch,
+        lambda _index: workload.batch,
         rounds * PERIOD,
         warm_up=PERIOD,
         cycle=PERIOD,

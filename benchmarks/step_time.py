@@ -60,7 +60,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     harness.tell(f"{workload.name}: compiling")
     entries = timing.race(
         _contestants(workload),
-        lambda index: workload.batch,
+        lambda _index: workload.batch,
         rounds * len(CYCLE),
         warm_up=len(CYCLE),
         cycle=len(CYCLE),

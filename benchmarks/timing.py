@@ -39,7 +39,7 @@ def race(
     *,
     warm_up: int = 0,
     cycle: int = 1,
-    watch: Callable[[str, int, Any], None] = lambda name, index, state: None,
+    watch: Callable[[str, int, Any], None] = lambda _name, _index, _state: None,
 ) -> list[dict[str, Any]]:
     """Runs the contestants side by side: at every step, each takes one step.
 

@@ -83,7 +83,7 @@ def prepare(config: Config) -> Run:
 def train(
     run: Run,
     preempted: preemption.Preemption | None = None,
-    reached: Callable[[int], None] = lambda step: None,
+    reached: Callable[[int], None] = lambda _step: None,
 ) -> float:
     """Trains a run from its start, or from its newest checkpoint, to its end.
 

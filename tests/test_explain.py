@@ -84,7 +84,7 @@ def test_periods_and_blocks_reach_the_owner_table(capsys):
     out = run(capsys, *TRAINED, "--devices", "2", "--inverse-period", "3")
     assert "a step of the period of 3" in out
     cut = run(capsys, *TRAINED, "--devices", "2", "--block-size", "7")
-    whole, blocks = (int(re.search(r"(\d+) units", o)[1]) for o in (out, cut))  # pyright: ignore
+    whole, blocks = (int(re.search(r"(\d+) units", o)[1]) for o in (out, cut))
     assert blocks > whole
 
 

@@ -934,7 +934,7 @@ def test_17_predicted_change_is_half_the_slope_along_the_step():
         whole_jacobian(problem), problem.predictions, problem.distribution
     ) + (damping + decay) * np.eye(len(whole(start)))
     g = whole(grads) + decay * whole(problem.params)
-    model = lambda d: g @ d + d @ c @ d / 2  # noqa: E731
+    model = lambda d: g @ d + d @ c @ d / 2
     d = whole(updates)
     assert error(state.predicted, model(d)) < EXACT
     assert error(state.predicted, g @ d / 2) < EXACT
@@ -944,7 +944,7 @@ def test_17_predicted_change_is_half_the_slope_along_the_step():
         assert slope < EXACT * np.linalg.norm(direction) * np.linalg.norm(g)
         assert model(d) < min(model(1.01 * d), model(d + 0.01 * direction))
     # ρ compares it with what the loss and its penalty did.
-    h = lambda p: (  # noqa: E731
+    h = lambda p: (
         problem.loss(p, problem.x, problem.y)
         + decay / 2 * optax.tree.norm(p, squared=True)
     )

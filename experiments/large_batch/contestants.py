@@ -108,23 +108,23 @@ def _between(u: float, ends: Range) -> float:
 # === The optimizers ===================================================================
 
 
-def _sgd(size: Any, other: Any, layers: Any, problem: Problem):
+def _sgd(size: Any, other: Any, _layers: Any, _problem: Problem):
     return optax.sgd(size, momentum=1 - other, nesterov=True)
 
 
-def _adamw(size: Any, other: Any, layers: Any, problem: Problem):
+def _adamw(size: Any, other: Any, _layers: Any, _problem: Problem):
     return optax.adamw(size, weight_decay=other)
 
 
-def _lamb(size: Any, other: Any, layers: Any, problem: Problem):
+def _lamb(size: Any, other: Any, _layers: Any, _problem: Problem):
     return optax.lamb(size, weight_decay=other)
 
 
-def _lars(size: Any, other: Any, layers: Any, problem: Problem):
+def _lars(size: Any, other: Any, _layers: Any, _problem: Problem):
     return lbopt.lars(size, momentum=1 - other, weight_decay=1e-5, variant="mlperf")
 
 
-def _muon(size: Any, other: Any, layers: Any, problem: Problem):
+def _muon(size: Any, other: Any, _layers: Any, _problem: Problem):
     def dimensions(params: Any) -> Any:
         """Kernels are matrices of (locations and inputs) × outputs."""
 
@@ -148,15 +148,15 @@ def _each_array(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-def _nlcg(size: Any, other: Any, layers: Any, problem: Problem):
+def _nlcg(size: Any, _other: Any, _layers: Any, _problem: Problem):
     return lbopt.nlcg(size)
 
 
-def _kfac(size: Any, other: Any, layers: Any, problem: Problem, **changes: Any):
+def _kfac(size: Any, other: Any, layers: Any, _problem: Problem, **changes: Any):
     return lbopt.kfac(LARGEST_RATE, layers, damping=other, kl_clip=size, **changes)
 
 
-def _kfac_quadratic(size: Any, other: Any, layers: Any, problem: Problem):
+def _kfac_quadratic(_size: Any, other: Any, layers: Any, _problem: Problem):
     return lbopt.scale_by_quadratic_model(lbopt.scale_by_kfac(layers), damping=other)
 
 
@@ -165,7 +165,7 @@ def _sp_ngd(size: Any, other: Any, layers: Any, problem: Problem):
     return lbopt.sp_ngd(size, layers, damping=other, rescale=rescale)
 
 
-def _lars_on_kfac(size: Any, other: Any, layers: Any, problem: Problem):
+def _lars_on_kfac(size: Any, other: Any, layers: Any, _problem: Problem):
     coefficient = size(0)  # it takes a number, and does not warm up
     lars = lbopt.lars(
         LARS_ON_KFAC_RATE, weight_decay=0.0, trust_coefficient=coefficient, clip=True

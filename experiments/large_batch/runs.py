@@ -87,7 +87,7 @@ class Runner:
         self,
         settings: Mapping[str, float],
         seed: int,
-        report: Callable[[int, float, Any], None] = lambda step, error, state: None,
+        report: Callable[[int, float, Any], None] = lambda _step, _error, _state: None,
     ) -> Run:
         """Trains until the target is reached and the budget is spent, or to the end.
 

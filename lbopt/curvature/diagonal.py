@@ -67,7 +67,7 @@ def diagonal_block(
         kind="diagonal",
         sums=DiagonalSums(jax.ShapeDtypeStruct(shape, dtype)),
         estimate=estimate,
-        gradient=lambda residual, output_grads: {name: output_grads},
+        gradient=lambda _residual, output_grads: {name: output_grads},
         mean=lambda sums, terms: DiagonalSums(block.per_example(sums.f, terms)),
         statistics=lambda means: DiagonalFactors(means.f),
         factors=DiagonalFactors(factor.diagonal(shape)),

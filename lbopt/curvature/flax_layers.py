@@ -343,7 +343,7 @@ def _batch_axes(module, x):
     return tuple(i for i in range(x.ndim) if i not in features), 0
 
 
-def _layer_axes(module, x):
+def _layer_axes(module, _x):
     return _as_tuple(module.reduction_axes, 1), 0
 
 

@@ -129,7 +129,7 @@ def scale_by_nlcg(
     """
     _check(learning_rate, beta, preconditioner, step_control, control_period)
     # A number is a rule that needs no inner product.
-    rule = RULES[beta] if isinstance(beta, str) else Rule(lambda p: jnp.asarray(beta))
+    rule = RULES[beta] if isinstance(beta, str) else Rule(lambda _p: jnp.asarray(beta))
     precondition = _preconditioner(preconditioner)
     keeps_gradient = preconditioner == "bfgs" or rule.keeps_gradient
 

@@ -137,7 +137,7 @@ def test_there_is_no_backward_pass():
 
     def dots(k):
         vectors = random_like(problem.params, k)
-        f = lambda p, v: fisher_products(problem.loss_fn, p, v, *problem.args)  # noqa: E731
+        f = lambda p, v: fisher_products(problem.loss_fn, p, v, *problem.args)
         text = jax.jit(f).lower(problem.params, vectors).as_text()
         return text.count("stablehlo.dot_general")
 

@@ -98,7 +98,7 @@ class Reparametrised(nn.Module):
     def __call__(self, x):
         if self.how == "weight_norm":
             return nn.WeightNorm(nn.Dense(CLASSES, name="dense"))(x)
-        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)  # noqa: E731
+        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)
         kind = nn.map_variables(nn.Dense, "params", trans_in_fn=double, init=True)
         return kind(CLASSES, name="dense")(x)
 

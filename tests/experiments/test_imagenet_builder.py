@@ -115,7 +115,7 @@ class Reference(imagenet2012_dataset_builder.Builder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         train, validation = (
-            tarfile.open(dl_manager.manual_dir / name)  # noqa: SIM115
+            tarfile.open(dl_manager.manual_dir / name)  # noqa: SIM115  (as the builder does)
             for name in imagenet_archives.TARS.values()
         )
         lines = official("validation_labels.txt")

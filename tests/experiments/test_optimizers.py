@@ -20,8 +20,8 @@ from tests import problems
 
 STEPS_PER_EPOCH = 10.0
 DATA = Data(
-    train=None,  # type: ignore[arg-type]
-    test=None,  # type: ignore[arg-type]
+    train=None,
+    test=None,
     image_shape=(4, 4, 3),
     num_classes=problems.CLASSES,
     steps_per_epoch=STEPS_PER_EPOCH,

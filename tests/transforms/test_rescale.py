@@ -69,7 +69,7 @@ class Everything(nn.Module):
 def normal(tree, seed, scale):
     """Random arrays of a tree's shapes."""
     rng = np.random.default_rng(seed)
-    make = lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    make = lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
     return jax.tree.map(make, tree)
 
 
