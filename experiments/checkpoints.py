@@ -149,9 +149,12 @@ class Checkpoints:
             self._failed(error)
 
     def wait(self) -> bool:
-        """Waits for the checkpoint that is being saved; returns whether it is on disk.
+        """Waits for the checkpoint that is being saved.
 
         If it is not, ``tell`` has been called.
+
+        Returns:
+          Whether it is on disk.
         """
         try:
             self._manager.wait_until_finished()

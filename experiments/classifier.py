@@ -52,6 +52,9 @@ def open_data(config: Config) -> pipeline.Data:
 def build_model(config: Config, data: pipeline.Data) -> Model:
     """Builds the network, without parameters.
 
+    Returns:
+      The model.
+
     Raises:
         ValueError: If the network does not support a setting.
     """
@@ -196,6 +199,9 @@ def make_mesh(config: Config) -> Mesh | None:
 
 def build_program(config: Config, data: pipeline.Data) -> Program:
     """Builds model, loss and optimizer from shapes alone.
+
+    Returns:
+      The program.
 
     Raises:
         ValueError: If settings do not suit the data, the model or the devices.

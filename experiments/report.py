@@ -93,6 +93,9 @@ class Records(NamedTuple):
 def read(directory: str | os.PathLike) -> Records:
     """Reads the files of a run as far as they go.
 
+    Returns:
+      The settings, facts and metrics of the run.
+
     Raises:
       FileNotFoundError: if the directory holds no records.
       ValueError: if there is no record of training or of an evaluation.

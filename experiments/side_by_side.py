@@ -54,6 +54,9 @@ def train_together(configs: Mapping[str, Config]) -> dict[str, Outcome]:
 
     They may differ in optimizer, devices and accumulation. Nothing is written.
 
+    Returns:
+      The outcomes by name.
+
     Raises:
       ValueError: if they differ in the data or the length of the run.
     """

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from lbopt import checks, inversion_worker, sharding
-from lbopt.curvature.registry import Layers
+from lbopt.collectives import Axis
+from lbopt.curvature.registry import Layer, Layers
 from lbopt.inversion_worker import Job
 from lbopt.transforms import outside, unit_classes
 from lbopt.transforms.kfac_state import (
@@ -101,6 +102,7 @@ class BackgroundInversion:
         self._process: subprocess.Popen[bytes] | None = None
         self._under_way: Future[Any] | None = None
         self._calls = self._sent = self._failures = 0
+        self._closed = False
         self._take_out = jax.jit(
             lambda state: outside.export_factors(self._layers(state), state)
         )
@@ -119,7 +121,15 @@ class BackgroundInversion:
 
         Returns:
           The state for the next step, with new inverses if some have arrived.
+
+        Raises:
+          RuntimeError: after ``close``.
         """
+        if self._closed:
+            raise RuntimeError(
+                "this BackgroundInversion is closed; use it inside its with block, or "
+                "make another"
+            )
         self._calls += 1
         state = self._receive(state)
         if self._under_way is None and self._failures < _PATIENCE:
@@ -140,6 +150,7 @@ class BackgroundInversion:
 
     def close(self) -> None:
         """Ends the process; the inversion in progress is dropped."""
+        self._closed = True
         if self._process is not None:
             self._process.kill()  # which ends the thread's wait for it
         self._thread.shutdown()
@@ -151,6 +162,7 @@ class BackgroundInversion:
     def _send(self, state: Any) -> None:
         """Lets the thread send a copy of the factors to the process."""
         kfac_state = _curvature_state(state)
+        _check_block_size(self._layers(kfac_state), kfac_state)
         # A copy, because the next step may donate the state's arrays.
         order = self._take_out(kfac_state)
         layers = self._layers(kfac_state)
@@ -288,6 +300,22 @@ def _check_cores(cores: Sequence[int]) -> None:
             f"cores={list(cores)} must be among the {count} of this host, numbered "
             "from 0; None for all"
         )
+
+
+def _check_block_size(layers: dict[str, Layer], state: KfacState) -> None:
+    """Raises ValueError if the optimizer cuts factors into other blocks."""
+    axis = Axis(None, 1)
+    if isinstance(state.factors, sharding.Sharded):
+        axis = Axis("data", len(jax.tree.leaves(state.factors)[0]))
+    for path, layer in layers.items():
+        shapes, factors = layer.factor_shapes(), plain(state.factors)[path]
+        for x, shape, f in zip(factors, shapes, layer.block.factors, strict=True):
+            if x.size != shape.size // f.size * axis.share(f.size) * axis.size:
+                raise ValueError(
+                    f"block_size of BackgroundInversion must be the optimizer's, whose "
+                    f"factors of {path!r} are cut otherwise; pass the same block_size "
+                    "to both"
+                )
 
 
 def _curvature_state(state: Any) -> KfacState:

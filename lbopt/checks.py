@@ -132,7 +132,10 @@ def _require(
     if isinstance(value, np.ndarray) and value.ndim == 0:
         number = value.item()
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real:
+        kind = "a number or a schedule" if schedule else "a number"
+        raise ValueError(f"{name}={value!r} must be {kind}, {wanted}; {way_out}")
     # NaN fails every comparison; infinity would pass some.
-    if not real or not math.isfinite(number) or not sound(number):
+    if not math.isfinite(number) or not sound(number):
         verb = "lie" if wanted.startswith("in ") else "be"
         raise ValueError(f"{name}={value!r} must {verb} {wanted}; {way_out}")

@@ -42,16 +42,22 @@ class Periods:
 
     def __post_init__(self) -> None:
         checks.whole("statistics", self.statistics, "1 renews them at every step")
+        if not isinstance(self.stagger, bool):
+            raise ValueError(
+                f"stagger={self.stagger!r} must be a bool; True spreads inversions "
+                "over their period"
+            )
         if self.delay is not None:
             at_once = "None lets inverses take effect at once"
             checks.whole("delay", self.delay, at_once, least=0, static=True)
         # Only the first inversion is in the step, and that is not delayed.
         if self.inverses is None:
             if self.delay or self.stagger:
+                name = "delay" if self.delay else "stagger"
                 raise ValueError(
-                    f"inverses=None must have neither delay={self.delay} nor "
-                    f"stagger={self.stagger}, because lbopt.BackgroundInversion "
-                    "decides when to invert; leave both out, or give a period"
+                    f"{name}={getattr(self, name)} must not be set with inverses=None, "
+                    "because lbopt.BackgroundInversion(delay=) decides when to invert; "
+                    "leave it out, or give a period"
                 )
             return
         checks.whole(
@@ -108,8 +114,17 @@ class Placement:
                 f"axis_size={self.axis_size} must have axis_name, the mesh axis of "
                 "these devices; name it, or leave axis_size out"
             )
+        if not isinstance(self.axis_name, str | None):
+            raise ValueError(
+                f"axis_name={self.axis_name!r} must be a string or None; the number of "
+                "devices is axis_size"
+            )
         way_out = "'comm', 'memory', or the share of inverses that every device gets"
         if isinstance(self.inverses, str):
-            checks.one_of("inverses", self.inverses, ["comm", "memory"])
+            if self.inverses not in ("comm", "memory"):
+                raise ValueError(
+                    f"inverses={self.inverses!r} must be 'comm', 'memory' or a number; "
+                    "0.5 replicates half of their bytes"
+                )
         else:
             checks.share("inverses", self.inverses, way_out, zero=True)

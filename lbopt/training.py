@@ -337,7 +337,7 @@ def state_specs(
 
 
 def _check_loss(job: _Job, state: TrainState, batch: Batch) -> None:
-    """Raises ValueError if devices with statistics alone would be waited for."""
+    """Raises ValueError if statistics-only devices would block the others."""
     if job.devices:
         statistics_pass.require_no_collectives(
             job.loss_fn,

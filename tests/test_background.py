@@ -242,3 +242,20 @@ def test_nothing_is_left_behind():
     exchange.close()
     assert process.poll() is not None
     assert not os.path.exists(folder)
+    with pytest.raises(RuntimeError, match=r"is closed; use it inside its with block"):
+        exchange(state)
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_blocks_of_another_size_are_refused(devices):
+    placement = lbopt.Placement() if devices is None else lbopt.Placement("data", 2)
+    tx = lbopt.scale_by_kfac(
+        layers(), periods=OUTSIDE, block_size=7, placement=placement
+    )
+    state = tx.init(PARAMS)
+    message = r"block_size of .* must be the optimizer's"
+    whole = lbopt.BackgroundInversion(layers())
+    with whole, pytest.raises(ValueError, match=message):
+        whole(state)
+    with lbopt.BackgroundInversion(layers(), block_size=7) as exchange:
+        exchange(state)

@@ -39,11 +39,11 @@ def check(kind, settings):
         ),
         (
             {"inverses": None, "stagger": True},
-            "inverses=None must have neither delay=None nor stagger=True, because",
+            "stagger=True must not be set with inverses=None, because",
         ),
         (
             {"inverses": None, "delay": 2},
-            "inverses=None must have neither delay=2 nor .* leave both out, or give a",
+            "delay=2 must not be set with inverses=None.* leave it out, or give a",
         ),
     ],
 )
@@ -85,13 +85,16 @@ def test_traced_periods_pass():
             {"axis_size": 2},
             "axis_size=2 must have axis_name, .* or leave axis_s",
         ),
-        ({"inverses": "owner"}, "inverses='owner' must be 'comm' or 'memory'"),
+        (
+            {"inverses": "owner"},
+            "inverses='owner' must be 'comm', 'memory' or a num",
+        ),
         (
             {"inverses": -0.1},
             r"inverses=-0.1 must lie in \[0, 1\]; 'comm', 'mem",
         ),
         ({"inverses": 1.5}, r"inverses=1.5 must lie in \[0, 1\]"),
-        ({"inverses": None}, r"inverses=None must lie in \[0, 1\]"),
+        ({"inverses": None}, r"inverses=None must be a number, in \[0, 1\]"),
         ({"inverses": float("nan")}, r"inverses=nan must lie in \[0, 1\]"),
     ],
 )
@@ -124,7 +127,11 @@ def problem():
     ("learning_rate", "settings", "message"),
     [
         (-0.1, {}, "learning_rate=-0.1 must be 0 or positive; the step is subtracted"),
-        ("0.1", {}, "learning_rate='0.1' must be 0 or positive"),
+        (
+            "0.1",
+            {},
+            "learning_rate='0.1' must be a number or a schedule, 0",
+        ),
         (0.1, {"damping": np.float32(-1)}, r"damping=.*-1.0\) must be positive; 1e-3"),
         (0.1, {"momentum": np.float64(1)}, r"momentum=.* must lie in \[0, 1\); None"),
         (0.1, {"weight_decay": np.nan}, "weight_decay=nan must be 0 or positive; 0"),

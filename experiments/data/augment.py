@@ -62,6 +62,9 @@ def pad_crop_flip(
       pad: largest shift along each axis, in pixels; 0 for none.
       flip: whether to mirror left and right with probability 1/2.
       border: padding that a shift brings in.
+
+    Returns:
+      The images, of the same shape.
     """
     n, height, width, _ = images.shape
     across, down, mirror = uniforms(seed, positions, 3).T

@@ -43,6 +43,9 @@ def place(
       mesh: devices of all processes, with an axis ``data``; None for the default device
         of this process.
 
+    Returns:
+      The arrays of the global batch.
+
     Raises:
       ValueError: if the devices of this process cannot share the slice evenly.
     """

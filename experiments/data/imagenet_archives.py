@@ -162,6 +162,9 @@ def read_image(file: BinaryIO, image: Any) -> bytes:
       file: the archive, opened for reading in binary.
       image: entry of the index, a scalar of type ``IMAGE``.
 
+    Returns:
+      The bytes of the JPEG.
+
     Raises:
       ArchiveError: if the archive has become shorter than the index says.
     """

@@ -98,6 +98,9 @@ def plan(images: np.ndarray, split: Split, directory: pathlib.Path) -> list[Shar
       split: name of the split, which salts the hash of the names.
       directory: directory of the shards.
 
+    Returns:
+      The shards in order.
+
     Raises:
       imagenet_archives.ArchiveError: If two images have the same name.
     """

@@ -245,6 +245,9 @@ def open_data(
       num_workers: as in ``TrainingBatches``.
       bad_images: as in ``TrainingBatches``.
 
+    Returns:
+      Both splits, with their shapes and sizes.
+
     Raises:
       FileNotFoundError: if the data set is not prepared in ``data_dir``.
       RecordError: if a record file is not as long as it was when it was written.

@@ -224,6 +224,9 @@ def open_split(
       memory_limit: images of one size that need at most this many bytes are kept
         decoded in memory, at their size on disk.
 
+    Returns:
+      The split.
+
     Raises:
       FileNotFoundError: if the data set is not prepared in ``data_dir``.
       RecordError: if a record file is missing or is not as long as it was written, or

@@ -255,6 +255,9 @@ def _ground(uniform: _Uniform, colour: np.ndarray, size: int) -> np.ndarray:
 
     The texture adds octaves of equal variance, each on a grid twice as fine: a power
     spectrum 1/f^2 in the plane, that is, an amplitude 1/f.
+
+    Returns:
+      The grounds.
     """
     n = len(colour)
     side = 2

@@ -186,6 +186,9 @@ def random_erasing(
       images: ``[n, H, W, channels]``.
       probability: probability that an image is erased.
 
+    Returns:
+      The images, of the same shape.
+
     Raises:
       ValueError: if ``images`` has another rank, or ``probability`` is not in [0, 1].
 

@@ -74,6 +74,9 @@ def draw(
     """Draws training loss by step, the error by training loss, and momenta.
 
     `losses` are by contestant, `lengths` by batch size; the grey line is the target.
+
+    Returns:
+      The figure.
     """
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.2), layout="constrained", dpi=160)
     by_step, errors, momenta = figure.subplots(1, 3)

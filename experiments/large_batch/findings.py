@@ -222,6 +222,9 @@ def draw(
 
     There is a row for each problem. Grey is the middle half of the gradient's noise
     scales along a run, which are `[step, noise scale]` by problem.
+
+    Returns:
+      The figure.
     """
     names = [p for p in PROBLEMS if any(row["problem"] == p for row in rows)]
     figure = matplotlib.figure.Figure(

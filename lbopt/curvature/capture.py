@@ -181,7 +181,7 @@ class Probes(NamedTuple):
         return [f"{PREFIX}{self.trace}_{number}_{field}" for field in fields]
 
     def copy_name(self, number: int) -> str:
-        """Returns the name of the array that tells each copy of a layer its number."""
+        """Returns the name of the array that identifies each copy of a layer."""
         return f"{PREFIX}{self.trace}_{number}_copy"
 
     def needs_number(self, number: int) -> bool:

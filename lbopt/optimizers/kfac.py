@@ -75,7 +75,7 @@ def kfac(
       True
 
     Source: Martens & Grosse 2015; the fixed momentum and the clip are those of Ba,
-    Grosse & Martens 2017.  The tables of the latter could not be had; the defaults are
+    Grosse & Martens 2017.  The tables of the latter was not available; the defaults are
     those of the authors' later code where it has one.
     """
     checks.not_negative(
@@ -96,6 +96,7 @@ def kfac(
         placement=placement,
     )
     if kl_clip is not None:
+        checks.positive("kl_clip", kl_clip, "None for no bound", schedule=True)
         # Inside, because the bound is on Δ, not on the velocity.
         precondition = clip_by_kl(
             precondition, kl_clip, learning_rate, axis_name=placement.axis_name
@@ -178,7 +179,7 @@ def distributed_kfac(
       True
 
     Source: Ba, Grosse & Martens 2017, §3–5, and the authors' later code.  The text of
-    the paper could not be had: the method is recalled, and agrees with
+    the paper was not available: the method is described from memory, and agrees with
     tensorflow/kfac, baselines and kfac-jax where these have it.  Its tables of settings
     are not known, and none of the defaults is taken from them: c is kfac-jax's for
     ResNet-50, the decay tensorflow/kfac's, the period that of Martens & Grosse 2015,

@@ -53,7 +53,7 @@ def nlcg(
       True
 
     Source: Adya, Palakkode & Tuzel 2018, the authors' released code; the body of the
-    paper could not be had.
+    paper was not available.
     """
     return scale_by_nlcg(
         learning_rate,

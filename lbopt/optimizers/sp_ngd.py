@@ -83,6 +83,7 @@ def sp_ngd(
     like that of others (the code: 16 λ).  ``lbopt.presets.sp_ngd`` lists the choices
     that the paper leaves open.
     """
+    checks.one_of("velocity", velocity, ["paper", "code"])
     checks.one_of("rescale", rescale, ["always", "shrink_only", None])
     return optax.chain(
         scale_by_kfac(

@@ -1,1 +1,1 @@
-"""Gradient transformations, one concept a file."""
+"""Gradient transformations, one concept per file."""

@@ -56,7 +56,7 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
       [0.125, 1.0]
 
     Source: Adya, Palakkode & Tuzel 2018, the authors' released code; the body of the
-    paper could not be had.
+    paper was not available.
     """
 
     def init_fn(params: Params) -> DiagonalBfgsState:

@@ -118,7 +118,7 @@ def scale_by_nlcg(
       >>> bool(loss_fn(w) < 0.3)
       True
 
-    Source: Adya, Palakkode & Tuzel 2018; the body of the paper could not be had, and
+    Source: Adya, Palakkode & Tuzel 2018; the body of the paper was not available, and
     the algorithm is that of the authors' released code.  Its step control reads
     variables while they are written; the order of operations is ours.  There the
     displacement that the preconditioner gets is η_k b_{k−1} d_{k−1}, with the rate of

@@ -67,7 +67,7 @@ def clip_by_kl(
     Source: Ba, Grosse & Martens 2017, §5.  The paper leaves open an inner product that
     is not positive; the scale is then 1.
     """
-    checks.positive("c", c, "kl_clip=None for no bound", schedule=True)
+    checks.positive("c", c, "leave clip_by_kl out for no bound", schedule=True)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> ClipByKlState:

@@ -1,4 +1,4 @@
-"""Export of factors to another process, and import of the inverses it returns.
+"""Sends factors to another process and reads back their inverses.
 
 Both functions take the whole state, outside of ``shard_map``.
 """

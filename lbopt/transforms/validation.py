@@ -165,11 +165,13 @@ def check_settings(
     checks.below_one("factor_decay", factor_decay, "0 keeps the last statistic alone")
     if not isinstance(periods, Periods):
         raise ValueError(
-            f"periods={periods!r} must be lbopt.Periods(statistics=…, inverses=…)"
+            f"periods={periods!r} must be an lbopt.Periods; write "
+            "lbopt.Periods(statistics=1, inverses=10)"
         )
     if not isinstance(placement, Placement):
         raise ValueError(
-            f"placement={placement!r} must be lbopt.Placement(axis_name, axis_size)"
+            f"placement={placement!r} must be an lbopt.Placement; write "
+            'lbopt.Placement("data", 8, inverses="comm")'
         )
     if block_size is not None:
         checks.whole("block_size", block_size, "None keeps factors whole", static=True)

@@ -77,7 +77,7 @@ def test_schedules_and_the_decay(gradients):
         ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); None for none"),
         ({"momentum": -0.5}, r"momentum=-0.5 must lie in \[0, 1\)"),
         ({"damping": -1.0, "weight_decay": 2.0}, r"damping=-1.0 must be positive"),
-        ({"kl_clip": 0.0}, r"c=0.0 must be positive; kl_clip=None"),
+        ({"kl_clip": 0.0}, r"kl_clip=0.0 must be positive; None for no"),
     ],
 )
 def test_settings_out_of_range(gradients, settings, message):

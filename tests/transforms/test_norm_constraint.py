@@ -65,6 +65,6 @@ def test_a_product_that_is_not_positive_is_not_clipped():
 
 @pytest.mark.parametrize("c", [0.0, -1.0, float("nan")])
 def test_the_bound_is_positive(c):
-    message = r"c=\S+ must be positive; kl_clip=None for no bound"
+    message = r"c=\S+ must be positive; leave clip_by_kl out"
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(lbopt.clip_by_kl)(optax.identity(), c, RATE)
