@@ -49,7 +49,7 @@ def test_an_array_of_numpy_that_holds_one_number_is_that_number():
     checks.positive("x", np.asarray(2.0), WAY_OUT)
     with pytest.raises(ValueError, match="must be positive"):
         checks.positive("x", np.asarray(-2.0), WAY_OUT)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be a number, positive"):
         checks.positive("x", np.ones(3), WAY_OUT)
 
 

@@ -179,7 +179,7 @@ def test_label_smoothing_is_in_the_training_loss(config):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "batch_size=0 must be positive"),
-        (["--batch-size", "300"], "batch_size must be at most 256"),
+        (["--batch-size", "300"], "batch_size=300 must be at most 256"),
         (["--devices", "3"], "batch_size=64 must be a multiple of 3 devices"),
         (
             ["--devices", "4", "--micro-batch-size", "10"],

@@ -32,8 +32,11 @@ def layers():
         ({"norm_damping": 0}, "norm_damping=0 must be positive; 1 damps them like"),
         ({"factor_decay": 1.0}, r"factor_decay=1.0 must lie in \[0, 1\); 0 keeps"),
         ({"factor_decay": -0.1}, r"factor_decay=-0.1 must lie in \[0, 1\)"),
-        ({"periods": 5}, r"periods=5 must be lbopt.Periods\(statistics=…, inverses=…"),
-        ({"placement": "comm"}, r"placement='comm' must be lbopt.Placement\(axis_name"),
+        ({"periods": 5}, r"periods=5 must be an lbopt.Periods; write lbopt.Per"),
+        (
+            {"placement": "comm"},
+            r"placement='comm' must be an lbopt.Placement; write lbopt",
+        ),
         ({"block_size": 0}, "block_size=0 must be a whole number, ≥ 1; None keeps"),
         ({"block_size": 2.5}, "block_size=2.5 must be a whole number, ≥ 1"),
         ({"block_size": jnp.asarray(3)}, "block_size=3 must be a Python int, becau"),
