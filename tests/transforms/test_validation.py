@@ -35,7 +35,7 @@ def layers():
         ({"periods": 5}, r"periods=5 must be an lbopt.Periods; write lbopt.Per"),
         (
             {"placement": "comm"},
-            r"placement='comm' must be an lbopt.Placement; write lbopt",
+            r"placement='comm' must be an lbopt.Placement; write",
         ),
         ({"block_size": 0}, "block_size=0 must be a whole number, ≥ 1; None keeps"),
         ({"block_size": 2.5}, "block_size=2.5 must be a whole number, ≥ 1"),
