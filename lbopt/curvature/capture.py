@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from lbopt import explicit_axes
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import flax_layers, tap_rules
@@ -348,7 +349,14 @@ def tap(
 
     def backward(saved, output_grads):
         residual, flags = saved
-        sums = estimate(residual, output_grads, _join_flags(flags, static))
+
+        def add_up(residual, output_grads, flags):
+            return estimate(residual, output_grads, _join_flags(flags, static))
+
+        # Sums over examples: the same on all devices, like the probe.
+        sums = explicit_axes.with_layouts_of(
+            add_up, (residual, output_grads, flags), None
+        )
         return None, output_grads, sums, None
 
     identity.defvjp(forward, backward)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lbopt import explicit_axes
 from lbopt._typing import Array, Params, Updates
 
 EPS = 1e-8
@@ -81,8 +82,8 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
         t, y = precise(displacement), precise(change)
         ht = jax.tree.map(jnp.multiply, state.h, t)
         # Over all arrays together: h is the diagonal of one matrix.
-        yt: Any = optax.tree.vdot(y, t)
-        tbt: Any = optax.tree.vdot(t, ht)
+        yt: Any = explicit_axes.inner(y, t)
+        tbt: Any = explicit_axes.inner(t, ht)
         curved = (yt >= EPS) & (tbt >= EPS)
 
         def renewed(h: Array, ht: Array, y: Array) -> Array:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Bool
 
-from lbopt import sharding
+from lbopt import explicit_axes, sharding
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
@@ -135,22 +136,12 @@ def scale_by_kfac(
             moments=eigen_moments.init_moments(present, state.inverses)
         )
 
-    def update_fn(
-        updates: Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        curvature: Mapping[str, Any] | None = None,
-        **extra_args: Any,
+    def checked_update(
+        updates: Updates, state: KfacState, own: tuple[Any, Any], damping: Any
     ) -> tuple[Updates, KfacState]:
-        del params
-        axis.require()
+        statistics, squares = own
         # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
         present = {path: known[path] for path in sorted(plain(state.factors))}
-        statistics, squares = validation.checked_statistics(
-            present, curvature, state.moments
-        )
-        validation.check_shares(present, plain(state.factors), axis)
         owners = owners_of(present)
         due = state.refresh.due  # at this step; _clocks sets that of the next
         state, findings = _average(
@@ -158,9 +149,7 @@ def scale_by_kfac(
         )
         state = eigen_moments.average(present, state, squares, factor_decay, axis)
         scheduled = _units_due(owners, state, findings, periods, adaptive)
-        value = extra_args.get("damping", damping)
-        value = value(state.count) if callable(value) else value
-        amounts = renewal.amounts(present, state, value, norm_damping)
+        amounts = renewal.amounts(present, state, damping, norm_damping)
         before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
             present, owners, state, scheduled, amounts, axis, periods.delay
@@ -178,7 +167,38 @@ def scale_by_kfac(
         )
         return insert(present, updates, natural), state
 
+    def placed(*args: Any) -> tuple[Updates, KfacState]:
+        return explicit_axes.with_layouts_of(checked_update, args, args[:2])
+
+    # One program outside of jit too: there each loop would be compiled at every call.
+    compiled = jax.jit(placed)
+
+    def update_fn(
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        curvature: Mapping[str, Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, KfacState]:
+        del params
+        validation.require_no_multi_steps()
+        axis.require()
+        present = {path: known[path] for path in plain(state.factors)}
+        own = validation.checked_statistics(present, curvature, state.moments)
+        validation.check_gradients(present, updates)
+        validation.check_shares(present, plain(state.factors), axis)
+        value = extra_args.get("damping", damping)
+        value = value(state.count) if callable(value) else value
+        args = (updates, state, own, value)
+        return (placed if _is_traced(args) else compiled)(*args)
+
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_traced(tree: Any) -> bool:
+    """Whether a tree holds arrays of a function that is being traced."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _owners(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import checks, collectives
+from lbopt import checks, collectives, explicit_axes
 from lbopt._typing import Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms import step_control as control
@@ -226,7 +226,7 @@ def _products(
     z: Updates,
 ) -> Products:
     """Returns the inner products that the rule needs."""
-    dot, d = optax.tree.vdot, state.direction
+    dot, d = explicit_axes.inner, state.direction
     both = rule.keeps_gradient and rule.keeps_residual  # Hager-Zhang
     p = Products(gz=dot(g, z), gz_before=state.delta)
     if rule.keeps_residual:

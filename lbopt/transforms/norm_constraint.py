@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import checks
+from lbopt import checks, explicit_axes
 from lbopt._typing import Params, ScalarOrSchedule, Updates
 
 
@@ -86,7 +86,7 @@ def clip_by_kl(
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         bound = c(state.count) if callable(c) else c
         # Linear in the gradient, so that averaging products averages gradients.
-        product = optax.tree.vdot(natural, updates)
+        product = explicit_axes.inner(natural, updates)
         if axis_name is not None:
             product = jax.lax.pmean(product, axis_name)
         length = jnp.square(eta) * product

@@ -1,19 +1,29 @@
 """Checks of the curvature transform's settings and arrays, before compilation."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import optax
 
 from lbopt import checks
-from lbopt._typing import Array, Params
+from lbopt._typing import Array, Params, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import capture
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
+
+MULTI_STEPS = (
+    "optax.MultiSteps around a curvature transform would combine the mean gradient of "
+    "all micro-batches with the statistics of the last; use "
+    "lbopt.training.make_train_step(accumulate=...), which takes the means of both, or "
+    "average gradients and curvature yourself and call update once"
+)
+"""The refusal of ``optax.MultiSteps``."""
 
 
 def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
@@ -65,6 +75,49 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
             "scale_by_kfac out, or mask fewer parameters"
         )
     return present
+
+
+def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
+    """Raises ValueError unless gradients have the shapes of the layers' arrays.
+
+    Args:
+      layers: the optimizer's layers by path.
+      updates: the gradients.
+
+    Raises:
+      ValueError: naming the array and both shapes.
+    """
+    for path, layer in layers.items():
+        location = layer.tapped.location
+        try:
+            arrays = capture.lookup(updates, location)
+            shapes = {name: jnp.shape(arrays[name]) for name in location.names}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"updates has no array for each of {path!r}'s {list(location.names)}; "
+                "pass gradients with the structure of the parameters"
+            ) from error
+        for name, shape in shapes.items():
+            if shape != tuple(layer.shapes[name]):
+                raise ValueError(
+                    f"updates[{path!r}][{name!r}] has shape {list(shape)} where layers "
+                    f"has {list(layer.shapes[name])}; pass the gradient of these "
+                    "parameters"
+                )
+
+
+def require_no_multi_steps() -> None:
+    """Raises ValueError if ``optax.MultiSteps`` calls the update.
+
+    Raises:
+      ValueError: naming ``accumulate=``.
+    """
+    # It passes a transformation no word of its own; only its call tells.
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+            raise ValueError(MULTI_STEPS)
+        frame = frame.f_back
 
 
 def checked_statistics(
