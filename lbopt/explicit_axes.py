@@ -17,38 +17,35 @@ from jaxtyping import Float
 from lbopt._typing import Array, Updates
 
 
-def with_layouts_of(function: Callable[..., Any], args: tuple, like: Any) -> Any:
-    """Calls a function whose results have the layouts of given arrays.
+def on_auto_axes(function: Callable[..., Any], args: tuple, specs: Any) -> Any:
+    """Calls a function with axes of type Auto in place of Explicit ones.
 
     Args:
       function: takes ``args``.
       args: trees of arrays.
-      like: arrays in the structure of the results, or of a prefix of it; None where a
-        result is replicated.
+      specs: the partition specs of the results, or of a prefix of their tree.
 
     Returns:
-      The results.  Without an Explicit axis among the arrays, or inside ``shard_map``
-      over all of them, this is ``function(*args)``.
+      The results.  Where no array has an Explicit axis, as inside ``shard_map``, this
+      is ``function(*args)``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> from lbopt.explicit_axes import with_layouts_of
-      >>> mesh = jax.make_mesh((2,), ("data",))
-      >>> rows = NamedSharding(mesh, PartitionSpec("data"))
+      >>> from lbopt.explicit_axes import on_auto_axes
+      >>> rows = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
       >>> x = jax.device_put(jnp.ones((4, 3)), rows)
-      >>> with_layouts_of(lambda x: x.T @ x, (x,), None)[0].tolist()
+      >>> on_auto_axes(lambda x: x.T @ x, (x,), PartitionSpec())[0].tolist()
       [4.0, 4.0, 4.0]
     """
     mesh = _explicit_mesh(args)
     if mesh is None:
         return function(*args)
-
-    def layout(x: Any) -> NamedSharding:
-        spec = PartitionSpec() if x is None else jax.typeof(x).sharding.spec
-        return NamedSharding(mesh, spec)
-
-    shardings = jax.tree.map(layout, like, is_leaf=lambda x: x is None)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
     # By name, because inside shard_map other axes of the mesh are of type Manual.
     axes = tuple(
         name
@@ -58,9 +55,14 @@ def with_layouts_of(function: Callable[..., Any], args: tuple, like: Any) -> Any
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)(*args)
 
 
+def specs_of(tree: Any) -> Any:
+    """Returns the partition specs of arrays, as far as their types name them."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
 def inner(x: Updates, y: Updates) -> Float[Array, ""]:
     """Returns the inner product of two trees of real arrays, replicated."""
-    return with_layouts_of(optax.tree.vdot, (x, y), None)
+    return on_auto_axes(optax.tree.vdot, (x, y), PartitionSpec())
 
 
 def _explicit_mesh(tree: Any) -> Any:

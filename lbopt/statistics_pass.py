@@ -57,6 +57,7 @@ def make_evaluate(
     fraction: float,
     devices: int,
     per_example: Sequence[str],
+    batch_size: int | None = None,
 ) -> Callable[..., Evaluated]:
     """Makes the function that evaluates one step on one device.
 
@@ -70,6 +71,8 @@ def make_evaluate(
         that the statistics are of.
       devices: number of devices, the last ones, that evaluate nothing but statistics.
       per_example: collections of the model state whose arrays lie along the batch.
+      batch_size: the number of terms that the loss of one micro-batch averages; None to
+        read it off the batch.
 
     Returns:
       ``evaluate(params, model_state, batch, statistics_batch, rng, due)``, which takes
@@ -85,7 +88,7 @@ def make_evaluate(
     # Without layers all three are the plain gradient: nothing is due then.
     alone = together = plain = _without_curvature(loss_fn)
     if layers is not None:
-        kind: Any = {"has_aux": True, "fisher": fisher}
+        kind: Any = {"has_aux": True, "fisher": fisher, "batch_size": batch_size}
         together = value_grad_and_curvature(loss_fn, layers, **kind)
         alone = curvature_only(loss_fn, layers, **kind)
     shortened = functools.partial(_shortened, fraction, per_example)

@@ -29,7 +29,7 @@ ROWS = [
     ["curvature.likelihood", "curvature.registry"],
     ["curvature.fisher", "curvature.refresh", "schedules"],
     ["curvature.fisher_products", "sharding"],
-    ["batch_functions"],
+    ["batch_functions", "mesh_step"],
     ["settings"],
     ["transforms.statistics", "transforms.owner_buffers", "transforms.validation"],
     ["transforms.placement", "transforms.unit_classes"],

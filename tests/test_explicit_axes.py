@@ -148,5 +148,5 @@ def test_axes_of_other_types_change_nothing():
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     for x in (np.ones(2, np.float32), on(mesh, jnp.ones(2), "data")):
-        assert explicit_axes.with_layouts_of(function, (x,), None) is x
+        assert explicit_axes.on_auto_axes(function, (x,), PartitionSpec()) is x
     assert len(found) == 2

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from lbopt import explicit_axes
@@ -354,8 +355,8 @@ def tap(
             return estimate(residual, output_grads, _join_flags(flags, static))
 
         # Sums over examples: the same on all devices, like the probe.
-        sums = explicit_axes.with_layouts_of(
-            add_up, (residual, output_grads, flags), None
+        sums = explicit_axes.on_auto_axes(
+            add_up, (residual, output_grads, flags), PartitionSpec()
         )
         return None, output_grads, sums, None
 

@@ -125,8 +125,15 @@ def scale_by_kfac(
     def owners_of(present: Mapping[str, Layer]) -> Owners:
         return _owners(present, axis, periods, placement)
 
+    # optax.tree_map_params asks for a state without saying which layers are masked:
+    # those of the last init are.
+    last = {"present": known}
+
     def init_fn(params: Params) -> KfacState:
-        present = validation.present_layers(known, params)
+        if validation.is_placeholder(params):
+            present = last["present"]
+        else:
+            present = last["present"] = validation.present_layers(known, params)
         state = kfac_state.init_state(
             present, owners_of(present), axis, adaptive, bool(periods.delay)
         )
@@ -168,7 +175,9 @@ def scale_by_kfac(
         return insert(present, updates, natural), state
 
     def placed(*args: Any) -> tuple[Updates, KfacState]:
-        return explicit_axes.with_layouts_of(checked_update, args, args[:2])
+        # The updates are laid out as the gradients.
+        layouts = explicit_axes.specs_of(args[:2])
+        return explicit_axes.on_auto_axes(checked_update, args, layouts)
 
     # One program outside of jit too: there each loop would be compiled at every call.
     compiled = jax.jit(placed)
@@ -184,6 +193,7 @@ def scale_by_kfac(
         del params
         validation.require_no_multi_steps()
         axis.require()
+        kfac_state.require_state(state)
         present = {path: known[path] for path in plain(state.factors)}
         own = validation.checked_statistics(present, curvature, state.moments)
         validation.check_gradients(present, updates)
@@ -191,6 +201,8 @@ def scale_by_kfac(
         value = extra_args.get("damping", damping)
         value = value(state.count) if callable(value) else value
         args = (updates, state, own, value)
+        if axis.name is None:
+            validation.require_same_on_devices(args)
         return (placed if _is_traced(args) else compiled)(*args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -196,11 +196,22 @@ def curvature_state(opt_state: OptState) -> KfacState:
     """
     found = curvature_states(opt_state)
     if len(found) != 1:
+        way_out = "pass the state of a chain with one lbopt.scale_by_kfac"
         raise ValueError(
             f"opt_state={type(opt_state).__name__} must hold one curvature transform, "
-            f"not {len(found)}; pass the state of a chain with one lbopt.scale_by_kfac"
+            f"not {len(found)}; {clocks.lost_types(opt_state) or way_out}"
         )
     return found[0]
+
+
+def require_state(state: Any) -> None:
+    """Raises ValueError unless a state is of type ``KfacState``."""
+    if not is_curvature_state(state):
+        way_out = clocks.lost_types(state) or "pass what init or the last update gave"
+        raise ValueError(
+            f"state={type(state).__name__} must be the state of scale_by_kfac; "
+            f"{way_out}"
+        )
 
 
 def curvature_states(tree: Any) -> list[KfacState]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lbopt import checks, collectives, explicit_axes
-from lbopt._typing import Count, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt._typing import AxisName, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms import step_control as control
 from lbopt.transforms.conjugate_beta import EPS, RULES, Products, Rule
@@ -62,7 +62,7 @@ def scale_by_nlcg(
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
     control_period: Count = 5,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps along conjugate directions of all parameters together.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lbopt import checks, explicit_axes
-from lbopt._typing import Params, ScalarOrSchedule, Updates
+from lbopt._typing import AxisName, Params, ScalarOrSchedule, Updates
 
 
 class ClipByKlState(NamedTuple):
@@ -29,7 +29,7 @@ def clip_by_kl(
     c: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales a preconditioned gradient so that its squared length in F̂ is at most c.
 

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Float
 
 from lbopt import checks, collectives, explicit_axes
-from lbopt._typing import Array, Count, Params, Scalar, Updates
+from lbopt._typing import Array, AxisName, Count, Params, Scalar, Updates
 from lbopt.collectives import Axis
 from lbopt.transforms.diagonal_bfgs import precise
 
@@ -58,7 +58,7 @@ def scale_by_quadratic_model(
     weight_decay: Scalar = 0.0,
     momentum: bool = True,
     damping_period: Count = 5,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps to the minimum of a quadratic model in two directions.
 

@@ -8,6 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
 from lbopt import checks
 from lbopt._typing import Array, Params, Updates
@@ -106,6 +107,35 @@ def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
                 )
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether ``params`` stands for parameters of any structure, without arrays."""
+    # optax.tree_map_params calls init with such a node, whose type is private.
+    none = isinstance(params, Mapping | optax.MaskedNode) or params is None
+    return not none and not jax.tree.leaves(params)
+
+
+def require_same_on_devices(tree: Any) -> None:
+    """Raises ValueError for arrays that are each device's own.
+
+    Args:
+      tree: gradients and statistics, under ``shard_map`` without ``placement``.
+
+    Raises:
+      ValueError: naming the array; with ``check_vma=False`` JAX does not know them.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual not in kinds or AxisType.Explicit in kinds:
+        return
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.typeof(x) != jax.typeof(jnp.zeros(x.shape, x.dtype)):
+            raise ValueError(
+                f"the array at {jax.tree_util.keystr(path)} of gradients and curvature "
+                "is each device's own under jax.shard_map; average it with "
+                "jax.lax.pmean, or make the optimizer with placement= and map with "
+                "check_vma=False"
+            )
+
+
 def require_no_multi_steps() -> None:
     """Raises ValueError if ``optax.MultiSteps`` calls the update.
 
@@ -142,7 +172,9 @@ def checked_statistics(
         raise ValueError(
             "scale_by_kfac.update needs curvature=, the third result of "
             "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
-            "tx.update(grads, state, params, curvature=curvature)"
+            "tx.update(grads, state, params, curvature=curvature).  Flax's "
+            "TrainState.apply_gradients passes nothing on: see "
+            "docs/how_to/from_your_optax_loop.md"
         )
     checked, squares = {}, {}
     for path, layer in layers.items():
