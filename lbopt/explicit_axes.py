@@ -55,6 +55,31 @@ def on_auto_axes(function: Callable[..., Any], args: tuple, specs: Any) -> Any:
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)(*args)
 
 
+def replicated(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function whose results are the same on all devices, as sums are.
+
+    Args:
+      function: takes ``args``.
+      *args: trees of arrays, and of bools, which stay bools.
+
+    Returns:
+      The results.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    is_static = [isinstance(x, bool) for x in leaves]
+
+    def with_bools(arrays: list[Any]) -> Any:
+        left = iter(arrays)
+        merged = [
+            x if static else next(left)
+            for x, static in zip(leaves, is_static, strict=True)
+        ]
+        return function(*jax.tree.unflatten(tree, merged))
+
+    arrays = [x for x, static in zip(leaves, is_static, strict=True) if not static]
+    return on_auto_axes(with_bools, (arrays,), PartitionSpec())
+
+
 def specs_of(tree: Any) -> Any:
     """Returns the partition specs of arrays, as far as their types name them."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
@@ -62,7 +87,7 @@ def specs_of(tree: Any) -> Any:
 
 def inner(x: Updates, y: Updates) -> Float[Array, ""]:
     """Returns the inner product of two trees of real arrays, replicated."""
-    return on_auto_axes(optax.tree.vdot, (x, y), PartitionSpec())
+    return replicated(optax.tree.vdot, x, y)
 
 
 def _explicit_mesh(tree: Any) -> Any:

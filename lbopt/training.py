@@ -64,6 +64,7 @@ Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis is over examples."""
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 Parallel: TypeAlias = Literal["shard_map", "pmap"]
 
 
@@ -88,7 +89,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     params: Params,
     model_state: Any,
     rng: Array,
@@ -127,7 +128,7 @@ def init_state(
 
 def make_train_step(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     layers: Layers | None = None,
     mesh: Mesh | None = None,
     *,
@@ -223,7 +224,7 @@ class _Job(NamedTuple):
     """The arguments of ``make_train_step``."""
 
     loss_fn: LossFn
-    tx: optax.GradientTransformation
+    tx: Optimizer
     layers: Layers | None
     axis: Axis
     fisher: Fisher

@@ -93,6 +93,33 @@ def test_a_step_equals_a_loop_by_hand(name):
     assert state.step == 4
 
 
+@functools.cache
+def two_steps(wrapper):
+    """The parameters after them."""
+    core = lbopt.kfac(0.1, LAYERS, damping=1e-2)
+    tx = {
+        "none": lambda: core,
+        "inject_hyperparams": lambda: optax.inject_hyperparams(lbopt.kfac)(
+            0.1, layers=LAYERS, damping=1e-2
+        ),
+        "apply_if_finite": lambda: optax.apply_if_finite(core, 3),
+        "partition": lambda: optax.partition({"all": core}, "all"),
+        "conditionally": lambda: optax.conditionally_mask(core, lambda step: step < 9),
+    }[wrapper]()
+    state = training.init_state(tx, *START, RNG)
+    step = training.make_train_step(loss_fn, tx, LAYERS)
+    for number in range(2):
+        state, _ = step(state, batch_of(number))
+    return state.params
+
+
+@pytest.mark.parametrize(
+    "kind", ["inject_hyperparams", "apply_if_finite", "partition", "conditionally"]
+)
+def test_an_optimizer_in_optax_s_wrappers(kind):
+    assert_close(two_steps(kind), two_steps("none"), rtol=1e-3, atol=1e-5)
+
+
 def test_the_step_donates_and_compiles_once():
     tx = lbopt.kfac(0.1, LAYERS)
     traces = []

@@ -5,9 +5,8 @@ whose backward rule returns the layer's sums (see ``curvature.block``) as the co
 of a **probe**, an array of zeros shaped like the sums.  While the loss is
 differentiated, probes lie beside the layer's parameters, so that every lifted transform
 of Flax carries them; afterwards they are removed from the gradient.  The user and the
-optimizer never see them.
-
-One forward and one backward pass give loss, gradients and statistics.
+optimizer never see them.  One forward and one backward pass give loss, gradients and
+statistics.
 """
 
 import itertools
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from lbopt import explicit_axes
@@ -349,15 +347,8 @@ def tap(
         return outputs, (residual, flags)
 
     def backward(saved, output_grads):
-        residual, flags = saved
-
-        def add_up(residual, output_grads, flags):
-            return estimate(residual, output_grads, _join_flags(flags, static))
-
-        # Sums over examples: the same on all devices, like the probe.
-        sums = explicit_axes.on_auto_axes(
-            add_up, (residual, output_grads, flags), PartitionSpec()
-        )
+        due = _join_flags(saved[1], static)
+        sums = explicit_axes.replicated(estimate, saved[0], output_grads, due)
         return None, output_grads, sums, None
 
     identity.defvjp(forward, backward)

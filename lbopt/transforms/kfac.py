@@ -202,7 +202,7 @@ def scale_by_kfac(
         value = value(state.count) if callable(value) else value
         args = (updates, state, own, value)
         if axis.name is None:
-            validation.require_same_on_devices(args)
+            validation.require_same_on_devices((updates, own))
         return (placed if _is_traced(args) else compiled)(*args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,6 +8,7 @@ import optax
 
 from lbopt import checks, explicit_axes
 from lbopt._typing import AxisName, Params, ScalarOrSchedule, Updates
+from lbopt.transforms import validation
 
 
 class ClipByKlState(NamedTuple):
@@ -54,7 +55,8 @@ def clip_by_kl(
       A transformation with the extra arguments of ``inner``.
 
     Raises:
-      ValueError: if c is not positive.
+      ValueError: if c is not positive; at ``update`` with parameters, for gradients of
+        other shapes than theirs.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt, optax
@@ -79,6 +81,8 @@ def clip_by_kl(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipByKlState]:
+        if params is not None:
+            validation.check_like(params, updates)
         natural, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )

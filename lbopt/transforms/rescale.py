@@ -10,7 +10,7 @@ import optax
 from lbopt._typing import Array, Params, Updates
 from lbopt.curvature import capture
 from lbopt.curvature.registry import Layer, Layers
-from lbopt.transforms.validation import check_layers
+from lbopt.transforms.validation import check_layers, is_placeholder
 
 _KERNEL = "kernel"
 # The authors' code divides by ‖w + u‖ + 1e-9; the paper has no ε.
@@ -89,7 +89,8 @@ def rescale_weights(
         )
 
     def init_fn(params: Params) -> optax.EmptyState:
-        _present(kernels, params)
+        if not is_placeholder(params):
+            _present(kernels, params)
         return optax.EmptyState()
 
     def update_fn(

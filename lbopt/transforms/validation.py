@@ -95,8 +95,8 @@ def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
             shapes = {name: jnp.shape(arrays[name]) for name in location.names}
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"updates has no array for each of {path!r}'s {list(location.names)}; "
-                "pass gradients with the structure of the parameters"
+                f"updates must hold the arrays {list(location.names)} of layer "
+                f"{path!r}; pass gradients with the structure of the parameters"
             ) from error
         for name, shape in shapes.items():
             if shape != tuple(layer.shapes[name]):
@@ -105,6 +105,28 @@ def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
                     f"has {list(layer.shapes[name])}; pass the gradient of these "
                     "parameters"
                 )
+
+
+def check_like(params: Params, updates: Updates) -> None:
+    """Raises ValueError unless gradients have the structure and shapes of parameters.
+
+    Raises:
+      ValueError: naming the first array that differs.
+    """
+    wanted, given = (
+        {
+            jax.tree_util.keystr(path): list(jnp.shape(x))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (params, updates)
+    )
+    for path in sorted(wanted.keys() | given.keys()):
+        if wanted.get(path) != given.get(path):
+            raise ValueError(
+                f"updates{path} has shape {given.get(path)} where params has "
+                f"{wanted.get(path)} (None: no array); pass the gradient of these "
+                "parameters"
+            )
 
 
 def is_placeholder(params: Any) -> bool:
@@ -173,7 +195,8 @@ def checked_statistics(
             "scale_by_kfac.update needs curvature=, the third result of "
             "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
             "tx.update(grads, state, params, curvature=curvature).  Flax's "
-            "TrainState.apply_gradients passes nothing on: see "
+            "TrainState.apply_gradients and some wrappers (optax.lookahead, "
+            "optax.contrib.sam) pass no such argument on: see "
             "docs/how_to/from_your_optax_loop.md"
         )
     checked, squares = {}, {}
