@@ -291,6 +291,7 @@ def _functions_of(
         batch,
         rng,
         job.per_example,
+        job.layers,
     )
     products = functools.partial(batch_functions.mean_products, step, state.params)
     return {

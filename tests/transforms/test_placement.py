@@ -15,7 +15,7 @@ from lbopt.transforms.placement import precondition_on_owners
 
 
 def layer(path, block, shapes):
-    location = capture.Location((path,), tuple(shapes))
+    location = locations.Location((path,), tuple(shapes))
     return Layer(
         path=path,
         module="test",
