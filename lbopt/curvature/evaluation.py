@@ -157,6 +157,11 @@ def evaluate(
         raise ValueError(
             "fisher='sampled' draws labels: pass rng=, a new key at every step"
         )
+    if loss.is_empty((*args, dict(kwargs))):
+        raise ValueError(
+            f"the batch of loss_fn={loss.name_of(evaluator.loss_fn)} holds no "
+            "examples; pass at least one"
+        )
     wanted, bases = _wanted(layers.preconditioned, due)
     tapped = _tap(evaluator, wanted, bases, params, args, kwargs)
     terms, share = tapped.terms, 1
@@ -377,7 +382,8 @@ def _tap(
         signals = [jnp.zeros_like(x) for x in kept]
         if signal is not None:
             signals[0] = signal.astype(kept[0].dtype)
-        by_loss = jnp.asarray(by_loss, value.dtype)
+        # Like the loss, so that it varies over the same mesh axes.
+        by_loss = jnp.full_like(value, 1) * jnp.asarray(by_loss, value.dtype)
         grads, taken, by_output = pull_back((by_loss, signals))
         sums = dict(zip([t.path for t in taps], probes.sums(taken), strict=True))
         for path, layer in used.items():

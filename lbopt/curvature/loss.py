@@ -123,6 +123,13 @@ def infer_batch_size(args: Sequence[Any]) -> int | None:
     return next(iter(sizes.values()), None)
 
 
+def is_empty(args: Sequence[Any]) -> bool:
+    """Whether the arguments of a loss hold arrays of no examples."""
+    return any(
+        0 in leaf.shape[:1] for leaf in jax.tree.leaves(args) if _is_batch_array(leaf)
+    )
+
+
 def _is_collection(arg: Any) -> bool:
     return isinstance(arg, Mapping) and any(
         isinstance(child, Mapping) for child in arg.values()

@@ -5,8 +5,9 @@ outputs.  Along an axis that it averages over, twice the positions halve the gra
 each; an argument whose value takes a position's gradient away holds its weight.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,10 @@ class Unproved(Exception):  # noqa: N818  (no "Error": it is caught, or says its
 
 # The sizes of the axes in the experiments, and the class of every label: large enough
 # for every special value of a label to differ from it.
-_SMALL, _LARGE, _LABEL = 3, 6, 2
+_SMALL, _LABEL = 3, 2
+_PRIMES = (2, 3, 5, 7, 11)
+_PIECES = 4  # of each axis of a batch
 _SPECIAL = (0, -1, -100, 1)
-_LARGEST = 2**22  # entries of the outputs that an experiment may have
 _TOLERANCE = 1e-3
 
 
@@ -40,6 +42,7 @@ class _Experiment(NamedTuple):
       leaves: the leaves of the arguments.
       tree: their structure.
       output: the name of the output.
+      compiled: ``(output, all outputs, array leaves) -> `` the gradient by the output.
     """
 
     loss: Callable[..., Array]
@@ -48,6 +51,7 @@ class _Experiment(NamedTuple):
     leaves: list[Any]
     tree: Any
     output: Name
+    compiled: Callable[..., Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,32 +59,33 @@ class _Experiment(NamedTuple):
         return self.head.outputs[self.output].shape
 
     def gradient(
-        self, sizes: tuple[int, ...], changes: Mapping[int, Any] | None = None
+        self,
+        sizes: tuple[int, ...],
+        changes: Mapping[int, Any] | None = None,
+        alike: bool = False,
     ) -> np.ndarray:
         """Returns the gradient of the loss by its output.
 
         Args:
           sizes: the sizes of the output's axes.
           changes: leaves of the arguments by number.
+          alike: whether the outputs are the same at all positions.
 
         Returns:
           An array of these sizes.
         """
+        values = np.zeros if alike else _values
         outputs = {
-            name: jnp.asarray(_values(self._resized(shape, sizes), shape.dtype))
+            name: jnp.asarray(values(self._resized(shape, sizes), shape.dtype))
             for name, shape in self.head.outputs.items()
         }
         leaves = [
             self.filled(i, sizes) if changes is None or i not in changes else changes[i]
             for i in range(len(self.leaves))
         ]
-        args = jax.tree.unflatten(self.tree, leaves)
-
-        def by_output(x: Array) -> Array:
-            run = replaced(self.head, outputs | {self.output: x}, self.loss)
-            return run(self.params, *args)
-
-        return np.asarray(jax.grad(by_output)(outputs[self.output]), np.float64)
+        arrays = [x for x in leaves if hasattr(x, "shape")]
+        found = self.compiled(outputs[self.output], outputs, arrays)
+        return np.asarray(found, np.float64)
 
     def leaf(self, path: tuple[Any, ...]) -> Any:
         """Returns a leaf of the arguments by its path."""
@@ -126,6 +131,33 @@ class _Experiment(NamedTuple):
         return (*sizes[:shared], *leaf.shape[shared:])
 
 
+def _experiment(
+    loss: Callable[..., Array],
+    head: Head,
+    params: Any,
+    leaves: list[Any],
+    tree: Any,
+    output: Name,
+) -> _Experiment:
+    """Makes an experiment, whose head is compiled once for each size."""
+
+    def by_output(x: Array, outputs: dict[Name, Array], arrays: list[Any]) -> Array:
+        # Shapes become zeros here, where XLA drops them, and take no memory.
+        whole = jax.tree.map(_concrete, params)
+        given = iter(arrays)
+        merged = [next(given) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        args = jax.tree.unflatten(tree, merged)
+        run = replaced(head, outputs | {output: x}, loss)
+        if not head.inner:
+            return run(whole, *args)
+        # A compiled function of the loss must not keep the replaced outputs.
+        with jax.disable_jit():
+            return run(whole, *args)
+
+    compiled = jax.jit(jax.grad(by_output))
+    return _Experiment(loss, head, params, leaves, tree, output, compiled)
+
+
 def find(
     loss: Callable[..., Array],
     params: Any,
@@ -151,12 +183,12 @@ def find(
     """
     names = [n for n in head.outputs if n[0] == LIKELIHOOD] or list(head.outputs)
     names = [n for n in names if head.outputs[n].shape and n not in head.inner]
-    if any(n in head.inner for n in head.outputs) or not names:
+    if not names:
         return _assumed(head, batch_size)
     leaves, tree = jax.tree.flatten(tuple(args))
     found = []
     for name in names:
-        experiment = _Experiment(loss, head, _zeros(params), leaves, tree, name)
+        experiment = _experiment(loss, head, params, leaves, tree, name)
         try:
             terms = _find_along(experiment)
         except Unproved:
@@ -208,23 +240,7 @@ def _find_along(experiment: _Experiment) -> Terms | None:
         raise Unproved("its gradient by the outputs is not finite")
     if not np.any(base):
         return None
-    axes, offsets = [], []
-    for axis in range(len(shape)):
-        try:
-            offset = _average_along(experiment, small, base, axis)
-        except Unproved:
-            if axis < max(last, 1):
-                raise
-            continue  # the coordinates of one event, such as the logits of classes
-        except Exception:
-            if axis < max(last, 1):
-                raise
-            continue
-        if offset is not None:
-            axes.append(axis)
-            offsets.append(offset)
-        elif axis == 0:
-            raise Unproved("it adds up the examples instead of averaging them")
+    axes, offsets = _averaged(experiment, small, base)
     weights = _find_weights(experiment, small, base)
     if weights is not None:
         along = len(np.shape(experiment.leaf(weights.path)))
@@ -235,50 +251,90 @@ def _find_along(experiment: _Experiment) -> Terms | None:
     terms = Terms(
         experiment.output, tuple(axes), tuple(offsets), weights, None, shape[0], ""
     )
-    _check_batch(experiment, terms)
+    _check_batch(experiment, terms, small, base)
     return terms._replace(size=terms.count(shape), text=_text(terms, experiment))
 
 
-def _average_along(
-    experiment: _Experiment, small: tuple[int, ...], base: np.ndarray, axis: int
-) -> int | None:
-    """Tells whether a loss averages over an axis of its output.
+def _averaged(
+    experiment: _Experiment, small: tuple[int, ...], base: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """Finds the axes of its output that a loss averages over.
 
     Args:
       experiment: the loss's head.
       small: sizes of the output's axes.
       base: the gradient at these sizes.
-      axis: the axis.
 
     Returns:
-      The number of positions left out of the mean; None if it adds them up.
+      The axes, and for each the number of positions that are left out.
 
     Raises:
-      Unproved: if it does neither.
+      Unproved: if a leading axis is neither averaged nor added up, or examples are
+        added up.
     """
-    if axis == len(small) - 1 and axis > 0:
-        small = (*small[:axis], _SMALL)
-        base = experiment.gradient(small)
-    large = (*small[:axis], _LARGE, *small[axis + 1 :])
+    leading = max(len(small) - 1, 1)
+    # Sizes whose ratios tell which of the axes are averaged, in one experiment.
+    large = (*(_SMALL * p for p in _PRIMES[:leading]), *small[leading:])
+    axes, offsets = _explained(experiment, small, base, large, range(leading))
+    if 0 not in axes:
+        raise Unproved("it adds up the examples instead of averaging them")
+    last = len(small) - 1
+    # The gradient of a softmax has no component along the sum of the logits.
+    sums = np.abs(np.sum(base, -1))
+    if last == 0 or np.all(sums < _TOLERANCE * np.max(np.abs(base))):
+        return axes, offsets
+    try:
+        large = (*small[:last], 2 * small[last])
+        more = _explained(experiment, small, base, large, [last])
+    except Exception:  # the coordinates of one event, such as the logits of classes
+        return axes, offsets
+    return axes + more[0], offsets + more[1]
+
+
+def _explained(
+    experiment: _Experiment,
+    small: tuple[int, ...],
+    base: np.ndarray,
+    large: tuple[int, ...],
+    axes: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """Finds the averaged axes that explain the gradients at two sizes."""
     more = experiment.gradient(large)
-    first = np.take(more, range(_SMALL), axis)
+    first = more[tuple(slice(size) for size in small)]
     real = base != 0
-    counts = [int(np.max(np.sum(_rows(g, axis), axis))) for g in (base, more)]
-    left_out = {_SMALL - counts[0], _LARGE - counts[1]}
     ratios = first[real] / base[real]
-    if len(left_out) > 1 or not np.allclose(ratios, ratios.flat[0], rtol=_TOLERANCE):
-        raise Unproved(f"it neither averages nor adds up axis {axis} of its outputs")
-    if np.isclose(ratios.flat[0], counts[0] / counts[1], rtol=_TOLERANCE):
-        return left_out.pop()
-    if np.isclose(ratios.flat[0], 1, rtol=_TOLERANCE):
-        return None
-    raise Unproved(f"it neither averages nor adds up axis {axis} of its outputs")
+    unknown = Unproved(
+        f"it neither averages nor adds up the positions along axes {list(axes)} of its "
+        "outputs"
+    )
+    if not np.allclose(ratios, ratios.flat[0], rtol=_TOLERANCE):
+        raise unknown
+    counts = [[_count_along(g, axis) for axis in axes] for g in (base, more)]
+    offsets = [
+        (small[axis] - few, large[axis] - many)
+        for axis, few, many in zip(axes, *counts, strict=True)
+    ]
+    if any(one != other for one, other in offsets):
+        raise unknown
+    found = [
+        subset
+        for size in range(len(axes) + 1)
+        for subset in itertools.combinations(range(len(axes)), size)
+        if np.isclose(
+            ratios.flat[0],
+            math.prod(counts[0][i] / counts[1][i] for i in subset),
+            rtol=_TOLERANCE,
+        )
+    ]
+    if len(found) != 1:
+        raise unknown
+    return [axes[i] for i in found[0]], [offsets[i][0] for i in found[0]]
 
 
-def _rows(gradient: np.ndarray, axis: int) -> np.ndarray:
-    """Which positions have a gradient, without the axis of features."""
-    features = gradient.ndim - 1
-    return gradient != 0 if axis == features else np.any(gradient != 0, features)
+def _count_along(gradient: np.ndarray, axis: int) -> int:
+    """The number of positions along an axis that have a gradient anywhere."""
+    others = tuple(i for i in range(gradient.ndim) if i != axis)
+    return int(np.sum(np.any(gradient != 0, others)))
 
 
 def _find_weights(
@@ -384,37 +440,81 @@ def _terms_in(gradient: np.ndarray) -> np.ndarray:
     return np.any(gradient != 0, -1) if gradient.ndim > 1 else gradient != 0
 
 
-def _check_batch(experiment: _Experiment, terms: Terms) -> None:
+def _check_batch(
+    experiment: _Experiment, terms: Terms, small: tuple[int, ...], base: np.ndarray
+) -> None:
     """Compares the terms found with those of the batch at hand.
 
     Raises:
       Unproved: if rows of it have no part in the loss, or another weight than others,
         for no reason that was found.
     """
-    arrays = [x for x in experiment.leaves if hasattr(x, "shape")]
-    shape = experiment.shape
-    if any(map(_is_shape, arrays)) or math.prod(shape) > _LARGEST:
+    if any(map(_is_shape, experiment.leaves)):
         return
-    changes = dict(enumerate(experiment.leaves))
-    gradient = experiment.gradient(shape, changes)
-    if not np.all(np.isfinite(gradient)):
-        return
-    real = _terms_in(gradient)
-    if isinstance(terms.weights, WeightsAt):
-        args = jax.tree.unflatten(experiment.tree, experiment.leaves)
+    labelled = any(
+        _may_weight(experiment, x) and _integral(x) for x in experiment.leaves
+    )
+    for changes in _windows(experiment, len(small)):
+        gradient = experiment.gradient(small, changes)
+        if not isinstance(terms.weights, WeightsAt):
+            whole = np.nan_to_num(gradient, nan=0)
+            if np.any(_terms_in(base) & ~_terms_in(whole)):
+                raise Unproved("rows of this batch have no part in it, like padding")
+            if labelled:
+                _check_uniform(experiment.gradient(small, changes, alike=True))
+            continue
+        leaves = [changes.get(i, x) for i, x in enumerate(experiment.leaves)]
+        args = jax.tree.unflatten(experiment.tree, leaves)
         weights = np.asarray(terms.weights.read(args))
+        real = _terms_in(np.nan_to_num(gradient, nan=0))
         spread = weights.reshape(weights.shape + (1,) * (real.ndim - weights.ndim))
-        expected = np.broadcast_to(spread != 0, real.shape)
-        if np.any(real & ~expected):
+        if np.any(real & ~np.broadcast_to(spread != 0, real.shape)):
             raise Unproved("its weights were not understood")
+
+
+def _windows(experiment: _Experiment, rank: int) -> Iterator[dict[int, Any]]:
+    """Cuts the batch at hand into small pieces, some of each axis."""
+    shape = experiment.shape[: max(rank - 1, 1)]
+    starts = [
+        [i * max(size - _SMALL, 0) // (_PIECES - 1) for i in range(_PIECES)]
+        for size in shape
+    ]
+    for corner in itertools.product(*map(dict.fromkeys, starts)):
+        pieces = {}
+        for number, leaf in enumerate(experiment.leaves):
+            along = min(experiment.along(leaf), len(shape))
+            if not along:
+                continue
+            piece = leaf
+            for axis in range(along + experiment.shifted(leaf)):
+                size = _SMALL + (axis == along)
+                at = np.minimum(corner[axis] + np.arange(size), leaf.shape[axis] - 1)
+                piece = jnp.take(piece, at, axis=axis)
+            pieces[number] = piece
+        yield pieces
+
+
+def _check_uniform(gradient: np.ndarray) -> None:
+    """Compares the weights of terms of different labels.
+
+    Args:
+      gradient: that at outputs which are the same for all positions.
+
+    Raises:
+      Unproved: if they differ.
+    """
+    # If no class is treated apart, a label only permutes the gradient's entries.
+    rows = np.sort(gradient.reshape(-1, gradient.shape[-1]), -1)
+    sizes = np.max(np.abs(rows), -1, keepdims=True)
+    if not np.all(sizes > 0):
         return
-    left_out = {axis: n for axis, n in zip(terms.axes, terms.offsets, strict=True) if n}
-    for axis, size in left_out.items():
-        real = np.compress(np.any(real, _others(real, axis)), real, axis)
-        if real.shape[axis] != shape[axis] - size:
-            raise Unproved(f"positions along axis {axis} have no part in it")
-    if not np.all(real):
-        raise Unproved("rows of this batch have no part in it, as padding has not")
+    same = np.allclose(rows / sizes, (rows / sizes)[:1], rtol=_TOLERANCE)
+    if same and not np.allclose(sizes, sizes[0], rtol=_TOLERANCE):
+        raise Unproved("its terms have different weights, such as those of classes")
+
+
+def _integral(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _others(x: np.ndarray, axis: int) -> tuple[int, ...]:
@@ -440,13 +540,11 @@ def _is_shape(x: Any) -> bool:
 
 
 def _concrete(x: Any) -> Any:
-    return jnp.ones(x.shape, x.dtype) if _is_shape(x) else x
-
-
-def _zeros(params: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x, params
-    )
+    if not _is_shape(x):
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), x.shape)
+    return jnp.ones(x.shape, x.dtype)
 
 
 def _values(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

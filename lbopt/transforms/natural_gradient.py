@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lbopt import sharding
 from lbopt._typing import Array, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import capture, locations
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners
 from lbopt.transforms import kfac_state

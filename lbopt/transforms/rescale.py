@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lbopt._typing import Array, Params, Updates
+from lbopt.curvature import locations
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.transforms.validation import check_layers
 

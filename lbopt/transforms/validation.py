@@ -10,6 +10,7 @@ import optax
 from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
+from lbopt.curvature import locations
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement

@@ -8,7 +8,14 @@ from jax.sharding import PartitionSpec
 
 from lbopt import sharding
 from lbopt.collectives import Axis
-from lbopt.curvature import capture, diagonal, kronecker, linear_maps, unit_wise
+from lbopt.curvature import (
+    capture,
+    diagonal,
+    kronecker,
+    linear_maps,
+    locations,
+    unit_wise,
+)
 from lbopt.curvature.registry import Layer
 from lbopt.transforms import kfac_state, owner_buffers
 from lbopt.transforms.placement import precondition_on_owners
