@@ -5,6 +5,7 @@ from lbopt.background import BackgroundInversion
 from lbopt.curvature.fisher import curvature_only, value_grad_and_curvature
 from lbopt.curvature.fisher_products import fisher_products
 from lbopt.curvature.likelihood import likelihood
+from lbopt.curvature.locations import plain
 from lbopt.curvature.refresh import inverse_age, refresh
 from lbopt.curvature.registry import trace_layers
 from lbopt.optimizers.kfac import distributed_kfac, kfac
@@ -39,6 +40,7 @@ __all__ = [
     "likelihood",
     "memory_plan",
     "nlcg",
+    "plain",
     "presets",
     "refresh",
     "rescale_weights",

@@ -164,6 +164,17 @@ def gather(shares: Float[Array, "m share"], axis: Axis) -> Float[Array, "m padde
     return lax.all_gather(shares, axis.name, axis=1, tiled=True)
 
 
+def mapped_axis(name: str) -> Axis:
+    """The axis of a name that is mapped here, by ``shard_map`` or ``pmap``."""
+    try:
+        return Axis(name, lax.axis_size(name))
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={name!r} is not a mapped axis here; call the function inside "
+            "jax.shard_map or jax.pmap over it, or leave axis_name out"
+        ) from error
+
+
 def total(tree: Any, axis: Axis) -> Any:
     """The sum over devices of every array of a tree (all-reduce)."""
     return tree if axis.name is None else lax.psum(tree, axis.name)

@@ -194,8 +194,6 @@ def make_train_step(
     axis = Axis(None, 1) if mesh is None else collectives.axis_of(mesh, axis_name)
     checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
     checks.one_of("parallel", parallel, get_args(Parallel))
-    if batch_size is not None:
-        _check_terms(batch_size, axis.size * accumulate)
     subset = statistics_fraction, statistics_devices, batch_size
     job = _Job(loss_fn, tx, layers, axis, fisher, accumulate, per_example, *subset)
     step, check = _step_on_device(job), _checks_of(job)
@@ -209,15 +207,6 @@ def make_train_step(
             "per_example collections; use parallel='shard_map'"
         )
     return mesh_step.by_pmap(step, mesh, axis, check)
-
-
-def _check_terms(batch_size: int, parts: int) -> None:
-    checks.whole("batch_size", batch_size, "None reads it off the batch", static=True)
-    if batch_size % parts:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of {parts}, the micro-batches "
-            "on all devices; it counts the terms of the whole batch"
-        )
 
 
 class _Job(NamedTuple):
@@ -256,7 +245,7 @@ def _step_on_device(job: _Job) -> Step:
         fraction=job.fraction,
         devices=job.devices,
         per_example=job.per_example,
-        batch_size=None if job.batch_size is None else job.batch_size // job.parts,
+        batch_size=job.batch_size,
     )
 
     def train_step(
@@ -321,6 +310,7 @@ def _functions_of(
         batch,
         rng,
         job.per_example,
+        job.layers,
     )
     products = functools.partial(batch_functions.mean_products, step, state.params)
 

@@ -10,13 +10,9 @@ from jaxtyping import Float
 
 from lbopt import linalg
 from lbopt._typing import Array, Params
-from lbopt.curvature import registry
-from lbopt.curvature.likelihood import (
-    Outputs,
-    count_terms,
-    listen,
-    single_outputs,
-)
+from lbopt.curvature import loss
+from lbopt.curvature.likelihood import Outputs, listen, single_outputs
+from lbopt.curvature.terms import Terms, WeightsAt
 
 
 def fisher_products(
@@ -25,6 +21,7 @@ def fisher_products(
     vectors: Sequence[Params],
     *args: Any,
     has_aux: bool = False,
+    terms: Terms | None = None,
 ) -> Float[Array, "k k"]:
     r"""Computes the exact Fisher matrix's bilinear form for all pairs of vectors.
 
@@ -46,13 +43,17 @@ def fisher_products(
       *args: the loss's other arguments; part of the batch makes the products cheaper.
         On several devices the mean of their products belongs to the whole batch.
       has_aux: whether the loss returns ``(loss, aux)``.
+      terms: the terms that the loss averages, ``layers.terms`` of ``trace_layers``;
+        needed for outputs of more axes than ``[batch, features]`` unless the call of
+        ``likelihood`` states them.
 
     Returns:
       The symmetric matrix C, in at least float32.
 
     Raises:
       ValueError: if there are no vectors, a vector is not shaped like the parameters,
-        or the loss does not call ``likelihood`` exactly once, outside all transforms.
+        or the loss does not call ``likelihood`` exactly once, outside all transforms;
+        if the number of its terms is not known.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -69,14 +70,14 @@ def fisher_products(
     are coupled (batch normalisation), J is the Jacobian of the whole batch.  Vectors
     are cast to the parameters' dtypes.
     """
-    loss_fn = registry.unjitted(loss_fn)
+    loss_fn = loss.unjitted(loss_fn)
     found: list[Outputs] = []
 
     def outputs_of(p: Params) -> Array:
         with nn.intercept_methods(listen(found)):
             result = loss_fn(p, *args)
-        registry.split_aux(result, has_aux, loss_fn)
-        return single_outputs(found, registry.name_of(loss_fn), "fisher_products").value
+        loss.split_aux(result, has_aux, loss_fn)
+        return single_outputs(found, loss.name_of(loss_fn), "fisher_products").value
 
     # Under vmap the primal is computed once, not k times: out_axes=None proves it.
     def pushed(vector: Params) -> tuple[Array, Array]:
@@ -85,7 +86,39 @@ def fisher_products(
     side_by_side = _side_by_side(vectors, params)
     outputs, tangents = jax.vmap(pushed, out_axes=(None, 0))(side_by_side)
     roots = _roots(outputs[None], tangents, found[0].distribution)
-    return linalg.matmul(roots, roots.T) / count_terms(found, None, args)
+    stated: list[Outputs] = []
+    with nn.intercept_methods(listen(stated)):
+        loss_fn(params, *args)  # outside of the transforms, for its terms and weights
+    weights, n = _terms_of(stated[0], outputs, terms, args)
+    if weights is not None:
+        spread = jnp.expand_dims(weights, range(weights.ndim, outputs.ndim))
+        whole = jnp.broadcast_to(jnp.sqrt(spread), outputs.shape).reshape(1, -1)
+        roots = roots * whole.astype(roots.dtype)
+    return linalg.matmul(roots, roots.T) / n
+
+
+def _terms_of(
+    stated: Outputs, outputs: Array, terms: Terms | None, args: Sequence[Any]
+) -> tuple[Array | None, Any]:
+    """The weights of the loss's terms, if they have any, and its divisor."""
+    weights = stated.weights
+    if weights is None and terms is not None and isinstance(terms.weights, WeightsAt):
+        weights = terms.weights.read(args)
+    if weights is not None:
+        weights = jnp.asarray(weights, jnp.promote_types(weights.dtype, jnp.float32))
+    if stated.terms is not None:
+        return weights, stated.terms
+    if weights is not None:
+        return weights, jnp.sum(weights)
+    if terms is not None and terms.output is not None:
+        return None, terms.count(outputs.shape)
+    if outputs.ndim > 2:
+        raise ValueError(
+            f"the outputs {list(outputs.shape)} have more axes than one example's; "
+            "state the number of terms by lbopt.likelihood(..., terms=), or pass "
+            "terms=layers.terms"
+        )
+    return None, len(outputs)
 
 
 def _side_by_side(vectors: Sequence[Params], params: Params) -> Params:

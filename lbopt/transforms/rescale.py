@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lbopt._typing import Array, Params, Updates
-from lbopt.curvature import capture
+from lbopt.curvature import locations
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.transforms.validation import check_layers, is_placeholder
 
@@ -108,10 +108,10 @@ def rescale_weights(
         replaced: dict[tuple[Any, ...], dict[str, Array]] = {}
         for path, w in _present(kernels, params).items():
             location = kernels[path].layer.tapped.location
-            u = capture.lookup(updates, location)[_KERNEL]
+            u = locations.lookup(updates, location)[_KERNEL]
             u = _rescaled(kernels[path], w, u, shrink_only)
             replaced[location.keys] = {_KERNEL: u}
-        return capture.insert(updates, replaced), state
+        return locations.insert(updates, replaced), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -150,7 +150,7 @@ def _present(kernels: Mapping[str, _Kernel], params: Params) -> dict[str, Any]:
     present = {}
     for path, kernel in kernels.items():
         try:
-            arrays = capture.lookup(params, kernel.layer.tapped.location)
+            arrays = locations.lookup(params, kernel.layer.tapped.location)
             masked = isinstance(arrays, optax.MaskedNode)
             w = arrays if masked else arrays[_KERNEL]
         except (KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from lbopt import checks
 from lbopt._typing import Array, Params, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import locations
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
@@ -44,7 +44,7 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
     for path, layer in layers.items():
         location = layer.tapped.location
         try:
-            arrays = capture.lookup(params, location)
+            arrays = locations.lookup(params, location)
             if isinstance(arrays, optax.MaskedNode):  # the whole module is masked
                 continue
             leaves = [arrays[name] for name in location.names]

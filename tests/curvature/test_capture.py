@@ -455,9 +455,9 @@ def test_pmap_gives_local_means():
 def test_insert_and_remove_are_inverse():
     params = flax.core.freeze({"a": {"w": jnp.ones(2), "b": {"w": jnp.zeros(3)}}})
     added = {("a",): {"new": jnp.ones(1)}, ("a", "b"): {"new": jnp.ones(1)}}
-    wide = capture.insert(params, added)
+    wide = locations.insert(params, added)
     assert set(wide["a"]) == {"w", "b", "new"}
-    narrow, taken = capture.remove(wide, {keys: ["new"] for keys in added})
+    narrow, taken = locations.remove(wide, {keys: ["new"] for keys in added})
     assert_equal(narrow, params)
     assert_equal(taken, added)
 
