@@ -57,7 +57,7 @@ def mean_loss(step: StepBatch, params: Params) -> Float[Array, ""]:
     """
     _require_all_devices("value_fn", step)
 
-    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
+    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Any]:
         # Split as in the gradient pass: the loss sees the key that it saw there.
         loss_rng, _ = jax.random.split(rng)
         args = (model_state, batch, loss_rng)
@@ -85,7 +85,7 @@ def mean_products(
     """
     _require_all_devices("fisher_products", step)
 
-    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
+    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Any]:
         loss_rng, _ = jax.random.split(rng)
         args = (model_state, batch, loss_rng)
         terms = None if step.layers is None else step.layers.terms

@@ -427,10 +427,13 @@ def test_shard_map_with_its_default_check_vma(placement, averaged, message):
     def loss(params, x, y):
         return cross_entropy(nn.Dense(3).apply({"params": params["head"]}, x), y)
 
-    table = lbopt.trace_layers(loss, params, x, y)
+    table = lbopt.trace_layers(loss, params, x, y, batch_size=BATCH)
     tx = lbopt.scale_by_kfac(table, placement=lbopt.Placement(*placement))
-    evaluate = lbopt.value_grad_and_curvature(loss, table)
     state = tx.init(params)
+
+    def evaluate(params, x, y, **due):
+        f = lbopt.value_grad_and_curvature(loss, table, batch_size=len(x))
+        return f(params, x, y, **due)
 
     def own(params, state, x, y):
         # Without the cast jax.grad adds gradients up over the devices.

@@ -254,7 +254,7 @@ class Interceptor(NamedTuple):
             # loss's derivative.
             jax.lax.stop_gradient(residual),
             outputs,
-            _vary_like(probe, outputs),
+            vary_like(probe, outputs),
             probes.due[number],
         )
 
@@ -388,12 +388,12 @@ def _check_probe(layer: Tapped, fields: Any, probe: Any) -> None:
             )
 
 
-def _vary_like(probe: Any, outputs: Array) -> Any:
-    """Makes the probe vary over the same mesh axes as the outputs."""
+def vary_like(probe: Any, array: Array) -> Any:
+    """Makes the probe vary over the same mesh axes as another array."""
     # Under shard_map(check_vma=True) adding an array that varies casts the probe, and
     # the transpose of that cast sums over the devices.
     return jax.tree.map(
-        lambda p: p + jnp.zeros_like(outputs, shape=p.shape, dtype=p.dtype), probe
+        lambda p: p + jnp.zeros_like(array, shape=p.shape, dtype=p.dtype), probe
     )
 
 

@@ -371,8 +371,10 @@ def _tap(
         # pull back through the same forward pass.
         return (value, kept), aux
 
+    # Under shard_map(check_vma=True) sums are the devices' own if gradients are.
+    arrays = capture.vary_like(probes.arrays(), jax.tree.leaves(params)[0])
     (value, kept), pull_back, aux = jax.vjp(
-        tapped_loss, params, probes.arrays(), bump, has_aux=True
+        tapped_loss, params, arrays, bump, has_aux=True
     )
     probes.require_all_reached()
 

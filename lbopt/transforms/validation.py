@@ -91,7 +91,7 @@ def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
     for path, layer in layers.items():
         location = layer.tapped.location
         try:
-            arrays = capture.lookup(updates, location)
+            arrays = locations.lookup(updates, location)
             shapes = {name: jnp.shape(arrays[name]) for name in location.names}
         except (KeyError, TypeError) as error:
             raise ValueError(

@@ -15,7 +15,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lbopt
-from lbopt.curvature import capture
 from tests import oracles
 from tests.problems import (
     BATCH,

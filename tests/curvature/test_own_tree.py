@@ -209,7 +209,7 @@ def test_mapped_variables_are_marked():
     model = Halved()
     params = {"Dense_0": nn.Dense(3).init(jax.random.key(0), X)["params"]}
     variables = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
-    params = {key: params["Dense_0"] for key in variables}
+    params = dict.fromkeys(variables, params["Dense_0"])
 
     def loss_fn(params, x):
         return jnp.mean(model.apply({"params": params}, x) ** 2)
