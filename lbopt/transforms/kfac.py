@@ -27,7 +27,7 @@ from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
 from lbopt.transforms.natural_gradient import insert, precondition
-from lbopt.transforms.statistics import Findings, Running, fold
+from lbopt.transforms.statistics import Findings, Running, fold, weight
 
 
 def scale_by_kfac(
@@ -44,13 +44,16 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of the layers' damped curvature.
 
-    .. math:: A \leftarrow A + \frac{1 - \beta}{1 - \beta^k} (A_{\text{batch}} - A)
+    .. math:: A \leftarrow (1 - w_k) A + w_k A_{\text{batch}}, \qquad
+              w_k = \frac{1 - \beta}{1 - \beta^k}
 
     is the running average after k statistics (debiased: the first is taken whole), and
     likewise for every other statistic; the natural gradient is as in the module's
     equation, with the trace-norm π of ``linalg.pi_damping``.
 
-    A statistic that is not finite leaves its average unchanged; an inverse that is not
+    A statistic that is all zeros is of no row, as where ``nn.switch`` left a layer out:
+    it is no statistic, and stays due.  One that is not finite leaves its average
+    unchanged; an inverse that is not
     finite leaves the old inverse in effect, and the layer's damping grows tenfold until
     one is.  ``rejected`` counts both.
 
@@ -156,7 +159,9 @@ def scale_by_kfac(
         state, findings = _average(
             present, state, statistics, factor_decay, stale_threshold, axis
         )
-        state = eigen_moments.average(present, state, squares, factor_decay, axis)
+        state, empty = eigen_moments.average(
+            present, state, squares, factor_decay, axis
+        )
         scheduled = _units_due(owners, state, findings, periods, adaptive)
         value = extra_args.get("damping", damping)
         value = value(state.count) if callable(value) else value
@@ -167,7 +172,9 @@ def scale_by_kfac(
         )
         state = eigen_moments.carry(present, owners, before, state, inverted.accepted)
         updates, natural = precondition(present, owners, state, updates, axis)
-        state = eigen_moments.scheduled(present, owners, state, periods.statistics)
+        state = eigen_moments.scheduled(
+            present, owners, state, periods.statistics, empty
+        )
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=amounts.astype(state.damping.dtype),
@@ -220,8 +227,7 @@ def _average(
 ) -> tuple[KfacState, Findings]:
     """Folds the statistics that are due and finite into the factors of the state."""
     due, renewals = state.refresh.due, state.refresh.renewals
-    # Debiased: (1 − β) / (1 − βᵏ) is 1 at the first statistic, k = 1.
-    weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
+    weights = weight(factor_decay, renewals)
     kinds = kfac_state.kinds(layers)
     factors, tree = jax.tree.flatten(plain(state.factors))
     before = jax.tree.leaves(plain(state.before))
@@ -264,7 +270,8 @@ def _average(
         factors=rebuilt([r.factor for r in running]),
         before=rebuilt([r.before for r in running]) if before else (),
         traces=jax.tree.unflatten(tree, [r.traces for r in running]),
-        rejected=state.rejected + kfac_state.by_layer(due & ~findings.accepted, layers),
+        rejected=state.rejected
+        + kfac_state.by_layer(due & ~findings.accepted & ~findings.empty, layers),
         refresh=state.refresh._replace(
             renewals=renewals + findings.accepted,
             statistic_step=jnp.where(
@@ -282,7 +289,8 @@ def _clocks(
     refresh, coming = state.refresh, state.count + 1
     never = refresh.renewals == 0  # such a statistic is due at once
     if not adaptive:
-        return refresh._replace(due=clocks.is_due(coming, stats_period) | never)
+        due = clocks.is_due(coming, stats_period) | never | findings.empty
+        return refresh._replace(due=due)
     accepted, last = findings.accepted, refresh.interval
     interval = clocks.next_interval(
         findings.similar, findings.similar_before, last, refresh.previous_interval
@@ -291,6 +299,6 @@ def _clocks(
     return refresh._replace(
         interval=interval,
         previous_interval=jnp.where(accepted, last, refresh.previous_interval),
-        # After a statistic that was refused this still holds: it stays due.
+        # After one that was refused or empty this still holds: it stays due.
         due=(coming >= refresh.statistic_step + interval) | never,
     )
