@@ -4,7 +4,8 @@ r"""Eigenvalues of the curvature, averaged from second moments between eigenbase
           w_k = \frac{1 - \beta}{1 - \beta^k}
 
 after k statistics, in the bases in effect; when these change, s is transformed to the
-new ones (``curvature.eigen_moments``).  Until the first statistic s holds the
+new ones.  It is averaged over eigenvectors of equal eigenvalues, which are arbitrary
+(``curvature.eigen_moments``).  Until the first statistic s holds the
 eigenvalues :math:`d_A d_G^\top` of the Kronecker product.
 """
 
@@ -89,17 +90,18 @@ def average(
 
     def renew(old: Any) -> Any:
         means = collectives.mean(dict(squares), axis)
-        found = {path: renewed(*one, means[path]) for path, one in old[0].items()}
+        found = {path: renewed(path, one, means[path]) for path, one in old[0].items()}
         moments = {path: one for path, (one, _) in found.items()}
         return moments, {path: empty for path, (_, empty) in found.items()}
 
-    def renewed(
-        s: Array, renewals: Array, due: Array, mean: Array
-    ) -> tuple[Moments, Array]:
+    def renewed(path: str, old: Moments, mean: Array) -> tuple[Moments, Array]:
+        s, renewals, due = old
         empty = due & ~jnp.any(mean != 0)
         # Debiased, so that the first second moments replace d_A d_Gᵀ altogether.
         weight = statistics.weight(factor_decay, renewals)
         accepted = due & ~empty & linalg.all_finite(mean) & (weight > 0)
+        kinds, bases = layers[path].block.factors, state.inverses[path]
+        mean = eigen_moments.pooled(kinds, bases, mean)
         after = statistics.averaged(s, mean, weight, accepted)
         return Moments(after, renewals + accepted, due), empty
 
@@ -148,10 +150,15 @@ def carry(
         old, new = before.inverses[path], state.inverses[path]
 
         def first(_: Array, layer: Layer = layer, new: Any = new) -> Array:
-            return eigen_moments.kronecker_eigenvalues(layer.block.factors, new)
+            kinds = layer.block.factors
+            s = eigen_moments.kronecker_eigenvalues(kinds, new)
+            return eigen_moments.pooled(kinds, new, s)
 
-        def rotate(s: Array, old: Any = old, new: Any = new) -> Array:
-            return eigen_moments.carried(s, old, new)
+        def rotate(
+            s: Array, layer: Layer = layer, old: Any = old, new: Any = new
+        ) -> Array:
+            s = eigen_moments.carried(s, old, new)
+            return eigen_moments.pooled(layer.block.factors, new, s)
 
         s = state.moments[path].s
         # The first complete bases: identities before them hold no moments to rotate.
