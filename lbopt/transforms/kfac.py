@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool
 
-from lbopt import sharding
+from lbopt import checks, sharding
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
@@ -53,9 +53,10 @@ def scale_by_kfac(
 
     A statistic that is all zeros is of no row, as where ``nn.switch`` left a layer out:
     it is no statistic, and stays due.  One that is not finite leaves its average
-    unchanged; an inverse that is not
-    finite leaves the old inverse in effect, and the layer's damping grows tenfold until
-    one is.  ``rejected`` counts both.
+    unchanged.  An inverse that is not finite leaves the old inverse in effect, and the
+    layer's damping grows tenfold until one is.  A λ of a schedule or of
+    ``update(damping=)`` that is not positive and finite leaves the last one in effect
+    that was.  ``rejected`` counts all three by layer.
 
     With ``placement``, under ``jax.shard_map`` or ``jax.pmap`` over its axis, the
     gradients and statistics are those of each device's examples; the transformation
@@ -132,6 +133,8 @@ def scale_by_kfac(
         state = kfac_state.init_state(
             present, owners_of(present), axis, adaptive, bool(periods.delay)
         )
+        first = damping(state.count) if callable(damping) else damping
+        state = state._replace(last_damping=jnp.array(first, float))
         if eigenvalues == "kronecker":
             return state
         return state._replace(
@@ -164,7 +167,12 @@ def scale_by_kfac(
         )
         scheduled = _units_due(owners, state, findings, periods, adaptive)
         value = extra_args.get("damping", damping)
+        if "damping" in extra_args:
+            own = "leave it out for the optimizer's own"
+            checks.positive("damping", value, own, schedule=True)
         value = value(state.count) if callable(value) else value
+        value, sound = renewal.sound_damping(value, state.last_damping)
+        state = state._replace(last_damping=value, rejected=state.rejected + ~sound)
         amounts = renewal.amounts(present, state, value, norm_damping)
         before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
