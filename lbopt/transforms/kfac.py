@@ -107,13 +107,7 @@ def scale_by_kfac(
     inverted, with π from the latest traces of both.
     """
     validation.check_settings(
-        layers,
-        damping,
-        norm_damping,
-        factor_decay,
-        periods,
-        placement,
-        block_size,
+        layers, damping, norm_damping, factor_decay, periods, placement, block_size
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
@@ -134,7 +128,7 @@ def scale_by_kfac(
             present, owners_of(present), axis, adaptive, bool(periods.delay)
         )
         first = damping(state.count) if callable(damping) else damping
-        state = state._replace(last_damping=jnp.array(first, float))
+        state = state._replace(last_damping=jnp.array(first, float))  # may be donated
         if eigenvalues == "kronecker":
             return state
         return state._replace(
@@ -167,13 +161,8 @@ def scale_by_kfac(
         )
         scheduled = _units_due(owners, state, findings, periods, adaptive)
         value = extra_args.get("damping", damping)
-        if "damping" in extra_args:
-            own = "leave it out for the optimizer's own"
-            checks.positive("damping", value, own, schedule=True)
-        value = value(state.count) if callable(value) else value
-        value, sound = renewal.sound_damping(value, state.last_damping)
-        state = state._replace(last_damping=value, rejected=state.rejected + ~sound)
-        amounts = renewal.amounts(present, state, value, norm_damping)
+        state = _with_damping(state, value)
+        amounts = renewal.amounts(present, state, state.last_damping, norm_damping)
         before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
             present, owners, state, scheduled, amounts, axis, periods.delay
@@ -208,6 +197,19 @@ def _owners(
     period: Any = periods.inverses if periods.stagger else 1
     units = sharding.units_of(layers)
     return sharding.owners_of(units, axis.size, period=period, gathered=gathered)
+
+
+def _with_damping(state: KfacState, damping: Any) -> KfacState:
+    """Returns the state with λ of this step, or with the last sound one."""
+    # Of ``update(damping=)`` as of the setting: refused here if its value is known.
+    value = damping
+    if callable(damping):
+        value = damping(state.count)
+    else:
+        own = "leave it out of update for the optimizer's own"
+        checks.positive("damping", damping, own)
+    value, sound = renewal.sound_damping(value, state.last_damping)
+    return state._replace(last_damping=value, rejected=state.rejected + ~sound)
 
 
 def _units_due(

@@ -81,8 +81,9 @@ def scale_by_lars(
     """
     check_settings(weight_decay, trust_coefficient)
     if clip is not None:
-        # A schedule may begin at zero, as warm-ups do.
-        check = checks.not_negative if callable(clip) else checks.positive
+        # Schedules, and arrays of optax.inject_hyperparams, may begin at zero.
+        varies = callable(clip) or isinstance(clip, jax.Array)
+        check = checks.not_negative if varies else checks.positive
         check("clip", clip, "pass the learning rate or None", schedule=True)
     skipped = matching("skip", skip)
 

@@ -191,8 +191,10 @@ def _zero() -> Array:
 
 
 def _check(learning_rate: Any, momentum: Any, variant: Any) -> None:
-    # The released code's form may begin at zero; ``init`` refuses it for the paper's.
-    check = checks.not_negative if callable(learning_rate) else checks.positive
+    # Schedules, and arrays of optax.inject_hyperparams, may begin at zero in the
+    # released code's form; ``init`` refuses it for the paper's.
+    varies = callable(learning_rate) or isinstance(learning_rate, jax.Array)
+    check = checks.not_negative if varies else checks.positive
     check("learning_rate", learning_rate, "the step is subtracted", schedule=True)
     checks.below_one("momentum", momentum, "0 for none")
     checks.one_of("variant", variant, ["paper", "code"])

@@ -174,7 +174,7 @@ def test_a_damping_out_of_range_is_refused_where_it_is_known():
     tx = lbopt.scale_by_kfac(course.layers)
     state, (grads, curvature) = tx.init(course.problem.params), course.given[0]
     for bad in (-1.0, None, "1e-3", jnp.asarray(jnp.nan)):
-        with pytest.raises(ValueError, match=r"damping=.*; leave it out for the"):
+        with pytest.raises(ValueError, match=r"damping=.*; leave it out of update"):
             tx.update(grads, state, curvature=curvature, damping=bad)
 
 
