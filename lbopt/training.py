@@ -41,6 +41,7 @@ from lbopt.curvature.fisher import Fisher
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
+from lbopt.norms import squared_norm
 
 __all__ = [
     "TrainState",
@@ -261,9 +262,8 @@ def _step_on_device(job: _Job) -> Step:
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
-        # The norm, not each entry: a gradient whose square overflows is no use either.
-        # A sum over devices, because all must decide alike.
-        square = collectives.total(optax.tree.norm(grads, squared=True), axis)
+        # The norm: a square that overflows is no use either; summed, to decide alike.
+        square = collectives.total(squared_norm(grads), axis)
         sound = jnp.isfinite(loss) & jnp.isfinite(square)
         params, opt_state, model_state = update_if(
             sound, update, (state.params, state.opt_state, state.model_state)

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROWS = [
     ["_typing"],
     ["checks", "collectives", "in_place", "linalg"],
-    ["parameter_paths", "patches", "sizes"],
+    ["norms", "parameter_paths", "patches", "sizes"],
     ["curvature.factor"],
     ["curvature.block"],
     ["curvature.eigen_moments", "curvature.linear_maps"],

@@ -238,6 +238,21 @@ def test_a_gradient_whose_square_overflows_changes_nothing():
     assert_equal(state.params, params)
 
 
+def test_a_gradient_in_float16_is_as_good_as_any():
+    # The square of its norm overflows in its own type.
+    params = {"w": jnp.zeros(4, jnp.float16)}
+
+    def loss_fn(params, model_state, batch, rng):
+        return jnp.mean(batch["x"] @ params["w"].astype(float)), (model_state, {})
+
+    tx = optax.sgd(1e-3)
+    step = training.make_train_step(loss_fn, tx)
+    state = training.init_state(tx, params, {}, jax.random.key(0))
+    state, metrics = step(state, {"x": jnp.full((8, 4), 500.0)})
+    assert metrics["skipped"] == 0
+    np.testing.assert_allclose(state.params["w"], -0.5, rtol=1e-3)
+
+
 def test_statistics_that_overflow_are_rejected_and_counted():
     # Examples in pairs that pull in opposite directions: the gradient is small, the
     # square of each signal is not finite.
