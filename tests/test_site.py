@@ -1,6 +1,7 @@
 """The site builds without a warning, and has every public name."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,21 @@ def test_pages_are_there(site):
         if "_build" not in relative.parts:
             assert (site / relative).with_suffix(".html").exists(), relative
     assert (site / "README.html").exists()
+
+
+def test_pages_need_no_network(site):
+    pages = {path: path.read_text() for path in site.rglob("*.html")}
+    for path, text in pages.items():
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", text
+        )
+        assert not loaded, path
+        assert "\\frac" not in text, path
+    # The step of K-FAC, and an equation of a page.
+    kfac = pages[site / "docs" / "api" / "optimizers.html"]
+    assert re.search(r"<math[^>]*>.*?<mo>←</mo>.*?</math>", kfac, re.DOTALL)
+    choose = pages[site / "docs" / "how_to" / "choose_an_optimizer.html"]
+    assert re.search(r"<math[^>]*display=\"block\".*?<mfrac>", choose, re.DOTALL)
 
 
 def test_every_public_name_is_documented(site):
