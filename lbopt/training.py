@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from lbopt import batch_functions, checks, collectives, sharding, statistics_pass
+from lbopt import batch_functions, checks, collectives, health, sharding
 from lbopt._typing import Array, OptState, Params
 from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher
@@ -42,6 +42,7 @@ from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 from lbopt.norms import squared_norm
+from lbopt.statistics_pass import make_evaluate, require_no_collectives
 
 __all__ = [
     "TrainState",
@@ -153,7 +154,7 @@ def make_train_step(
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
       it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
       size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, and ``skipped``.
+      ``loss``, ``skipped``, and those of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
@@ -175,7 +176,7 @@ def make_train_step(
       >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
-      (1, ['loss', 'skipped'])
+      (1, ['device_grad_norm', 'first_not_finite', 'loss', 'skipped'])
     """
     axis = _axis_of(mesh, axis_name)
     checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
@@ -221,7 +222,7 @@ def _step_on_device(job: _Job) -> Step:
     """The step of one device, not yet compiled."""
     layers, axis, accumulate = job.layers, job.axis, job.accumulate
     tx = optax.with_extra_args_support(job.tx)
-    evaluate = statistics_pass.make_evaluate(
+    evaluate = make_evaluate(
         job.loss_fn,
         layers,
         axis,
@@ -269,11 +270,14 @@ def _step_on_device(job: _Job) -> Step:
             sound, update, (state.params, state.opt_state, state.model_state)
         )
         skipped = state.skipped + ~sound
+        seen = health.Found(grads, found.curvature, square, sound)
+        watched = health.metrics(layers, seen, state.opt_state, opt_state, axis)
         # The step counts skipped batches too, so that the next one has another key.
         state = TrainState(
             state.step + 1, params, model_state, opt_state, state.rng, skipped
         )
-        return state, {**metrics, "loss": loss, "skipped": skipped}
+        # A metric of the user's own goes before ours of the same name.
+        return state, {**watched, **metrics, "loss": loss, "skipped": skipped}
 
     return train_step
 
@@ -282,16 +286,9 @@ def _functions_of(
     job: _Job, state: TrainState, batch: Batch, rng: Array
 ) -> dict[str, Any]:
     """The functions of the step's batch that the optimizer may call."""
+    of_job = job.loss_fn, job.axis, job.accumulate, job.devices
     step = batch_functions.StepBatch(
-        job.loss_fn,
-        job.axis,
-        job.accumulate,
-        job.devices,
-        state.model_state,
-        batch,
-        rng,
-        job.per_example,
-        job.layers,
+        *of_job, state.model_state, batch, rng, job.per_example, job.layers
     )
     products = functools.partial(batch_functions.mean_products, step, state.params)
     return {
@@ -340,7 +337,7 @@ def state_specs(
 def _check_loss(job: _Job, state: TrainState, batch: Batch) -> None:
     """Raises ValueError if statistics-only devices would block the others."""
     if job.devices:
-        statistics_pass.require_no_collectives(
+        require_no_collectives(
             job.loss_fn,
             state.params,
             state.model_state,

@@ -77,7 +77,8 @@ def test_a_step_equals_a_loop_by_hand(name):
             )
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        return (params, model_state, opt_state), {"loss": loss, **metrics}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return (params, model_state, opt_state), metrics
 
     state = training.init_state(tx, *START, RNG)
     own, noises = (*START, tx.init(PARAMS)), set()
@@ -85,6 +86,7 @@ def test_a_step_equals_a_loop_by_hand(name):
         own, expected = by_hand(*own, step, batch_of(step))
         state, metrics = train_step(state, batch_of(step))
         assert metrics.pop("skipped") == 0
+        assert layers is None or metrics.pop("first_not_finite") == -1
         # Two programs: XLA may fuse them differently, and inverses amplify rounding.
         assert_close(metrics, expected, rtol=1e-4)
         noises.add(float(metrics["noise"]))
