@@ -10,11 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float
-
-from lbopt._typing import Array, Updates
 
 
 def on_auto_axes(function: Callable[..., Any], args: tuple, specs: Any) -> Any:
@@ -83,11 +79,6 @@ def replicated(function: Callable[..., Any], *args: Any) -> Any:
 def specs_of(tree: Any) -> Any:
     """Returns the partition specs of arrays, as far as their types name them."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
-
-
-def inner(x: Updates, y: Updates) -> Float[Array, ""]:
-    """Returns the inner product of two trees of real arrays, replicated."""
-    return replicated(optax.tree.vdot, x, y)
 
 
 def _explicit_mesh(tree: Any) -> Any:

@@ -35,14 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lbopt import (
-    batch_functions,
-    checks,
-    collectives,
-    mesh_step,
-    sharding,
-    statistics_pass,
-)
+from lbopt import batch_functions, checks, collectives, health, mesh_step, sharding
 from lbopt._typing import Array, AxisName, OptState, Params
 from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher
@@ -50,6 +43,8 @@ from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 from lbopt.mesh_step import Step
+from lbopt.norms import squared_norm
+from lbopt.statistics_pass import make_evaluate, require_no_collectives
 from lbopt.transforms import kfac_state, validation
 
 __all__ = [
@@ -167,7 +162,7 @@ def make_train_step(
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
       it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
       size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, and ``skipped``.
+      ``loss``, ``skipped``, and those of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
@@ -189,7 +184,7 @@ def make_train_step(
       >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
-      (1, ['loss', 'skipped'])
+      (1, ['device_grad_norm', 'first_not_finite', 'loss', 'skipped'])
     """
     axis = Axis(None, 1) if mesh is None else collectives.axis_of(mesh, axis_name)
     checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
@@ -236,7 +231,7 @@ def _step_on_device(job: _Job) -> Step:
     if isinstance(tx, optax.MultiSteps):  # it has the methods, and is none
         tx = tx.gradient_transformation()
     tx = optax.with_extra_args_support(tx)
-    evaluate = statistics_pass.make_evaluate(
+    evaluate = make_evaluate(
         job.loss_fn,
         layers,
         axis,
@@ -280,19 +275,21 @@ def _step_on_device(job: _Job) -> Step:
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
-        # The norm, not each entry: a gradient whose square overflows is no use either.
-        # A sum over devices, because all must decide alike.
-        square = collectives.total(optax.tree.norm(grads, squared=True), axis)
+        # The norm: a square that overflows is no use either; summed, to decide alike.
+        square = collectives.total(squared_norm(grads), axis)
         sound = jnp.isfinite(loss) & jnp.isfinite(square)
         params, opt_state, model_state = update_if(
             sound, update, (state.params, state.opt_state, state.model_state)
         )
         skipped = state.skipped + ~sound
+        seen = health.Found(grads, found.curvature, square, sound)
+        watched = health.metrics(layers, seen, state.opt_state, opt_state, axis)
         # The step counts skipped batches too, so that the next one has another key.
         state = TrainState(
             state.step + 1, params, model_state, opt_state, state.rng, skipped
         )
-        return state, {**metrics, "loss": loss, "skipped": skipped}
+        # A metric of the user's own goes before ours of the same name.
+        return state, {**watched, **metrics, "loss": loss, "skipped": skipped}
 
     return train_step
 
@@ -301,16 +298,9 @@ def _functions_of(
     job: _Job, state: TrainState, batch: Batch, rng: Array
 ) -> dict[str, Any]:
     """The functions of the step's batch that the optimizer may call."""
+    of_job = job.loss_fn, job.axis, job.accumulate, job.devices
     step = batch_functions.StepBatch(
-        job.loss_fn,
-        job.axis,
-        job.accumulate,
-        job.devices,
-        state.model_state,
-        batch,
-        rng,
-        job.per_example,
-        job.layers,
+        *of_job, state.model_state, batch, rng, job.per_example, job.layers
     )
     products = functools.partial(batch_functions.mean_products, step, state.params)
 
@@ -348,7 +338,7 @@ def _checks_of(job: _Job) -> mesh_step.Check:
         _check_batch("batch", batch, job)
         _check_batch("statistics_batch", statistics_batch, job)
         if job.devices:  # statistics-only devices must not block the others
-            statistics_pass.require_no_collectives(
+            require_no_collectives(
                 job.loss_fn,
                 state.params,
                 state.model_state,

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROWS = [
     ["_typing"],
     ["checks", "collectives", "explicit_axes", "in_place", "linalg"],
-    ["parameter_paths", "patches", "sizes"],
+    ["norms", "parameter_paths", "patches", "sizes"],
     ["curvature.factor"],
     ["curvature.block"],
     ["curvature.eigen_moments", "curvature.linear_maps"],
@@ -44,7 +44,8 @@ ROWS = [
     ["transforms.step_control", "transforms.lars"],
     ["transforms.nlcg", "transforms.quadratic_model"],
     ["optimizers.kfac", "optimizers.lars", "optimizers.nlcg", "optimizers.sp_ngd"],
-    ["presets.lars", "presets.nlcg", "presets.sp_ngd", "statistics_pass"],
+    ["presets.lars", "presets.nlcg", "presets.sp_ngd"],
+    ["health", "statistics_pass"],
     ["training"],
     ["inversion_worker", "memory_plan"],
     ["background", "explain"],

@@ -89,20 +89,21 @@ class Arrivals:
         self._roots[id(root)] = root
         variables = root.variables()
         tree = variables.get("params", {})
-        found = places.find_locations(tree)
+        plain = places.without_boxes(tree)
+        found = places.find_locations(plain)
         numbers: dict[tuple[Any, ...], int] = {}
         for at in found:
-            number = self._number_at(tree, at)
+            number = self._number_at(plain, at)
             if number is not None:
                 numbers[at.keys] = number
         if not numbers and found and not root.path and self.at_top():
             numbers = dict(self._accepted.get(order, {}))
             for keys, number in numbers.items():
                 own = self._locations[number].names
-                arrays = places.lookup(tree, Location(keys, own))
+                arrays = places.lookup(plain, Location(keys, own))
                 self._add(number, {name: arrays[name] for name in own})
-            if not numbers and (like := self._alike(tree, found)):
-                self.mapped.append(Mapped(order, like, tree))
+            if not numbers and (like := self._alike(plain, found)):
+                self.mapped.append(Mapped(order, like, plain))
         riders = {
             keys: self._riders[number]
             for keys, number in numbers.items()

@@ -144,11 +144,12 @@ def _sum_of_roles(means: EmbedSums) -> kronecker.KroneckerFactors:
     """Approximates the sum of two Kronecker products by one."""
     a1, g1, _, a2, g2, _ = means  # diagonals [*copies, vocabulary], matrices
     trace1, trace2 = (jnp.trace(g, axis1=-2, axis2=-1) for g in (g1, g2))
-    square = (jnp.sum(a1, -1) * trace2) / (jnp.sum(a2, -1) * trace1)
-    # Without one of the roles its traces are 0 and c² is 0, inf or NaN; the sum is then
+    above, below = jnp.sum(a1, -1) * trace2, jnp.sum(a2, -1) * trace1
+    # Without one of the roles its traces are 0, and c² is not defined; the sum is then
     # the other role's product, whatever c is.
-    sound = jnp.isfinite(square) & (square > 0)
-    c = jnp.sqrt(jnp.where(sound, square, 1))
+    sound = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
+    square = jnp.where(sound, above, 1) / jnp.where(sound, below, 1)
+    c = jnp.sqrt(jnp.where(jnp.isfinite(square) & (square > 0), square, 1))
     return kronecker.KroneckerFactors(
         a1 + c[..., None] * a2, g1 + g2 / c[..., None, None]
     )

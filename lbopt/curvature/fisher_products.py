@@ -156,7 +156,10 @@ def _roots(
     if distribution == "categorical":
         p = jax.nn.softmax(f)
         # (diag(p) − p pᵀ) = Rᵀ R with R = diag(√p) (I − 1 pᵀ).
-        t = jnp.sqrt(p) * (t - jnp.sum(p * t, axis=-1, keepdims=True))
+        # A product and not a sum: XLA (jaxlib 0.10.2, CPU, 32,768 numbers or more) takes
+        # a wrong row of p in a sum over its last axis that t broadcasts over.
+        means = jnp.einsum("...c,k...c->k...", p[0], t)
+        t = jnp.sqrt(p) * (t - means[..., None])
     elif distribution == "bernoulli":
         # σ(−f), because 1 − σ(f) cancels for large f.
         t = jnp.sqrt(jax.nn.sigmoid(f) * jax.nn.sigmoid(-f)) * t

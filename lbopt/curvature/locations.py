@@ -1,10 +1,11 @@
 """Addresses in the user's tree of parameters: the dictionaries that hold arrays."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.core
+import jax
 import optax
 
 from lbopt._typing import Array, Params
@@ -85,30 +86,6 @@ def insert(
     return walk(params, ())
 
 
-def remove(
-    tree: Params, names: Mapping[tuple[Any, ...], Sequence[str]]
-) -> tuple[Params, dict[tuple[Any, ...], dict[str, Array]]]:
-    """Inverts ``insert``: returns the tree without some arrays, and the arrays."""
-    taken: dict[tuple[Any, ...], dict[str, Array]] = {}
-
-    def walk(node: Any, keys: tuple[Any, ...]) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        own = names.get(keys, ())
-        if own:
-            taken[keys] = {name: node[name] for name in own}
-        return _like(
-            node,
-            {
-                name: walk(child, (*keys, name))
-                for name, child in node.items()
-                if name not in own
-            },
-        )
-
-    return walk(tree, ()), taken
-
-
 def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Mapping[Any, Any]:
     # A loss may rely on the type of its parameters (dict, FrozenDict).
     if isinstance(node, flax.core.FrozenDict):
@@ -122,7 +99,21 @@ def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Mapping[Any, Any]
 def own_params(module: Any) -> dict[str, Any]:
     """Returns the arrays that lie directly in a bound module's scope."""
     params = module.variables.get("params", {})
-    return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
+    return {k: _array(v) for k, v in params.items() if not isinstance(v, Mapping)}
+
+
+def without_boxes(tree: Any) -> Any:
+    """Returns a tree whose arrays Flax may have boxed with their axis names."""
+    return jax.tree.map(_array, tree, is_leaf=_is_box)
+
+
+def _array(x: Any) -> Any:
+    # Its own unbox() may constrain the array's sharding, which makes a new array.
+    return getattr(x, "value", x) if _is_box(x) else x
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, flax.core.meta.AxisMetadata)
 
 
 def plain(params: Params) -> Params:

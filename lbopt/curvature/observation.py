@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array, Params
@@ -113,11 +114,13 @@ class Observer:
             return next_fun(*args, **kwargs)
         self.arrivals.enter(module)
         self._wrappers += isinstance(module, _WRAPPERS)
+        rule = flax_layers.find_rule(context.orig_method, self._traced.rules)
+        if rule is not None and self._backward:
+            args, kwargs = self._watched_inputs(module, args, kwargs)
         try:
             outputs = next_fun(*args, **kwargs)
         finally:
             self._wrappers -= isinstance(module, _WRAPPERS)
-        rule = flax_layers.find_rule(context.orig_method, self._traced.rules)
         if rule is None or module.scope is None:
             return outputs
         own = places.own_params(module)
@@ -140,6 +143,27 @@ class Observer:
         _refuse_raw_transform(module)
         self._note_known(number, rule, context, own, args, kwargs, outputs)
         return self._watched(outputs, number)
+
+    def _watched_inputs(self, module: Any, args: tuple, kwargs: dict) -> Any:
+        """Watches the inputs of a layer, through which derivatives leave it."""
+        own = places.own_params(module)
+        number, whole = self.arrivals.number_of(own)
+        marked = capture.marked_number(own, self._prefix)
+        if not whole and marked is not None:
+            number = marked
+        names = frozenset(name for name in own if not name.startswith(MARKER))
+        call = Call(module.scope.path, names, False, False, [])
+        numbers = matching(self._traced, [call]) if number is None else {number}
+
+        def note(order: int) -> None:
+            if order:
+                self.derived.update(numbers)
+
+        def watched(x: Any) -> Any:
+            floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+            return derivatives.on_cotangent(x, note) if floating else x
+
+        return jax.tree.map(watched, (args, kwargs))
 
     def _note_unknown(
         self, module: Any, own: Mapping[str, Any], at_top: bool, outputs: Any

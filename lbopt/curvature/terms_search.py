@@ -124,7 +124,8 @@ class _Experiment(NamedTuple):
     def shifted(self, leaf: Any) -> bool:
         """Whether a leaf has one position more than the output along its last axis."""
         shared, own, shape = self.along(leaf), leaf.shape, self.shape
-        return 0 < shared == len(own) - 1 < len(shape) and own[-1] == shape[shared] + 1
+        inner = 0 < shared == len(own) - 1 < len(shape) - 1
+        return inner and own[-1] == shape[shared] + 1
 
     def _resized(self, leaf: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
         shared = self.along(leaf)
@@ -209,11 +210,12 @@ def find(
 
 def _assumed(head: Head, batch_size: int | None) -> Terms:
     """The batch size, where one example's outputs have no more than one axis."""
-    shapes = [x.shape for name, x in head.outputs.items()]
-    inner = [len(head.outputs[name].shape) for name in head.inner]
-    if max(inner, default=0) > 1 or (
-        not inner and max(map(len, shapes), default=0) > 2
-    ):
+    # Inside a transform the outputs may be those of one example.
+    axes = [
+        len(x.shape) - (name not in head.inner or x.shape[:1] == (batch_size,))
+        for name, x in head.outputs.items()
+    ]
+    if max(axes, default=0) > 1:
         raise Unproved(
             "its outputs have more axes than one example's, and what it does with them "
             "cannot be told"

@@ -71,8 +71,11 @@ class KfacState(NamedTuple):
       moments: the corrected eigenvalues by layer; see ``transforms.eigen_moments``.
       damping: the number added to each unit's diagonal if it was due at the last step,
         ``[units]``.
+      last_damping: λ of the last step; of the last before it at which it was positive
+        and finite, if it was not.
       boost: the factor on each layer's damping; 1 unless its last inverse failed.
-      rejected: the number of each layer's statistics and inverses that were not finite.
+      rejected: the number of each layer's statistics and inverses that were not finite,
+        and of steps whose λ was not positive and finite.
       report: work and communication of the last update.
     """
 
@@ -86,6 +89,7 @@ class KfacState(NamedTuple):
     pending: Any
     moments: Any
     damping: Any
+    last_damping: Any
     boost: Any
     rejected: Any
     report: Any
@@ -159,6 +163,7 @@ def init_state(
         pending=pending,
         moments={},  # scale_by_kfac adds them if eigenvalues are corrected
         damping=jnp.zeros(len(owners.units), dtype),
+        last_damping=jnp.zeros([]),  # scale_by_kfac knows the first
         boost=jnp.ones(len(layers)),
         rejected=jnp.zeros(len(layers), jnp.int32),
         report=Report(

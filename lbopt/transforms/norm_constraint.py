@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import checks, explicit_axes
+from lbopt import checks, norms
 from lbopt._typing import AxisName, Params, ScalarOrSchedule, Updates
 from lbopt.transforms import validation
 
@@ -55,8 +55,8 @@ def clip_by_kl(
       A transformation with the extra arguments of ``inner``.
 
     Raises:
-      ValueError: if c is not positive; at ``update`` with parameters, for gradients of
-        other shapes than theirs.
+      ValueError: if c is not positive, or the rate negative; at ``update`` with
+        parameters, for gradients of other shapes than theirs.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt, optax
@@ -67,9 +67,15 @@ def clip_by_kl(
       [1.2, 1.6]
 
     Source: Ba, Grosse & Martens 2017, §5.  The paper leaves open an inner product that
-    is not positive; the scale is then 1.
+    is not positive; the scale is then 1.  It is 0 where a schedule's c is not positive.
     """
     checks.positive("c", c, "leave clip_by_kl out for no bound", schedule=True)
+    checks.not_negative(
+        "learning_rate",
+        learning_rate,
+        "pass that of the later transform",
+        schedule=True,
+    )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> ClipByKlState:
@@ -90,11 +96,13 @@ def clip_by_kl(
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         bound = c(state.count) if callable(c) else c
         # Linear in the gradient, so that averaging products averages gradients.
-        product = explicit_axes.inner(natural, updates)
+        product = norms.inner(natural, updates)
         if axis_name is not None:
             product = jax.lax.pmean(product, axis_name)
         length = jnp.square(eta) * product
         sound = length > 0  # F̂ is positive definite, but other preconditioners are not
+        # No step is within a bound below zero, nor known to be within one of NaN.
+        bound = jnp.where(bound > 0, bound, 0)
         scale = jnp.minimum(
             1.0, jnp.where(sound, jnp.sqrt(bound / jnp.where(sound, length, 1)), 1.0)
         )

@@ -451,16 +451,6 @@ def test_pmap_gives_local_means():
 # ------------------------------------------------------------------------------- probes
 
 
-def test_insert_and_remove_are_inverse():
-    params = flax.core.freeze({"a": {"w": jnp.ones(2), "b": {"w": jnp.zeros(3)}}})
-    added = {("a",): {"new": jnp.ones(1)}, ("a", "b"): {"new": jnp.ones(1)}}
-    wide = locations.insert(params, added)
-    assert set(wide["a"]) == {"w", "b", "new"}
-    narrow, taken = locations.remove(wide, {keys: ["new"] for keys in added})
-    assert_equal(narrow, params)
-    assert_equal(taken, added)
-
-
 def test_a_cast_of_the_whole_tree_is_refused():
     plain = classify(Mlp())
     layers = plain.trace()

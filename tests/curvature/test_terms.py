@@ -146,7 +146,9 @@ def test_shapes_are_enough():
             "it adds up the examples",
         ),
         (
-            lambda p, x, y, n: masked(p, x, y, jnp.arange(y.shape[1]) < n[:, None]),
+            lambda p, x, y, n: masked(
+                p, x, y, jnp.arange(y.shape[1])[None] < n[:, None]
+            ),
             (TOKENS, LABELS, LENGTHS),
             "neither averages nor adds up",
         ),
@@ -250,7 +252,10 @@ def test_the_batch_is_that_of_the_outputs():
     params = {"top": model.init(jax.random.key(0), x)["params"]}
 
     def loss_fn(params, prior, batch, *, scale):
-        f = model.apply({"params": params["top"]}, batch["obs"]["x"]) + prior["log"]
+        f = (
+            model.apply({"params": params["top"]}, batch["obs"]["x"])
+            + prior["log"][None]
+        )
         return scale * jnp.mean(xent(f, batch["y"]))
 
     args = {"log": jnp.zeros(3)}, {"obs": {"x": x}, "y": jnp.arange(8) % 3}
