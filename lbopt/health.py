@@ -21,7 +21,7 @@ from jaxtyping import Float
 from lbopt import linalg, mesh_step
 from lbopt._typing import Array, Due, OptState, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture, refresh
+from lbopt.curvature import locations, refresh
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layers
 from lbopt.sharding import Sharded
@@ -304,7 +304,7 @@ def _not_finite(layers: Layers, found: Found, axis: Axis) -> Array:
     of_inputs, at_all = [], []
     for path, layer in layers.items():
         location, statistics = layer.tapped.location, found.curvature.get(path)
-        grads = capture.lookup(found.grads, location)
+        grads = locations.lookup(found.grads, location)
         # A step is also skipped where the square of a gradient is not finite.
         squares = [jnp.sum(jnp.square(jnp.abs(grads[n]))) for n in location.names]
         at_all.append(bad([*squares, *jax.tree.leaves(statistics)]))
