@@ -177,7 +177,9 @@ def evaluate(
         # w g to √w g, because the products of signals have the weight once.
         roots = _spread(tapped.roots, by_output.ndim)
         signal = jnp.where(roots > 0, by_output / jnp.where(roots > 0, roots, 1), 0)
-        sums = tapped.pull(0, signal, square=False)[1]
+        again = tapped.pull(0, signal, square=False)[1]
+        # Arrays without a tap have the loss's own gradient, as without weights.
+        sums = {p: x if layers[p].has_tap else sums[p] for p, x in again.items()}
     if loss_scale is not None:
         grads = jax.tree.map(lambda g: _divided(g, loss_scale), grads)
         terms = terms / jnp.square(jnp.asarray(loss_scale, jnp.float32))

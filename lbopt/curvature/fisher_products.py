@@ -156,8 +156,8 @@ def _roots(
     if distribution == "categorical":
         p = jax.nn.softmax(f)
         # (diag(p) − p pᵀ) = Rᵀ R with R = diag(√p) (I − 1 pᵀ).
-        # A product and not a sum: XLA (jaxlib 0.10.2, CPU, 32,768 numbers or more) takes
-        # a wrong row of p in a sum over its last axis that t broadcasts over.
+        # A product and not a sum: XLA (jaxlib 0.10.2, CPU, 32,768 numbers or more) gets
+        # a sum over the last axis wrong in which t and p differ in their first.
         means = jnp.einsum("...c,k...c->k...", p[0], t)
         t = jnp.sqrt(p) * (t - means[..., None])
     elif distribution == "bernoulli":
