@@ -79,10 +79,10 @@ class Evaluator(NamedTuple):
 
 def make_evaluator(
     loss_fn: Callable[..., Any],
-    layers: Layers,
+    layers: Any,
     *,
     has_aux: bool,
-    fisher: Fisher,
+    fisher: Any,
     batch_size: Any = None,
 ) -> Evaluator:
     """Checks the settings of an evaluation.

@@ -73,23 +73,27 @@ def fisher_products(
     loss_fn = loss.unjitted(loss_fn)
     found: list[Outputs] = []
 
-    def outputs_of(p: Params) -> Array:
+    def outputs_of(p: Params) -> tuple[Array, Any]:
         with nn.intercept_methods(listen(found)):
             result = loss_fn(p, *args)
         loss.split_aux(result, has_aux, loss_fn)
-        return single_outputs(found, loss.name_of(loss_fn), "fisher_products").value
+        one = single_outputs(found, loss.name_of(loss_fn), "fisher_products")
+        given = [x for x in (one.terms, one.weights) if x is not None]
+        return one.value, [jnp.asarray(x) for x in given]
 
     # Under vmap the primal is computed once, not k times: out_axes=None proves it.
-    def pushed(vector: Params) -> tuple[Array, Array]:
-        return jax.jvp(outputs_of, (params,), (vector,))
+    def pushed(vector: Params) -> tuple[Array, Array, Any]:
+        return jax.jvp(outputs_of, (params,), (vector,), has_aux=True)
 
     side_by_side = _side_by_side(vectors, params)
-    outputs, tangents = jax.vmap(pushed, out_axes=(None, 0))(side_by_side)
+    outputs, tangents, given = jax.vmap(pushed, out_axes=(None, 0, None))(side_by_side)
     roots = _roots(outputs[None], tangents, found[0].distribution)
-    stated: list[Outputs] = []
-    with nn.intercept_methods(listen(stated)):
-        loss_fn(params, *args)  # outside of the transforms, for its terms and weights
-    weights, n = _terms_of(stated[0], outputs, terms, args)
+    own = iter(given)
+    stated = found[0]._replace(
+        terms=None if found[0].terms is None else next(own),
+        weights=None if found[0].weights is None else next(own),
+    )
+    weights, n = _terms_of(stated, outputs, terms, args)
     if weights is not None:
         spread = jnp.expand_dims(weights, range(weights.ndim, outputs.ndim))
         whole = jnp.broadcast_to(jnp.sqrt(spread), outputs.shape).reshape(1, -1)

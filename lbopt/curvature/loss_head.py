@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array
+from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.likelihood import Likelihood
 
 Name: TypeAlias = tuple[int, int]
@@ -29,13 +30,13 @@ class Head(NamedTuple):
     Attributes:
       structures: the trees that the outermost calls returned, as shapes.
       outputs: the shapes of the outputs that reach the loss's own code, by name.
-      inner: the names of those inside a transform of the loss.
+      inner: for those inside a transform of the loss, the sizes of its ``vmap`` axes.
       stated: what calls of ``likelihood`` state: ``"terms"`` or ``"weights"``.
     """
 
     structures: list[Any]
     outputs: dict[Name, jax.ShapeDtypeStruct]
-    inner: set[Name]
+    inner: dict[Name, list[int]]
     stated: set[str]
 
 
@@ -80,7 +81,7 @@ def observe(
     Returns:
       The loss to trace, and what the last trace of it saw.
     """
-    head = Head([], {}, set(), set())
+    head = Head([], {}, {}, set())
     calls: list[int] = [0]
     trace: list[Any] = [None]
 
@@ -107,7 +108,8 @@ def observe(
             if hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating):
                 head.outputs[name] = _shape(leaf)
                 if inner:
-                    head.inner.add(name)
+                    lanes = head.inner.setdefault(name, [])
+                    note_lanes(leaf, jnp.zeros([]), lanes)
         return outputs
 
     return traced, head

@@ -12,6 +12,7 @@ from jax.extend.core import get_opaque_trace_state
 from lbopt._typing import Array, Params
 from lbopt.curvature import arrivals, capture, derivatives, flax_layers, tap_rules
 from lbopt.curvature import locations as places
+from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.locations import MARKER, Location
 
 _WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
@@ -198,7 +199,7 @@ class Observer:
         )
         if "kernel" in params:
             self._map_channels.append(_channels_made(context.module))
-        _note_lanes(outputs, next(iter(params.values())), sighting.lanes)
+        note_lanes(outputs, next(iter(params.values())), sighting.lanes)
 
     def _watched(self, outputs: Any, number: int) -> Any:
         if not self._backward:
@@ -291,26 +292,6 @@ def _refuse_raw_transform(module: Any) -> None:
                 "that calls model.apply."
             )
         scope = scope.parent
-
-
-def _note_lanes(outputs: Array, parameter: Array, lanes: list[int]) -> None:
-    """Records the sizes of ``vmap`` axes that map the output but not the parameters."""
-
-    # Only a batching rule sees the size of an axis that is mapped over.
-    @jax.custom_batching.custom_vmap
-    def mark(x, parameter):
-        del parameter
-        return x
-
-    @mark.def_vmap
-    def rule(axis_size, in_batched, x, parameter):
-        if not in_batched[1]:
-            lanes.append(axis_size)
-        # The rule is traced inside the next vmap out, if there is one.
-        _note_lanes(x[0] if in_batched[0] else x, parameter, lanes)
-        return x, in_batched[0]
-
-    mark(jax.lax.stop_gradient(outputs), jax.lax.stop_gradient(parameter))
 
 
 def _channels_made(module: Any) -> int | None:

@@ -210,9 +210,8 @@ def find(
 
 def _assumed(head: Head, batch_size: int | None) -> Terms:
     """The batch size, where one example's outputs have no more than one axis."""
-    # Inside a transform the outputs may be those of one example.
     axes = [
-        len(x.shape) - (name not in head.inner or x.shape[:1] == (batch_size,))
+        len(x.shape) - _has_examples(x.shape, head.inner.get(name), batch_size)
         for name, x in head.outputs.items()
     ]
     if max(axes, default=0) > 1:
@@ -223,6 +222,18 @@ def _assumed(head: Head, batch_size: int | None) -> Terms:
     n = "?" if batch_size is None else batch_size
     text = f"{n}, assumed: a mean over the leading axis of the batch"
     return Terms(None, (), (), None, batch_size, batch_size, text)
+
+
+def _has_examples(
+    shape: tuple[int, ...], lanes: Sequence[int] | None, batch_size: int | None
+) -> bool:
+    """Whether the first axis of an output numbers examples."""
+    if lanes is None or not shape or not batch_size:  # no transform
+        return lanes is None
+    if lanes:  # a vmap over examples, or over parts of the batch
+        return math.prod(lanes) * shape[0] == batch_size
+    # A loop over parts of the batch, or a compiled function of all of it.
+    return shape[0] > 0 and batch_size % shape[0] == 0
 
 
 def _find_along(experiment: _Experiment) -> Terms | None:

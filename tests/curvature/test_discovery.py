@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import lbopt
-from lbopt.curvature import discovery
+from lbopt.curvature import discovery, loss
 from tests.problems import BATCH, CLASSES, FEATURES, Mlp, classify, inputs, labels
 
 # ------------------------------------------------------------------------ the batch
@@ -30,13 +30,13 @@ from tests.problems import BATCH, CLASSES, FEATURES, Mlp, classify, inputs, labe
     ],
 )
 def test_batch_size_is_the_shared_leading_size(args, expected):
-    assert discovery.infer_batch_size(args) == expected
+    assert loss.infer_batch_size(args) == expected
 
 
 def test_an_ambiguous_batch_is_refused():
     message = r"argument 1: 8, argument 2: 3\); pass batch_size="
     with pytest.raises(ValueError, match=message):
-        discovery.infer_batch_size((inputs(), jnp.ones(CLASSES)))
+        loss.infer_batch_size((inputs(), jnp.ones(CLASSES)))
     problem = classify(Mlp())
     with pytest.raises(ValueError, match=message):
         problem._replace(args=(inputs(), jnp.ones(CLASSES))).trace()

@@ -27,7 +27,7 @@ class Sequence(nn.Module):
         x = nn.relu(nn.Conv(5, (3,), padding="CAUSAL")(x))
         x = nn.remat(nn.Dense)(5)(x)
         gain = self.param("gain", nn.initializers.ones, (5,))
-        return embed.attend(x * gain)
+        return embed.attend(x * gain[None, None])
 
 
 class Picture(nn.Module):
