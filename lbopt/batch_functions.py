@@ -10,7 +10,7 @@ from jaxtyping import Float
 from lbopt import collectives
 from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
-from lbopt.curvature import evaluation
+from lbopt.curvature import tapped_pass
 from lbopt.curvature.fisher_products import fisher_products
 from lbopt.curvature.layer_table import Layers
 
@@ -210,10 +210,10 @@ def _shared(step: StepBatch, params: Params, args: tuple[Any, ...], x: Array) ->
     """A mean over a micro-batch, times its share of all terms; and the share."""
     if step.layers is None or step.layers.terms.weights is None:
         return x, jnp.ones([], x.dtype)
-    evaluator = evaluation.make_evaluator(
+    evaluator = tapped_pass.make_evaluator(
         step.loss_fn, step.layers, has_aux=True, fisher="empirical"
     )
-    share = evaluation.share(evaluator, params, args).astype(x.dtype)
+    share = tapped_pass.share(evaluator, params, args).astype(x.dtype)
     return jnp.where(share > 0, x * share, 0), share
 
 

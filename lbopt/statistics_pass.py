@@ -253,7 +253,8 @@ class _Passes(NamedTuple):
             return model_state, (loss, metrics, grads)
 
         model_state, means = self._over_parts(one, model_state, batch, rng)
-        return Evaluated(model_state, *means, {})
+        loss, metrics, grads = means
+        return Evaluated(model_state, loss, metrics, grads, {})
 
     def statistics(
         self,

@@ -392,8 +392,9 @@ def vary_like(probe: Any, array: Array) -> Any:
     """Makes the probe vary over the same mesh axes as another array."""
     # Under shard_map(check_vma=True) adding an array that varies casts the probe, and
     # the transpose of that cast sums over the devices.
+    # −0, which leaves the signs of zeros as they are.
     return jax.tree.map(
-        lambda p: p + jnp.zeros_like(array, shape=p.shape, dtype=p.dtype), probe
+        lambda p: p + jnp.full_like(array, -0.0, shape=p.shape, dtype=p.dtype), probe
     )
 
 

@@ -103,7 +103,8 @@ def trace_layers(
     _check_choices(weight_sharing, norm_blocks, batch_size)
     locations = places.find_locations(params)
     _check_params(params, locations)
-    loss, args = with_keywords(without_aux(loss_fn, has_aux), args, kwargs)
+    loss, own_args = with_keywords(without_aux(loss_fn, has_aux), args, kwargs)
+    args = tuple(own_args)
     used = _used_arrays(loss, params, args, name_of(loss_fn))
     own = tap_rules.own_rules(rules or {})
     watched, head = loss_head.observe(loss)
@@ -267,6 +268,7 @@ def _tapped_row(
     elif block.kind == "kronecker":
         why = f"{choice.sharing} over locations"
     elif block.kind == "doubly_factored":
+        assert choice.feature_map is not None
         locations, channels = choice.feature_map
         why = f"{locations} locations × {channels} channels, rank one per example"
     if copies:

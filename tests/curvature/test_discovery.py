@@ -37,9 +37,6 @@ def test_an_ambiguous_batch_is_refused():
     message = r"argument 1: 8, argument 2: 3\); pass batch_size="
     with pytest.raises(ValueError, match=message):
         loss.infer_batch_size((inputs(), jnp.ones(CLASSES)))
-    problem = classify(Mlp())
-    with pytest.raises(ValueError, match=message):
-        problem._replace(args=(inputs(), jnp.ones(CLASSES))).trace()
 
 
 # --------------------------------------------------------------------------- use

@@ -69,7 +69,7 @@ def test_the_table():
     total = sum(x.state_bytes() for x in layers.preconditioned.values())
     assert lines[-3].split()[:2] == [str(len(layers)), "layers"]
     assert f"{total} B" in lines[-3]
-    assert lines[-2] == "terms: 8, mean over axis 0 of the outputs"
+    assert lines[-2] == "terms: 8, mean over axis 0 of likelihood's outputs"
     assert lines[-1].startswith("! 3 without a block of their own")
 
 
