@@ -1,4 +1,4 @@
-"""Schedules as functions of the step: of damping, and of the rate, in papers' epochs."""
+"""Schedules of the step: learning rates in epochs, as papers state them; damping."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -99,24 +99,26 @@ class VisionTransformer(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """A language model in bfloat16: scanned, rematerialised, with a tied embedding.
+    """A language model: scanned, rematerialised, with a tied embedding.
 
     Attributes:
         vocabulary: Number of tokens.
         features: Width of a token.
         depth: Number of blocks, which share one traced program (`nn.scan`).
         heads: Attention heads.
+        dtype: Type of activations; parameters and logits are float32.
     """
 
     vocabulary: int
     features: int = 32
     depth: int = 2
     heads: int = 2
+    dtype: Any = jnp.bfloat16
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps tokens `[n, t]` to the next one's logits, float32 `[n, t, vocabulary]`."""
-        dtype = jnp.bfloat16
+        """Maps tokens `[n, t]` to float32 logits of the next, `[n, t, vocabulary]`."""
+        dtype = self.dtype
         embed = nn.Embed(self.vocabulary, self.features, dtype=dtype, name="embed")
         x = embed(tokens)
         shape = (1, tokens.shape[1], self.features)

@@ -45,8 +45,8 @@ def scale_by_lars(
     An array that starts at zero (a bias, a head) therefore takes the gradient itself,
     times a rate that is usually of the order of 10, and then grows from wherever that
     leads by η of its norm.  With ``least_rms`` = r the numerator of λ is
-    :math:`\eta \max(\lVert w_\ell \rVert, r \sqrt{n_\ell})` for n numbers: such an array
-    moves by a share of r in each of its numbers, until it is larger.
+    :math:`\eta \max(\lVert w_\ell \rVert, r \sqrt n)` for an array of n numbers: its
+    step is as long as that of weights of size r, until it is larger.
 
     It differs from ``optax.scale_by_trust_ratio`` after ``optax.add_decayed_weights``
     in the denominator, which is ‖g + βw‖ there, so that every step has the length η‖w‖;

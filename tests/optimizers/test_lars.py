@@ -63,7 +63,7 @@ def test_the_variant_of_optax_is_optax_bit_for_bit(gradients, skip, nesterov):
     [
         (
             {"variant": "larc"},
-            r"variant='larc' must be 'floored', 'paper', 'mlperf' or 'optax'",
+            r"variant='larc' must be 'floored', 'paper', 'mlperf' or",
         ),
         ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); 0 for none"),
         ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be 0 or positive; it is"),

@@ -1,5 +1,6 @@
 """SP-NGD is the chain that its docstring writes out."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -39,6 +40,22 @@ def test_the_first_setting_of_sp_ngd(gradients):
     )
     found = trajectory(gradients, lbopt.sp_ngd(0.1, layers))
     assert_close(found, trajectory(gradients, chain))
+
+
+def test_a_kernel_that_starts_at_zero_is_lengthened_by_the_paper_s_rescaling(gradients):
+    params, layers, batches = gradients
+    head = {"kernel": jnp.zeros_like(params["last"]["kernel"])}
+    params = {**params, "last": head}
+    grads, curvature = jax.tree.map(lambda x: x[0], batches)
+    norms = {}
+    for rescale in ("shrink_only", "always"):
+        tx = lbopt.sp_ngd(0.1, layers, rescale=rescale)
+        update = jax.jit(tx.update)
+        updates, _ = update(grads, tx.init(params), params, curvature=curvature)
+        norms[rescale] = float(jnp.linalg.norm(updates["last"]["kernel"]))
+    outputs = head["kernel"].shape[-1]
+    assert norms["always"] == pytest.approx((2 * outputs) ** 0.5, rel=1e-5)
+    assert 0 < norms["shrink_only"] < 0.5 * norms["always"]
 
 
 def test_a_bound_that_is_not_positive(gradients):

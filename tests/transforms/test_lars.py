@@ -148,7 +148,8 @@ def test_small_weights_count_as_large_as_the_least_root_mean_square(network):
     updates, _ = tx.update(grads, tx.init(params), params)
     roots = [np.sqrt(x.size) for x in jax.tree.leaves(params)]
     floor = 0.3 * np.asarray(roots)
-    assert np.any(norms(params) > floor) and np.any(norms(params) < floor)
+    assert np.any(norms(params) > floor)
+    assert np.any(norms(params) < floor)
     expected = 0.02 * np.maximum(norms(params), floor)
     np.testing.assert_allclose(norms(updates), expected, rtol=1e-6)
     # With a decay, the denominator has the weights' own norm.
