@@ -52,7 +52,9 @@ def kfac(
         3e-3, which suits a loss that is a mean of cross entropies.
       weight_decay: β.
       kl_clip: bound c on the squared length of a step in the curvature, twice the KL
-        divergence, before momentum; see ``clip_by_kl``.  None for no bound.
+        divergence, before momentum; see ``clip_by_kl``.  None for no bound.  Of a
+        squared error it is in squared units of the outputs: scale the targets to about
+        one, or the bound with them.
       factor_decay: decay of the factors' running average.
       periods: steps between statistics and between inversions (``lbopt.Periods``).
       block_size: the largest factor that is not cut into diagonal blocks.

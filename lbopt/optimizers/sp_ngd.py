@@ -57,7 +57,7 @@ def sp_ngd(
       momentum: m₀; it decays with the rate.  The paper's is 0.93 to 0.997.
       kl_clip: bound c on the squared length of a step in the curvature, twice the KL
         divergence, before momentum; see ``clip_by_kl``.  None for no bound, as in the
-        paper.
+        paper.  Of a squared error it is in squared units of the outputs.
       stale_threshold: α of the adaptive refresh; None renews everything at every step.
       norm_damping: factor by which λ is multiplied for normalisation layers.
       factor_decay: decay of a running average of the statistics, which the paper does
