@@ -130,9 +130,7 @@ def head_of(loss_fn, *args):
     observed, head = loss_head.observe(loss_fn)
     observation.eval_shape(observed, params, *args)
     (output,) = head.outputs
-    return head_experiment.make_experiment(
-        loss_fn, head, params, leaves, tree, output
-    )
+    return head_experiment.make_experiment(loss_fn, head, params, leaves, tree, output)
 
 
 # ------------------------------------------------------------- for the training step

@@ -20,6 +20,7 @@ def test_used_arrays_are_those_with_a_gradient():
 
     assert discovery.used_arrays(loss, params, (jnp.ones(2),)) == {("a",), ("b", "c")}
 
+
 # ---------------------------------------------------------------------- raw transforms
 
 

@@ -10,7 +10,6 @@ import lbopt
 from tests.problems import BATCH, CLASSES, Mlp, classify
 
 
-
 class Trunk(nn.Module):
     """Convolutions, and what stands between the last of them and a wide layer."""
 

@@ -6,7 +6,6 @@ import pytest
 from tests.problems import FEATURES, classify
 
 
-
 class Square(nn.Module):
     """Scanned layers as many as their width, so that sizes alone say nothing."""
 

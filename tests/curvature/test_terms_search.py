@@ -1,4 +1,4 @@
-"""The terms of a loss: found by experiments on its head, stated, or refused."""
+"""The terms of a loss are found by experiments on its head, stated, or refused."""
 
 import flax.linen as nn
 import jax
@@ -291,13 +291,3 @@ def test_experiments_leave_compiled_functions_of_the_loss_alone():
     lbopt.trace_layers(loss_fn, PARAMS, TOKENS, LABELS, batch_size=B * T)
     for tokens in (TOKENS[:3, :3], TOKENS):
         assert oracles.error(apply(PARAMS, tokens), logits(PARAMS, tokens)) < 1e-6
-
-
-def test_traced_terms_need_weights():
-    layers = lbopt.trace_layers(mean, PARAMS, TOKENS, LABELS)
-    with pytest.raises(ValueError, match="rows of the batch have weights"):
-        lbopt.value_grad_and_curvature(mean, layers, batch_size=jnp.float32(36))
-    with pytest.raises(ValueError, match="pass weights= too"):
-        lbopt.likelihood(jnp.ones((2, 3)), "categorical", terms=jnp.float32(2))
-    with pytest.raises(ValueError, match="weights have shape"):
-        lbopt.likelihood(jnp.ones((2, 3)), "categorical", weights=jnp.ones(3))

@@ -99,9 +99,7 @@ def test_arguments_that_weight_nothing_are_none():
         ),
         (
             # Divides by the root of the sum.
-            lambda p, x, y, w: (
-                jnp.sum(losses(p, x, y) * w) / jnp.sqrt(jnp.sum(w))
-            ),
+            lambda p, x, y, w: jnp.sum(losses(p, x, y) * w) / jnp.sqrt(jnp.sum(w)),
             (X, Y, MASK),
             "argument 3 takes part",
         ),
