@@ -7,8 +7,8 @@ from typing import Any
 import flax.linen as nn
 
 from lbopt import checks
-from lbopt.curvature.discovery import Sighting
 from lbopt.curvature.locations import Location
+from lbopt.curvature.observation import Sighting
 
 
 def find_feature_maps(
@@ -102,9 +102,3 @@ def _rows_per_example(sighting: Sighting, batch_size: int | None) -> int:
     # Under a per-example vmap the layer's input has no axis of examples.
     batched = batch_size not in sighting.lanes
     return math.prod(_inputs_of(sighting)[batched:-1])
-
-
-def channels_made(module: Any) -> int | None:
-    """Returns a convolution's output channels; None for other modules."""
-    convolutional = isinstance(module, (nn.Conv, nn.ConvTranspose))
-    return module.features if convolutional else None

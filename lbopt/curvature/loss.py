@@ -124,10 +124,12 @@ def infer_batch_size(args: Sequence[Any]) -> int | None:
 
 
 def is_empty(args: Sequence[Any]) -> bool:
-    """Whether the arguments of a loss hold arrays of no examples."""
-    return any(
-        0 in leaf.shape[:1] for leaf in jax.tree.leaves(args) if _is_batch_array(leaf)
-    )
+    """Whether the arrays of one of a loss's arguments all hold no examples."""
+    sizes = [
+        {leaf.shape[0] for leaf in jax.tree.leaves(arg) if _is_batch_array(leaf)}
+        for arg in args
+    ]
+    return {0} in sizes
 
 
 def _is_collection(arg: Any) -> bool:

@@ -221,10 +221,6 @@ def _count_along(gradient: np.ndarray, axis: int) -> int:
     return int(np.sum(np.any(gradient != 0, others)))
 
 
-def _others(x: np.ndarray, axis: int) -> tuple[int, ...]:
-    return tuple(i for i in range(x.ndim) if i != axis)
-
-
 def _text(terms: Terms, experiment: Experiment) -> str:
     shape, (order, _) = experiment.shape, experiment.output
     sizes = [shape[a] - o for a, o in zip(terms.axes, terms.offsets, strict=True)]
