@@ -92,6 +92,7 @@ def kfac(name: str, workload: Workload, setup: Setup, **options: Any) -> Contest
     settings = {
         "momentum": MOMENTUM,
         "damping": DAMPING,
+        "kl_clip": None,
         "factor_decay": FACTOR_DECAY,
         "periods": lbopt.Periods(STATS_PERIOD, INVERSE_PERIOD),
     }

@@ -104,7 +104,10 @@ def optimizer(
     return lbopt.sp_ngd(
         0.03,
         layers,
+        momentum=0.9,
+        kl_clip=None,
         stale_threshold=variant.stale_threshold,
+        rescale="always",
         placement=lbopt.Placement("data", devices, variant.placement),
     )
 

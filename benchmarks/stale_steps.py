@@ -107,7 +107,9 @@ def _sp_ngd(setup: contestants.Setup, threshold: float | None) -> Any:
         setup.layers,
         momentum=contestants.MOMENTUM,
         damping=DAMPING,
+        kl_clip=None,
         stale_threshold=threshold,
+        rescale="always",
     )
 
 

@@ -97,7 +97,12 @@ def train(mode: str, channels: int, outputs: int) -> dict[str, Any]:
         settings = {k: _SETTINGS[k] for k in ("damping", "kl_clip")}
         periods = lbopt.Periods(inverses=_SETTINGS["inverse_period"])
         tx = lbopt.kfac(
-            rates["K-FAC"], layers, momentum=0.9, periods=periods, **settings
+            rates["K-FAC"],
+            layers,
+            momentum=0.9,
+            factor_decay=0.95,
+            periods=periods,
+            **settings,
         )
     step = training.make_train_step(loss_fn, tx, layers)
     state = training.init_state(tx, params, {}, key)

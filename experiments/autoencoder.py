@@ -192,9 +192,11 @@ def make_optimizer(
         return lbopt.kfac(
             learning_rate,
             layers,
+            momentum=0.9,
             damping=damping,
             weight_decay=WEIGHT_DECAY,
             kl_clip=kl_clip,
+            factor_decay=0.95,
             periods=lbopt.Periods(inverses=INVERSE_PERIOD),
         )
 

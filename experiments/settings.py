@@ -36,6 +36,7 @@ class SpNgd:
     momentum: float = 0.9
     damping: float = 1e-3
     norm_damping: float = 1.0
+    kl_clip: float | None = None
     fisher: Literal["empirical", "sampled"] = "empirical"
     """Labels of the curvature's gradients: the data's, or drawn from the model."""
     norm_blocks: Literal["unit_wise", "full"] = "unit_wise"
@@ -81,7 +82,7 @@ class Lars:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     trust_coefficient: float = 1e-3
-    variant: Literal["paper", "mlperf", "optax"] = "paper"
+    variant: Literal["floored", "paper", "mlperf", "optax"] = "paper"
     after_kfac: bool = False
     """Scale the natural gradient of `lbopt.scale_by_kfac`, with the settings `kfac`."""
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules in epochs, as papers state them, as functions of the step."""
+"""Schedules of the step: learning rates in epochs, as papers state them; damping."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -11,6 +11,7 @@ from lbopt import checks
 from lbopt._typing import Scalar, ScalarOrSchedule
 
 __all__ = [
+    "first_damping",
     "polynomial",
     "staircase",
     "warmup",
@@ -186,6 +187,31 @@ def staircase(
         step = int(steps_per_epoch * epoch) + 1
         drops[step] = drops.get(step, 1.0) * 0.1  # short runs: two in one step
     return optax.piecewise_constant_schedule(init_value, drops)
+
+
+def first_damping(step: Any) -> Any:
+    r"""The damping of a first try: high at the start, 3e-3 from step 34 on.
+
+    .. math:: \lambda_k = \max(0.1 \cdot 0.9^k,\; 0.003)
+
+    In the first steps the curvature is an average over few batches, and the gradients
+    of layers below a head that starts at zero grow faster than it follows: a high
+    damping keeps these steps close to the gradient's.
+
+    Args:
+      step: k.
+
+    Returns:
+      λ, in units of the curvature of a mean cross entropy.
+
+    Examples:
+      >>> from lbopt import schedules
+      >>> [round(float(schedules.first_damping(k)), 4) for k in (0, 10, 33, 34)]
+      [0.1, 0.0349, 0.0031, 0.003]
+
+    Source: our choice, from ``experiments/first_settings.py``.
+    """
+    return jnp.maximum(0.1 * 0.9**step, 3e-3)
 
 
 _RISES: dict[str, Callable[[Any], Any]] = {

@@ -108,14 +108,19 @@ def damped(layers):
     return {"learning_rate": RATE, "layers": layers, "damping": DAMPING}
 
 
+def unbounded(layers):
+    """A bound in KL would scale all layers alike."""
+    return damped(layers) | {"kl_clip": None}
+
+
 def rated(**settings):
     return lambda layers: {"learning_rate": RATE} | settings
 
 
 OPTIMIZERS = {
-    "kfac": Optimizer(lbopt.kfac, damped),
+    "kfac": Optimizer(lbopt.kfac, unbounded),
     "distributed_kfac": Optimizer(stale, damped, layerwise=False),
-    "sp_ngd": Optimizer(lbopt.sp_ngd, damped),
+    "sp_ngd": Optimizer(lbopt.sp_ngd, unbounded),
     "scale_by_kfac": Optimizer(
         lambda learning_rate, layers, damping, statistics: scaled(
             core(layers, damping, statistics), learning_rate
@@ -681,10 +686,12 @@ def test_converges_faster_than_gradient_descent(target):
     )
     # The solution's kernels do not have the norm that rescaling gives them.
     contenders["sp_ngd"] = lambda rate, layers: lbopt.sp_ngd(
-        rate, layers, damping=DAMPING, rescale=None
+        rate, layers, damping=DAMPING, kl_clip=None, rescale=None
     )
     # Rates of LARS are usually a hundred times as large.
-    contenders["lars"] = lambda rate, layers: lbopt.lars(rate, trust_coefficient=0.3)
+    contenders["lars"] = lambda rate, layers: lbopt.lars(
+        rate, trust_coefficient=0.3, variant="paper"
+    )
     for name, make in contenders.items():
         due = {"due": lbopt.refresh} if name == "ekfac" else {}
         final = search(lambda rate, make=make: make(rate, layers), **due)

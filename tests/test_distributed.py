@@ -198,7 +198,9 @@ def test_staggered_periods_on_several_devices(devices, placement):
     course = run(periodic, devices, placement=placement)
     assert_same(course, reference)
     # Every inverse is renewed once in a period of 3.
-    steps = np.asarray(course.state.opt_state[1].refresh.inverse_step)
+    steps = np.asarray(
+        lbopt.curvature_state(course.state.opt_state).refresh.inverse_step
+    )
     assert set(steps) == {STEPS - 3, STEPS - 2, STEPS - 1}
 
 
@@ -212,7 +214,7 @@ def test_delayed_inverses_on_several_devices(devices, parallel, placement):
     assert_same(course, reference)
     for state in (course.state, reference.state):
         # The turns of step 7 have effect at step 9, the last; those of 8 and 9 later.
-        steps = np.asarray(state.opt_state[1].refresh.inverse_step)
+        steps = np.asarray(lbopt.curvature_state(state.opt_state).refresh.inverse_step)
         assert set(steps) == {STEPS - 5, STEPS - 4, STEPS - 3}
 
 
@@ -228,7 +230,7 @@ def test_corrected_eigenvalues_on_several_devices(make, devices, parallel, accum
     reference = on_one_device(make)
     course = run(make, devices, parallel, accumulate=accumulate)
     assert_same(course, reference)
-    moments = course.state.opt_state[1].moments
+    moments = lbopt.curvature_state(course.state.opt_state).moments
     assert sorted(moments) == ["conv", "dense"]
     for one in moments.values():
         assert one.renewals == STEPS - 1

@@ -98,3 +98,9 @@ def test_settings_out_of_range(name, change, message):
     function = inspect.unwrap(getattr(schedules, name))
     with pytest.raises(ValueError, match=message):
         function(**(SETTINGS[name] | change))
+
+
+def test_the_first_damping_falls_by_tenths_to_its_floor():
+    found = [float(schedules.first_damping(jnp.asarray(k))) for k in (0, 5, 33, 34, 99)]
+    expected = [0.1, 0.059049, 0.00309031543826443, 0.003, 0.003]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -153,7 +153,8 @@ def _nlcg(size: Any, _other: Any, _layers: Any, _problem: Problem):
 
 
 def _kfac(size: Any, other: Any, layers: Any, _problem: Problem, **changes: Any):
-    return lbopt.kfac(LARGEST_RATE, layers, damping=other, kl_clip=size, **changes)
+    settings = {"damping": other, "momentum": 0.9, "factor_decay": 0.95} | changes
+    return lbopt.kfac(LARGEST_RATE, layers, kl_clip=size, **settings)
 
 
 def _kfac_quadratic(_size: Any, other: Any, layers: Any, _problem: Problem):
@@ -162,13 +163,19 @@ def _kfac_quadratic(_size: Any, other: Any, layers: Any, _problem: Problem):
 
 def _sp_ngd(size: Any, other: Any, layers: Any, problem: Problem):
     rescale: Any = "always" if problem.sharing_norms else None
-    return lbopt.sp_ngd(size, layers, damping=other, rescale=rescale)
+    return lbopt.sp_ngd(
+        size, layers, damping=other, momentum=0.9, kl_clip=None, rescale=rescale
+    )
 
 
 def _lars_on_kfac(size: Any, other: Any, layers: Any, _problem: Problem):
     coefficient = size(0)  # it takes a number, and does not warm up
     lars = lbopt.lars(
-        LARS_ON_KFAC_RATE, weight_decay=0.0, trust_coefficient=coefficient, clip=True
+        LARS_ON_KFAC_RATE,
+        weight_decay=0.0,
+        trust_coefficient=coefficient,
+        variant="paper",
+        clip=True,
     )
     return optax.chain(lbopt.scale_by_kfac(layers, damping=other), lars)
 

@@ -83,6 +83,7 @@ class Arrivals:
           ValueError: if the module may change its parameters.
         """
         root = module.scope.root
+        # A module's methods share the scope that it was applied with.
         if id(root) in self._roots:
             return
         order = len(self._roots)
@@ -96,6 +97,7 @@ class Arrivals:
             number = self._number_at(plain, at)
             if number is not None:
                 numbers[at.keys] = number
+        # Lifted transforms make root scopes of their own, with a path or a trace.
         if not numbers and found and not root.path and self.at_top():
             numbers = dict(self._accepted.get(order, {}))
             for keys, number in numbers.items():

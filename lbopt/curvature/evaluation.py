@@ -182,6 +182,7 @@ def finish(
     def over_devices(x: Any) -> Any:
         return collectives.mean(x, axis) if shared else x
 
+    # Of a batch of padding alone the share is 0, and so are all sums.
     share = over_devices(totals.share)
     n = jnp.where(share > 0, totals.terms / jnp.where(share > 0, share, 1), 0)
     linear = evaluator.fisher != "exact"

@@ -36,6 +36,13 @@ class Layer(NamedTuple):
     fallback: bool
     used: bool
 
+    def __repr__(self) -> str:
+        """Returns one line, in place of the functions of the block."""
+        mark = "!" if self.fallback or not self.used else ""
+        kind = f"{self.block.kind} {_sizes(self)}" if self.used else "unused"
+        size = sizes.text_of(self.state_bytes() if self.used else 0)
+        return f"{mark}Layer({self.path!r}, {self.module}, {kind}, {size}, {self.why})"
+
     @property
     def block(self) -> blocks.CurvatureBlock:
         """The layer's curvature block."""

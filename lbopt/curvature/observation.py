@@ -170,6 +170,7 @@ class Observer:
         self, module: Any, own: Mapping[str, Any], at_top: bool, outputs: Any
     ) -> Any:
         names = frozenset(name for name in own if not name.startswith(MARKER))
+        # Which location it has is not known; the end of its path narrows it down.
         call = Call(module.scope.path, names, at_top, self._wrappers > 0, [])
         self.unknown.append(call)
         if call.wrapped:

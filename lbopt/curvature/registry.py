@@ -335,10 +335,11 @@ def _check_params(params: Params, locations: Sequence[places.Location]) -> None:
                 "another optimizer by optax.partition"
             )
         if discovery.keys_of(path) not in named:
+            at, found = _first_other(params, path)
             raise ValueError(
-                f"params{where} is {type(leaf).__name__}, not an array in nested "
-                "dictionaries; pass parameters as Flax makes them, those of several "
-                "models in one dictionary"
+                f"params{at} is a {found}, not a dictionary: params{where} is no "
+                "array in nested dictionaries; pass parameters as Flax makes them, "
+                "those of several models in one dictionary"
             )
     paths = [at.path for at in locations]
     twice = sorted({path for path in paths if paths.count(path) > 1})
@@ -352,6 +353,16 @@ def _check_params(params: Params, locations: Sequence[places.Location]) -> None:
             f"params={type(params).__name__} holds no arrays; pass parameters as Flax "
             "makes them, for example model.init(...)['params']"
         )
+
+
+def _first_other(params: Params, path: tuple[Any, ...]) -> tuple[str, str]:
+    """The first container on a path that is no mapping: where it is, and its type."""
+    node = params
+    for i, entry in enumerate(path):
+        if not isinstance(node, Mapping):
+            return jax.tree_util.keystr(path[:i]), type(node).__name__
+        node = node[getattr(entry, "key", None)]
+    return jax.tree_util.keystr(path), type(node).__name__
 
 
 def _require_unmarked(layers: Mapping[str, Layer]) -> None:

@@ -47,6 +47,7 @@ class RowWeights(NamedTuple):
         w = self.weights
         shape = jnp.shape(residual)
         if aligned:
+            # All leading axes, as of tokens in a layer on tokens.
             if shape[: w.ndim] == w.shape:
                 return block.Weighted(residual, w)
             # In a loop over time or over chunks, examples alone are not all there is.

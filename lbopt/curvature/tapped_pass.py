@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lbopt import checks
@@ -193,6 +194,7 @@ def tap(
                     sums[path] = sums[path]._replace(f=own.astype(dtype))
         return grads, sums, by_output
 
+    # The shape is known once the loss has been traced.
     positions = _positions(evaluator, shapes, args, kwargs)
     terms = _count(evaluator, outputs, look, positions)
     roots = None if look is None else jnp.sqrt(look.weights)
@@ -419,7 +421,12 @@ def wanted_of(
                 f"{type(factors).__name__} of flags; pass lbopt.refresh(opt_state) of "
                 "an optimizer made with the same layers"
             )
-        wanted[path], bases[path] = eigen_moments.apart(mask)
+        flags, bases[path] = eigen_moments.apart(mask)
+        # A flag of known value is resolved here: outside of jit a conditional would be
+        # compiled at every call.
+        wanted[path] = jax.tree.map(
+            lambda x: x if isinstance(x, jax.core.Tracer) else bool(x), flags
+        )
     return wanted, bases
 
 

@@ -67,6 +67,7 @@ def find(
             return _assumed(head, batch_size)
         if terms is not None:
             found.append(terms)
+    # One number serves all layers, whose gradients come from all outputs together.
     sizes = {terms.size for terms in found}
     if len(sizes) > 1:
         raise Unproved(
@@ -196,6 +197,7 @@ def _explained(
         (small[axis] - few, large[axis] - many)
         for axis, few, many in zip(axes, *counts, strict=True)
     ]
+    # As many positions left out of three as of six: an end, not a mask.
     if any(one != other for one, other in offsets):
         raise unknown
     found = [

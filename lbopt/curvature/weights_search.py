@@ -39,6 +39,7 @@ def find_weights(
             if weights is not None:
                 found.append(weights)
                 break
+    # Their product would have to be known, and how they enter it.
     if len(found) > 1:
         paths = ", ".join(path_text(w.path) for w in found)
         raise Unproved(f"several of its arguments weight its terms ({paths})")
@@ -78,6 +79,7 @@ def _tested(
     gradient = changed(value)
     if gradient is None:
         return None
+    # Exactly zero: a term that is only made smaller is no padding.
     after = terms_in(gradient)
     gone = before & ~after
     if not np.any(gone):
@@ -143,6 +145,7 @@ def check_batch(
             if labelled:
                 _check_uniform(experiment.gradient(small, changes, alike=True))
             continue
+        # A term without a weight must have no gradient.
         leaves = [changes.get(i, x) for i, x in enumerate(experiment.leaves)]
         args = jax.tree.unflatten(experiment.tree, leaves)
         weights = np.asarray(terms.weights.read(args))

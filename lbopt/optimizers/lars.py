@@ -9,6 +9,9 @@ from lbopt._typing import Scalar, ScalarOrSchedule
 from lbopt.parameter_paths import matching
 from lbopt.transforms.lars import check_settings, scale_by_lars
 
+# Below what kernels of up to 2,500 inputs start with, so that it acts on no others.
+_LEAST_RMS = 0.02
+
 
 def lars(
     learning_rate: ScalarOrSchedule,
@@ -16,7 +19,7 @@ def lars(
     weight_decay: Scalar = 5e-4,
     momentum: Scalar = 0.9,
     trust_coefficient: Scalar = 1e-3,
-    variant: Literal["paper", "mlperf", "optax"] = "paper",
+    variant: Literal["floored", "paper", "mlperf", "optax"] = "floored",
     nesterov: bool = False,
     clip: bool = False,
     skip: str | None = None,
@@ -30,7 +33,10 @@ def lars(
       \qquad w_\ell \leftarrow w_\ell - v_\ell
 
     Variants: ``"paper"`` adapts every array, biases and scales of norm layers among
-    them.  ``"mlperf"`` leaves those two alone: they get plain momentum with the full
+    them; an array of zeros takes the gradient itself, with the full rate γ, which
+    throws a kernel that starts at zero.  ``"floored"``, the default, is the same for
+    weights whose root mean square is above 0.02, and takes smaller ones for as large.
+    ``"mlperf"`` leaves those two alone: they get plain momentum with the full
     rate γ and no decay.  ``"optax"`` is ``optax.lars``, whose denominator is
     ‖g + βw‖.
 
@@ -40,7 +46,8 @@ def lars(
       weight_decay: β.
       momentum: m.
       trust_coefficient: η.
-      variant: ``"paper"``, ``"mlperf"`` or ``"optax"``.
+      variant: ``"floored"``, ``"paper"``, ``"mlperf"`` or ``"optax"``; only the first
+        trains arrays that start at zero at such rates.
       nesterov: Nesterov's momentum.
       clip: LARC: a layer's rate is min(γ, λ) instead of γλ.
       skip: a regular expression for paths of parameters, such as
@@ -65,14 +72,14 @@ def lars(
 
     Source: You, Gitman & Ginsburg 2017, Algorithm 1; MLPerf's reference for ResNet-50
     in TensorFlow 2, whose ε of 1e-7 the rules set to 0; optax.  Where the paper leaves
-    a choice open, the authors' code decides (``scale_by_lars``).
+    a choice open, the authors' code decides (``scale_by_lars``).  The floor is ours.
     """
     check_settings(weight_decay, trust_coefficient)
     checks.not_negative(
         "learning_rate", learning_rate, "it is subtracted", schedule=True
     )
     checks.below_one("momentum", momentum, "0 for none")
-    checks.one_of("variant", variant, ["paper", "mlperf", "optax"])
+    checks.one_of("variant", variant, ["floored", "paper", "mlperf", "optax"])
     if variant == "optax":
         if clip:
             raise ValueError(
@@ -96,6 +103,7 @@ def lars(
         scale_by_lars(
             weight_decay=weight_decay,
             trust_coefficient=trust_coefficient,
+            least_rms=_LEAST_RMS if variant == "floored" else 0.0,
             skip=skip,
             clip=learning_rate if clip else None,
         ),

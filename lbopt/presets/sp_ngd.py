@@ -137,6 +137,7 @@ class SpNgdPreset(NamedTuple):
             layers,
             damping=self.damping,
             momentum=self.momentum,
+            kl_clip=None,
             stale_threshold=self.stale_threshold,
             norm_damping=self.norm_damping,
             rescale=self.rescale,

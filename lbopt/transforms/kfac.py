@@ -9,7 +9,7 @@ gradient (``natural_gradient``, ``placement``).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.core
@@ -112,16 +112,15 @@ def scale_by_kfac(
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
-    axis = Axis(placement.axis_name, int(placement.axis_size))
     known = sharding.configured(
         layers.preconditioned,
         block_size=block_size,
         corrected=eigenvalues == "corrected",
     )
-    adaptive = stale_threshold is not None
-
-    def owners_of(present: Mapping[str, Layer]) -> Owners:
-        return _owners(present, axis, periods, placement)
+    own = _Settings(
+        known, norm_damping, factor_decay, periods, stale_threshold, placement
+    )
+    axis = own.axis
 
     # optax.tree_map_params asks for a state without saying which layers are masked:
     # those of the last init are.
@@ -133,7 +132,7 @@ def scale_by_kfac(
         else:
             present = last["present"] = validation.present_layers(known, params)
         state = kfac_state.init_state(
-            present, owners_of(present), axis, adaptive, bool(periods.delay)
+            present, own.owners(present), axis, own.adaptive, bool(periods.delay)
         )
         first = damping(state.count) if callable(damping) else damping
         state = state._replace(last_damping=jnp.array(first, float))  # may be donated
@@ -143,23 +142,82 @@ def scale_by_kfac(
             moments=eigen_moments.init_moments(present, state.inverses)
         )
 
-    def checked_update(
-        updates: Updates, state: KfacState, own: tuple[Any, Any], damping: Any
+    def placed(*args: Any) -> tuple[Updates, KfacState]:
+        # The updates are laid out as the gradients.
+        layouts = explicit_axes.specs_of(args[:2])
+        return explicit_axes.on_auto_axes(own.step, args, layouts)
+
+    # One program outside of jit too: there each loop would be compiled at every call.
+    compiled = jax.jit(placed)
+
+    def update_fn(
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        curvature: Mapping[str, Any] | None = None,
+        **extra_args: Any,
     ) -> tuple[Updates, KfacState]:
-        statistics, squares = own
+        del params
+        validation.require_no_multi_steps()
+        axis.require()
+        kfac_state.require_state(state)
+        present = {path: known[path] for path in plain(state.factors)}
+        given = validation.checked_statistics(present, curvature, state.moments)
+        validation.check_gradients(present, updates)
+        validation.check_shares(present, plain(state.factors), axis)
+        value = _damping_now(state, extra_args.get("damping", damping))
+        args = (updates, state, given, value)
+        if axis.name is None:
+            validation.require_same_on_devices((updates, given))
+        return (placed if _is_traced(args) else compiled)(*args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Settings(NamedTuple):
+    """The arguments of ``scale_by_kfac`` that an update needs."""
+
+    known: Mapping[str, Layer]
+    norm_damping: Scalar
+    factor_decay: Scalar
+    periods: Periods
+    stale_threshold: Scalar | None
+    placement: Placement
+
+    @property
+    def axis(self) -> Axis:
+        """The devices."""
+        return Axis(self.placement.axis_name, int(self.placement.axis_size))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the refresh is adaptive."""
+        return self.stale_threshold is not None
+
+    def owners(self, present: Mapping[str, Layer]) -> Owners:
+        """Assigns the units of layers to devices."""
+        return _owners(present, self.axis, self.periods, self.placement)
+
+    def step(
+        self, updates: Updates, state: KfacState, given: tuple[Any, Any], damping: Any
+    ) -> tuple[Updates, KfacState]:
+        """One update, given the statistics and squares of the batch and λ."""
+        axis, periods, adaptive = self.axis, self.periods, self.adaptive
+        statistics, squares = given
         # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
-        present = {path: known[path] for path in sorted(plain(state.factors))}
-        owners = owners_of(present)
+        present = {path: self.known[path] for path in sorted(plain(state.factors))}
+        owners = self.owners(present)
         due = state.refresh.due  # at this step; _clocks sets that of the next
         state, findings = _average(
-            present, state, statistics, factor_decay, stale_threshold, axis
+            present, state, statistics, self.factor_decay, self.stale_threshold, axis
         )
         state, empty = eigen_moments.average(
-            present, state, squares, factor_decay, axis
+            present, state, squares, self.factor_decay, axis
         )
         scheduled = _units_due(owners, state, findings, periods, adaptive)
         state = _with_damping(state, damping)
-        amounts = renewal.amounts(present, state, state.last_damping, norm_damping)
+        amounts = renewal.amounts(present, state, state.last_damping, self.norm_damping)
         before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
             present, owners, state, scheduled, amounts, axis, periods.delay
@@ -178,38 +236,6 @@ def scale_by_kfac(
             ),
         )
         return insert(present, updates, natural), state
-
-    def placed(*args: Any) -> tuple[Updates, KfacState]:
-        # The updates are laid out as the gradients.
-        layouts = explicit_axes.specs_of(args[:2])
-        return explicit_axes.on_auto_axes(checked_update, args, layouts)
-
-    # One program outside of jit too: there each loop would be compiled at every call.
-    compiled = jax.jit(placed)
-
-    def update_fn(
-        updates: Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        curvature: Mapping[str, Any] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Updates, KfacState]:
-        del params
-        validation.require_no_multi_steps()
-        axis.require()
-        kfac_state.require_state(state)
-        present = {path: known[path] for path in plain(state.factors)}
-        own = validation.checked_statistics(present, curvature, state.moments)
-        validation.check_gradients(present, updates)
-        validation.check_shares(present, plain(state.factors), axis)
-        value = _damping_now(state, extra_args.get("damping", damping))
-        args = (updates, state, own, value)
-        if axis.name is None:
-            validation.require_same_on_devices((updates, own))
-        return (placed if _is_traced(args) else compiled)(*args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _is_traced(tree: Any) -> bool:

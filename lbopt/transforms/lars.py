@@ -29,6 +29,7 @@ def scale_by_lars(
     *,
     weight_decay: Scalar = 5e-4,
     trust_coefficient: Scalar = 1e-3,
+    least_rms: Scalar = 0.0,
     skip: str | None = None,
     clip: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,6 +43,12 @@ def scale_by_lars(
     norm layers; λ is 1 if the weights or the gradient are zero.  A step is at most as
     long as η‖w‖, and exactly so if β is 0.
 
+    An array that starts at zero (a bias, a head) therefore takes the gradient itself,
+    times a rate that is usually of the order of 10, and then grows from wherever that
+    leads by η of its norm.  With ``least_rms`` = r the numerator of λ is
+    :math:`\eta \max(\lVert w_\ell \rVert, r \sqrt n)` for an array of n numbers: its
+    step is as long as that of weights of size r, until it is larger.
+
     It differs from ``optax.scale_by_trust_ratio`` after ``optax.add_decayed_weights``
     in the denominator, which is ‖g + βw‖ there, so that every step has the length η‖w‖;
     and in LARC's clip, which optax does not have.
@@ -53,6 +60,8 @@ def scale_by_lars(
     Args:
       weight_decay: β.
       trust_coefficient: η.
+      least_rms: r, the root mean square below which weights count as r; 0 for the
+        paper's λ.
       skip: a regular expression, searched for in parameters' paths such as
         ``"Conv_0/kernel"``; gradients of parameters that match pass unchanged.
       clip: the learning rate γ, a number or a schedule, for LARC: the rate of a layer
@@ -78,8 +87,10 @@ def scale_by_lars(
 
     Source: You, Gitman & Ginsburg 2017, Algorithm 1 and Eq. 6; zero norms are treated
     as in the authors' code (NVIDIA Caffe), which has no ε; LARC is its later form.
+    ``least_rms`` is ours; LAMB's bounds on φ(‖w‖) are its kin (You et al. 2020).
     """
     check_settings(weight_decay, trust_coefficient)
+    checks.not_negative("least_rms", least_rms, "0 for the paper's ratio")
     if clip is not None:
         # Schedules, and arrays of optax.inject_hyperparams, may begin at zero.
         varies = callable(clip) or isinstance(clip, jax.Array)
@@ -111,9 +122,10 @@ def scale_by_lars(
             if skipped(path):
                 return jnp.ones([], precise_dtype(w))
             g_norm, w_norm = (jnp.sqrt(squared_norm(x)) for x in (g, w))
-            moves = (g_norm > 0) & (w_norm > 0)  # otherwise λ is 1, as in Caffe
+            size = jnp.maximum(w_norm, least_rms * w.size**0.5)
+            moves = (g_norm > 0) & (size > 0)  # otherwise λ is 1, as in Caffe
             length = jnp.where(moves, g_norm + weight_decay * w_norm, 1)
-            adapted = trust_coefficient * w_norm / length
+            adapted = trust_coefficient * size / length
             if gamma is not None:
                 # min(γ, λ) / γ, because γ is applied later; 1 also for γ = 0.
                 shorter = gamma > adapted

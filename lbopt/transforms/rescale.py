@@ -44,7 +44,8 @@ def rescale_weights(
     is the root-mean-square norm of a kernel in He's normal initialisation (fan-in).
     Each copy of a layer under ``nn.scan`` or ``nn.vmap`` is a kernel of its own.
     Biases, norm layers, embeddings, and layers that the loss does not use stay
-    unchanged.
+    unchanged.  A kernel that starts at zero (a head, the last of a residual branch) is
+    lengthened to that norm by its first step: ``shrink_only`` lets it grow instead.
 
     It must be the last transformation of a chain, because u is the whole step.
 

@@ -1,5 +1,7 @@
 """The ready optimizers are the chains that their docstrings write out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,7 +28,13 @@ def test_kfac_is_the_recursion_of_its_docstring(gradients):
     w, layers, batches = gradients
     rate, mu, lam, beta = 0.1, 0.9, 1e-2, 1e-3
     tx = lbopt.kfac(
-        rate, layers, momentum=mu, damping=lam, weight_decay=beta, factor_decay=0.5
+        rate,
+        layers,
+        momentum=mu,
+        damping=lam,
+        weight_decay=beta,
+        kl_clip=None,
+        factor_decay=0.5,
     )
     core = lbopt.scale_by_kfac(layers, damping=lam + beta, factor_decay=0.5)
     update = jax.jit(lambda g, s, c: core.update(g, s, curvature=c))
@@ -42,15 +50,28 @@ def test_kfac_is_the_recursion_of_its_docstring(gradients):
 
 def test_options_of_kfac(gradients):
     layers = gradients[1]
-    plain = lbopt.kfac(0.1, layers, momentum=None)
-    chain = optax.chain(lbopt.scale_by_kfac(layers), optax.scale_by_learning_rate(0.1))
+    core = functools.partial(lbopt.scale_by_kfac, layers, factor_decay=0.8)
+    plain = lbopt.kfac(0.1, layers, momentum=None, damping=1e-3, kl_clip=None)
+    chain = optax.chain(core(damping=1e-3), optax.scale_by_learning_rate(0.1))
     assert_close(trajectory(gradients, plain), trajectory(gradients, chain))
-    clipped = lbopt.kfac(0.1, layers, momentum=None, kl_clip=1e-4)
+    clipped = lbopt.kfac(0.1, layers, momentum=None, damping=1e-3, kl_clip=1e-4)
     chain = optax.chain(
-        lbopt.clip_by_kl(lbopt.scale_by_kfac(layers), 1e-4, 0.1),
+        lbopt.clip_by_kl(core(damping=1e-3), 1e-4, 0.1),
         optax.scale_by_learning_rate(0.1),
     )
     assert_close(trajectory(gradients, clipped), trajectory(gradients, chain))
+
+
+def test_the_first_setting_of_kfac(gradients):
+    layers = gradients[1]
+    core = lbopt.scale_by_kfac(
+        layers, damping=lambda k: jnp.maximum(0.1 * 0.9**k, 3e-3), factor_decay=0.8
+    )
+    chain = optax.chain(
+        lbopt.clip_by_kl(core, 0.01, 0.1), optax.trace(0.7), optax.scale(-0.1)
+    )
+    found = trajectory(gradients, lbopt.kfac(0.1, layers))
+    assert_close(found, trajectory(gradients, chain))
 
 
 def test_schedules_and_the_decay(gradients):
@@ -60,11 +81,12 @@ def test_schedules_and_the_decay(gradients):
         layers,
         damping=optax.constant_schedule(1e-2),
         weight_decay=0.1,
+        kl_clip=None,
     )
     chain = optax.chain(
         optax.add_decayed_weights(0.1),
-        lbopt.scale_by_kfac(layers, damping=1e-2 + 0.1),
-        optax.trace(0.9),
+        lbopt.scale_by_kfac(layers, damping=1e-2 + 0.1, factor_decay=0.8),
+        optax.trace(0.7),
         optax.scale(-0.1),
     )
     assert_close(trajectory(gradients, scheduled), trajectory(gradients, chain))

@@ -17,6 +17,7 @@ RATE = optax.linear_schedule(3.0, 1.0, 2)
     ("settings", "skip", "clip"),
     [
         ({}, None, None),
+        ({"variant": "paper"}, None, None),
         ({"variant": "mlperf"}, BIASES, None),
         ({"skip": "last"}, "last", None),
         ({"variant": "mlperf", "skip": "first"}, "first", None),
@@ -30,6 +31,7 @@ def test_lars_is_its_chain(gradients, settings, skip, clip):
         lbopt.scale_by_lars(
             weight_decay=settings.get("weight_decay", 5e-4),
             trust_coefficient=settings.get("trust_coefficient", 1e-3),
+            least_rms=0.0 if "variant" in settings else 0.02,
             skip=skip,
             clip=clip,
         ),
@@ -59,7 +61,10 @@ def test_the_variant_of_optax_is_optax_bit_for_bit(gradients, skip, nesterov):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variant": "larc"}, r"variant='larc' must be 'paper', 'mlperf' or 'optax'"),
+        (
+            {"variant": "larc"},
+            r"variant='larc' must be 'floored', 'paper', 'mlperf' or",
+        ),
         ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); 0 for none"),
         ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be 0 or positive; it is"),
         ({"variant": "optax", "weight_decay": -1.0}, r"weight_decay=-1.0 must be 0"),

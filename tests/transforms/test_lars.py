@@ -141,6 +141,25 @@ def test_zero_norms_give_plain_steps(network, zero):
     assert all(x == 1 for x in jax.tree.leaves(state.trust_ratio))
 
 
+def test_small_weights_count_as_large_as_the_least_root_mean_square(network):
+    params, (grads, *_) = network
+    params = {**params, "first": {**params["first"], "bias": jnp.zeros(5)}}
+    tx = scale_by_lars(weight_decay=0.0, trust_coefficient=0.02, least_rms=0.3)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    roots = [np.sqrt(x.size) for x in jax.tree.leaves(params)]
+    floor = 0.3 * np.asarray(roots)
+    assert np.any(norms(params) > floor)
+    assert np.any(norms(params) < floor)
+    expected = 0.02 * np.maximum(norms(params), floor)
+    np.testing.assert_allclose(norms(updates), expected, rtol=1e-6)
+    # With a decay, the denominator has the weights' own norm.
+    tx = scale_by_lars(weight_decay=0.1, trust_coefficient=0.02, least_rms=0.3)
+    _, state = tx.update(grads, tx.init(params), params)
+    ratio = expected / (norms(grads) + 0.1 * norms(params))
+    found = np.asarray(jax.tree.leaves(state.trust_ratio))
+    np.testing.assert_allclose(found, ratio, rtol=1e-6)
+
+
 def test_where_everything_is_skipped_it_is_momentum(network):
     params, draws = network
     rate = optax.linear_schedule(0.3, 0.1, 5)
@@ -233,6 +252,7 @@ def test_nothing_to_skip_for_mlperf():
         ({"weight_decay": -1e-4}, r"weight_decay=-0.0001 must be 0 or positive; 0 for"),
         ({"trust_coefficient": -1e-3}, r"trust_coefficient=-0.001 must be positive; 1"),
         ({"trust_coefficient": 0.0}, r"trust_coefficient=0.0 must be positive"),
+        ({"least_rms": -0.1}, r"least_rms=-0.1 must be 0 or positive; 0 for the paper"),
         ({"clip": 0.0}, r"clip=0.0 must be positive; pass the learning rate or"),
         ({"skip": "["}, r"skip='\[' must be a regular expression"),
     ],
