@@ -20,6 +20,10 @@ class Unproved(Exception):  # noqa: N818  (no "Error": it is caught, or says its
     """The reason why the terms of a loss cannot be found."""
 
 
+class Contradicted(Unproved):
+    """The reason why a loss is no plain mean."""
+
+
 class Experiment(NamedTuple):
     """A loss's head, to be evaluated at sizes and values of choice.
 
@@ -136,12 +140,7 @@ def make_experiment(
         given = iter(arrays)
         merged = [next(given) if hasattr(leaf, "shape") else leaf for leaf in leaves]
         args = jax.tree.unflatten(tree, merged)
-        run = replaced(head, outputs | {output: x}, loss)
-        if not head.inner:
-            return run(whole, *args)
-        # A compiled function of the loss must not keep the replaced outputs.
-        with jax.disable_jit():
-            return run(whole, *args)
+        return replaced(head, outputs | {output: x}, loss)(whole, *args)
 
     compiled = jax.jit(jax.grad(by_output))
     return Experiment(loss, head, params, leaves, tree, output, compiled)

@@ -120,6 +120,9 @@ def replaced(
 ) -> Callable[..., Array]:
     """Returns the loss with its outputs replaced, without running the model.
 
+    Outputs inside a transform of the loss are not replaced: JAX keeps what it compiles
+    or traces there, and would use it again.
+
     Args:
       head: what an abstract trace saw.
       outputs: arrays in place of the outputs, of any size.
@@ -138,6 +141,8 @@ def replaced(
                 call()
                 calls[0] += 1
                 return outputs[(LIKELIHOOD, calls[0] - 1)]
+            if any(name[0] == order for name in head.inner):
+                return call()
             leaves, tree = jax.tree.flatten(head.structures[order])
             return jax.tree.unflatten(
                 tree, [outputs.get((order, i), x) for i, x in enumerate(leaves)]

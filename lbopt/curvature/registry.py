@@ -147,10 +147,11 @@ def _terms(
     loss_name: str,
 ) -> tuple[Terms, int | None]:
     """Finds the terms of the loss, and the number of examples of the batch."""
+    stated = [name for name in head.outputs if name[0] == loss_head.LIKELIHOOD]
     sizes = {
-        shape.shape[0]
-        for name, shape in head.outputs.items()
-        if shape.shape and name not in head.inner
+        head.outputs[name].shape[0]
+        for name in stated or head.outputs
+        if head.outputs[name].shape and name not in head.inner
     }
     examples = sizes.pop() if len(sizes) == 1 else infer_batch_size(args)
     if examples == 0:
@@ -159,8 +160,8 @@ def _terms(
         )
     if batch_size is not None:
         text = f"{batch_size}, stated by batch_size="
-        stated = Terms(None, (), (), None, batch_size, examples, text)
-        return stated, examples or batch_size
+        terms = Terms(None, (), (), None, batch_size, examples, text)
+        return terms, examples or batch_size
     if head.stated:
         text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
         weights = "likelihood" if "weights" in head.stated else None

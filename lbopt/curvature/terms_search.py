@@ -17,6 +17,7 @@ from lbopt._typing import Array
 from lbopt.curvature.head_experiment import (
     SMALL,
     TOLERANCE,
+    Contradicted,
     Experiment,
     Unproved,
     make_experiment,
@@ -48,6 +49,7 @@ def find(
       The terms.
 
     Raises:
+      Contradicted: with the reason, if the loss is seen to be no plain mean.
       Unproved: with the reason, if the outputs have more axes than one example's and
         their terms cannot be found.
     """
@@ -61,10 +63,12 @@ def find(
         experiment = make_experiment(loss, head, params, leaves, tree, name)
         try:
             terms = _find_along(experiment)
-        except Unproved:
+        except Contradicted:
+            raise
+        except Unproved as reason:
             if len(head.outputs[name].shape) > 2 or len(names) > 1:
                 raise
-            return _assumed(head, batch_size)
+            return _assumed(head, batch_size, str(reason))
         if terms is not None:
             found.append(terms)
     # One number serves all layers, whose gradients come from all outputs together.
@@ -78,7 +82,7 @@ def find(
     return found[0] if found else _assumed(head, batch_size)
 
 
-def _assumed(head: Head, batch_size: int | None) -> Terms:
+def _assumed(head: Head, batch_size: int | None, reason: str = "") -> Terms:
     """The batch size, where one example's outputs have no more than one axis."""
     axes = [
         len(x.shape) - _has_examples(x.shape, head.inner.get(name), batch_size)
@@ -91,6 +95,8 @@ def _assumed(head: Head, batch_size: int | None) -> Terms:
         )
     n = "?" if batch_size is None else batch_size
     text = f"{n}, assumed: a mean over the leading axis of the batch"
+    if reason:
+        text += f" ({reason})"
     return Terms(None, (), (), None, batch_size, batch_size, text)
 
 
@@ -123,7 +129,13 @@ def _find_along(experiment: Experiment) -> Terms | None:
         raise Unproved("its gradient by the outputs is not finite")
     if not np.any(base):
         return None
-    axes, offsets = _averaged(experiment, small, base)
+    try:
+        axes, offsets = _averaged(experiment, small, base)
+    except Unproved:
+        # Rows without a part in the loss may be why.
+        nothing = Terms(experiment.output, (), (), None, None, None, "")
+        check_batch(experiment, nothing, small)
+        raise
     weights = find_weights(experiment, small, base)
     if weights is not None:
         along = len(np.shape(experiment.leaf(weights.path)))
@@ -134,7 +146,7 @@ def _find_along(experiment: Experiment) -> Terms | None:
     terms = Terms(
         experiment.output, tuple(axes), tuple(offsets), weights, None, shape[0], ""
     )
-    check_batch(experiment, terms, small, base)
+    check_batch(experiment, terms, small)
     return terms._replace(size=terms.count(shape), text=_text(terms, experiment))
 
 

@@ -1,6 +1,7 @@
 """Finds the argument that weights the terms of a loss, by experiments on its head."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +12,15 @@ import numpy as np
 from lbopt.curvature.head_experiment import (
     SMALL,
     TOLERANCE,
+    Contradicted,
     Experiment,
-    Unproved,
     is_shape,
     terms_in,
 )
 from lbopt.curvature.terms import Terms, WeightsAt, path_text
 
-_PIECES = 4  # of each axis of a batch
-_SPECIAL = (0, -1, -100, 1)  # values of a label that mark padding
+_SPECIAL = (0, -1, -100, 255, 1)  # values of a label that mark padding
+_LARGEST = 2**25  # numbers that an experiment on a batch may have
 
 
 def find_weights(
@@ -32,7 +33,7 @@ def find_weights(
             continue
         values = [0]
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            own = [] if is_shape(leaf) else [int(np.asarray(leaf).flat[-1])]
+            own = [] if is_shape(leaf) else [int(leaf.min()), int(leaf.max())]
             values = list(dict.fromkeys([*_SPECIAL, *own]))
         for value in values:
             weights = _tested(experiment, number, value, small, base)
@@ -42,7 +43,7 @@ def find_weights(
     # Their product would have to be known, and how they enter it.
     if len(found) > 1:
         paths = ", ".join(path_text(w.path) for w in found)
-        raise Unproved(f"several of its arguments weight its terms ({paths})")
+        raise Contradicted(f"several of its arguments weight its terms ({paths})")
     return found[0] if found else None
 
 
@@ -85,7 +86,7 @@ def _tested(
     if not np.any(gone):
         return None
     name = path_text(experiment.path(number))
-    unknown = Unproved(f"{name} takes part in it in a way that cannot be told")
+    unknown = Contradicted(f"{name} takes part in it in a way that cannot be told")
     shift = next((s for s in (0, 1) if _only(gone, before, at, s)), None)
     if shift is None:
         raise unknown
@@ -122,47 +123,73 @@ def _only(gone: np.ndarray, before: np.ndarray, at: tuple[int, ...], s: int) -> 
     return bool(np.any(expected & before)) and np.array_equal(gone, expected & before)
 
 
-def check_batch(
-    experiment: Experiment, terms: Terms, small: tuple[int, ...], base: np.ndarray
-) -> None:
-    """Compares the terms found with those of the batch at hand.
+def check_batch(experiment: Experiment, terms: Terms, small: tuple[int, ...]) -> None:
+    """Compares the terms found with those of the batch at hand, axis by axis.
+
+    Args:
+      experiment: the loss's head.
+      terms: the terms found.
+      small: the sizes that they were found at.
 
     Raises:
-      Unproved: if rows of it have no part in the loss, or another weight than others,
-        for no reason that was found.
+      Contradicted: if rows of the batch have no part in the loss, or another weight
+        than others, for no reason that was found.
     """
     if any(map(is_shape, experiment.leaves)):
         return
     labelled = any(
         _may_weight(experiment, x) and _integral(x) for x in experiment.leaves
     )
-    for changes in _windows(experiment, len(small)):
-        gradient = experiment.gradient(small, changes)
-        if not isinstance(terms.weights, WeightsAt):
-            whole = np.nan_to_num(gradient, nan=0)
-            if np.any(terms_in(base) & ~terms_in(whole)):
-                raise Unproved("rows of this batch have no part in it, like padding")
-            if labelled:
-                _check_uniform(experiment.gradient(small, changes, alike=True))
+    for axis in range(max(len(small) - 1, 1)):
+        # Whole along this axis: a loss may count the real positions from its start.
+        sizes = tuple(
+            experiment.shape[i] if i == axis else size for i, size in enumerate(small)
+        )
+        if math.prod(sizes) > _LARGEST:
             continue
+        for changes in _slabs(experiment, len(small), axis):
+            _check_slab(experiment, terms, sizes, changes, labelled)
+
+
+def _check_slab(
+    experiment: Experiment,
+    terms: Terms,
+    sizes: tuple[int, ...],
+    changes: dict[int, Any],
+    labelled: bool,
+) -> None:
+    """Compares the terms found with those of a part of the batch."""
+    gradient = experiment.gradient(sizes, changes)
+    real = terms_in(np.nan_to_num(gradient, nan=0))
+    if isinstance(terms.weights, WeightsAt):
         # A term without a weight must have no gradient.
         leaves = [changes.get(i, x) for i, x in enumerate(experiment.leaves)]
         args = jax.tree.unflatten(experiment.tree, leaves)
         weights = np.asarray(terms.weights.read(args))
-        real = terms_in(np.nan_to_num(gradient, nan=0))
         spread = weights.reshape(weights.shape + (1,) * (real.ndim - weights.ndim))
         if np.any(real & ~np.broadcast_to(spread != 0, real.shape)):
-            raise Unproved("its weights were not understood")
+            raise Contradicted("its weights were not understood")
+        return
+    expected = np.ones_like(real)
+    for axis, offset in zip(terms.axes, terms.offsets, strict=True):
+        if axis < real.ndim and offset:
+            index = [slice(None)] * real.ndim
+            index[axis] = slice(-offset, None)
+            expected[tuple(index)] = False
+    if np.any(expected & ~real):
+        raise Contradicted("rows of this batch have no part in it, like padding")
+    if labelled:
+        _check_uniform(experiment.gradient(sizes, changes, alike=True)[real])
 
 
-def _windows(experiment: Experiment, rank: int) -> Iterator[dict[int, Any]]:
-    """Cuts the batch at hand into small pieces, some of each axis."""
+def _slabs(experiment: Experiment, rank: int, whole: int) -> Iterator[dict[int, Any]]:
+    """Cuts the batch at hand into pieces that are whole along one axis."""
     shape = experiment.shape[: max(rank - 1, 1)]
     starts = [
-        [i * max(size - SMALL, 0) // (_PIECES - 1) for i in range(_PIECES)]
-        for size in shape
+        [0] if axis == whole else list(dict.fromkeys([0, max(size - SMALL, 0)]))
+        for axis, size in enumerate(shape)
     ]
-    for corner in itertools.product(*map(dict.fromkeys, starts)):
+    for corner in itertools.product(*starts):
         pieces = {}
         for number, leaf in enumerate(experiment.leaves):
             along = min(experiment.along(leaf), len(shape))
@@ -170,6 +197,8 @@ def _windows(experiment: Experiment, rank: int) -> Iterator[dict[int, Any]]:
                 continue
             piece = leaf
             for axis in range(along + experiment.shifted(leaf)):
+                if axis == whole:
+                    continue
                 size = SMALL + (axis == along)
                 at = np.minimum(corner[axis] + np.arange(size), leaf.shape[axis] - 1)
                 piece = jnp.take(piece, at, axis=axis)
@@ -184,7 +213,7 @@ def _check_uniform(gradient: np.ndarray) -> None:
       gradient: that at outputs which are the same for all positions.
 
     Raises:
-      Unproved: if they differ.
+      Contradicted: if they differ.
     """
     # If no class is treated apart, a label only permutes the gradient's entries.
     rows = np.sort(gradient.reshape(-1, gradient.shape[-1]), -1)
@@ -193,7 +222,7 @@ def _check_uniform(gradient: np.ndarray) -> None:
         return
     same = np.allclose(rows / sizes, (rows / sizes)[:1], rtol=TOLERANCE)
     if same and not np.allclose(sizes, sizes[0], rtol=TOLERANCE):
-        raise Unproved("its terms have different weights, such as those of classes")
+        raise Contradicted("its terms have different weights, such as those of classes")
 
 
 def _integral(x: Any) -> bool:

@@ -291,3 +291,33 @@ def test_experiments_leave_compiled_functions_of_the_loss_alone():
     lbopt.trace_layers(loss_fn, PARAMS, TOKENS, LABELS, batch_size=B * T)
     for tokens in (TOKENS[:3, :3], TOKENS):
         assert oracles.error(apply(PARAMS, tokens), logits(PARAMS, tokens)) < 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_padding_by_a_count_of_rows_is_refused(count):
+    model, x = nn.Dense(3), jnp.ones((8, 5))
+    params = {"top": model.init(jax.random.key(0), x)["params"]}
+
+    def loss_fn(params, x, y, n):
+        w = jnp.asarray(jnp.arange(len(y)) < n, jnp.float32)
+        losses = xent(model.apply({"params": params["top"]}, x), y)
+        return jnp.sum(losses * w) / jnp.sum(w)
+
+    with pytest.raises(ValueError, match="rows of this batch have no part"):
+        lbopt.trace_layers(loss_fn, params, x, jnp.arange(8) % 3, count)
+
+
+def test_a_checkpointed_model_is_traced_again_and_again():
+    apply = jax.checkpoint(logits)
+
+    def loss_fn(params, tokens, labels):
+        outputs = lbopt.likelihood(apply(params, tokens), "categorical")
+        return jnp.mean(xent(outputs, labels))
+
+    for _ in range(2):
+        terms = lbopt.trace_layers(loss_fn, PARAMS, TOKENS, LABELS).terms
+        assert terms.size == B * T
+    assert (
+        oracles.error(apply(PARAMS, TOKENS[:3, :3]), logits(PARAMS, TOKENS[:3, :3]))
+        == 0
+    )
