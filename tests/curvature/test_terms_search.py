@@ -150,7 +150,7 @@ def test_shapes_are_enough():
                 p, x, y, jnp.arange(y.shape[1])[None] < n[:, None]
             ),
             (TOKENS, LABELS, LENGTHS),
-            "neither averages nor adds up",
+            "rows of this batch have no part",
         ),
         (
             lambda p, x, y: masked(p, x, y, CLASS_WEIGHTS[y]),

@@ -117,9 +117,9 @@ def test_other_parts_of_arguments_in_a_loss_are_refused(loss, args, reason):
 
 
 def checked(loss, *args):
-    experiment, base, weights = found_in(loss, *args)
+    experiment, _, weights = found_in(loss, *args)
     own = terms.Terms((0, 0), (0, 1), (0, 0), weights, None, None, "")
-    weights_search.check_batch(experiment, own, SMALL_SHAPE, base)
+    weights_search.check_batch(experiment, own, SMALL_SHAPE)
 
 
 CLASS_WEIGHTS = jnp.linspace(1.0, 2.0, V)
