@@ -8,6 +8,7 @@ import optax
 
 from lbopt import checks, norms
 from lbopt._typing import AxisName, Params, ScalarOrSchedule, Updates
+from lbopt.curvature.refresh import lost_types
 from lbopt.transforms import validation
 
 
@@ -89,6 +90,12 @@ def clip_by_kl(
     ) -> tuple[Updates, ClipByKlState]:
         if params is not None:
             validation.check_like(params, updates)
+        if not isinstance(state, ClipByKlState):
+            way_out = lost_types(state) or "pass what init or the last update gave"
+            raise ValueError(
+                f"state={type(state).__name__} must be the state of clip_by_kl; "
+                f"{way_out}"
+            )
         natural, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
