@@ -342,6 +342,7 @@ def test_sp_ngd_gets_the_numbers_of_its_row(table):
         layers,
         damping=damping,
         momentum=momentum,
+        kl_clip=None,
         stale_threshold=None if code else 0.1,
         norm_damping=16.0 if code else 1.0,
         rescale="shrink_only" if code else "always",
