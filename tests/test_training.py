@@ -87,6 +87,7 @@ def test_a_step_equals_a_loop_by_hand(name):
         state, metrics = train_step(state, batch_of(step))
         assert metrics.pop("skipped") == 0
         assert layers is None or metrics.pop("first_not_finite") == -1
+        assert layers is None or 0 < metrics.pop("kl_scale") <= 1
         # Two programs: XLA may fuse them differently, and inverses amplify rounding.
         assert_close(metrics, expected, rtol=1e-4)
         noises.add(float(metrics["noise"]))
