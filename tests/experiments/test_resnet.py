@@ -188,7 +188,7 @@ def test_remat_saves_memory_and_changes_no_number(float64):
         found.append((args[0], compiled(*args)))
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert_all_close(*found, 1e-12)
-    assert temporary[1] < 0.8 * temporary[0]
+    assert temporary[1] < 0.85 * temporary[0]
 
 
 @pytest.mark.parametrize("make", [TINY, TINY_PREACT], ids=["resnet", "preact_resnet"])
@@ -219,8 +219,8 @@ def assert_all_close(actual, expected, tolerance):
 def test_curvature_over_devices_with_axis_name_is_that_of_one_device(float64):
     found = []
     for devices in (1, 4):
-        kinds = {"axis_name": "data", "remat": True} if devices > 1 else {}
-        model = TINY(stage_sizes=(1,), dtype=float64)
+        kinds = {"axis_name": "data"} if devices > 1 else {}
+        model = TINY(stage_sizes=(1,), dtype=float64, remat=devices > 1)
         loss_fn, args, layers = problem(model, 8, **kinds)
         evaluate = lbopt.value_grad_and_curvature(loss_fn, layers, has_aux=True)
 
