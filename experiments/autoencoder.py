@@ -41,7 +41,7 @@ import numpy as np
 import optax
 
 import lbopt
-from experiments import figures, study
+from experiments import compilation_cache, figures, study
 from experiments.data import grey
 from experiments.models.autoencoder import Autoencoder
 from lbopt import training
@@ -424,7 +424,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--small", action="store_true", help="the digits")
     problem = DIGITS if parser.parse_args(arguments).small else STROKES
-    study.share_programs(RUNS)
+    compilation_cache.share_programs(RUNS)
     print(json.dumps(carry_out(problem), indent=1))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from experiments import figures, study
+from experiments import compilation_cache, figures, study
 from experiments.configs import resnet32
 from experiments.settings import Config, Kfac, Lars, Nlcg, RmsProp, Sgd
 from experiments.side_by_side import Outcome, outcomes_in
@@ -175,7 +175,7 @@ def _thousands(value: float, position: int | None) -> str:
 
 def main() -> None:
     """Runs the study, writes its record and its picture, prints the record."""
-    study.share_programs(RUNS)
+    compilation_cache.share_programs(RUNS)
     rows = [
         row_of(name, batch_size)
         for batch_size in reversed(BATCH_SIZES)

@@ -264,6 +264,8 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
 
     per_example = (VIRTUAL_BATCH,) if config.mixup_alpha else ()
     eval_step = training.make_eval_step(make_eval(alone))
+    peak_value = getattr(config, config.optimizer).learning_rate
+    rate = optimizers.build_schedule(config, data, peak_value)
     train_step = training.make_train_step(
         _loss_of(config, model),
         tx,
@@ -277,7 +279,7 @@ def build_program(config: Config, data: pipeline.Data) -> Program:
     )
     return Program(
         init=init,
-        train_step=_reporting_curvature(train_step),
+        train_step=_reporting(train_step, rate),
         eval_step=_of_averages(eval_step) if config.weight_average else eval_step,
         layers=layers,
         mesh=mesh,
@@ -304,12 +306,15 @@ def _zeros(shape: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=lies)()
 
 
-def _reporting_curvature(train_step: Callable) -> Callable:
-    """Adds to a step's metrics what the optimizer renewed and sent."""
+def _reporting(train_step: Callable, rate: optax.Schedule) -> Callable:
+    """Adds the learning rate to a step's metrics, and what was renewed and sent."""
 
     def reporting(state: training.TrainState, batch: Any) -> Any:
+        # The optimizer does not count steps that were skipped.
+        eta = rate(state.step - state.skipped)
         state, metrics = train_step(state, batch)
-        return state, {**metrics, **curvature_metrics.of(state.opt_state)}
+        of_curvature = curvature_metrics.of(state.opt_state)
+        return state, {**metrics, "learning_rate": eta, **of_curvature}
 
     return jax.jit(reporting, donate_argnums=0)
 

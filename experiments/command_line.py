@@ -1,6 +1,7 @@
 """The command line shared by the experiments: settings, runs, a picture, a summary."""
 
 import contextlib
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +9,7 @@ import absl.logging
 import jax
 import tyro
 
-from experiments import cluster, loop, preemption
+from experiments import cluster, compilation_cache, loop, preemption
 from experiments.settings import Config
 
 
@@ -44,7 +45,11 @@ def run(
             with contextlib.suppress(RuntimeError):  # too late: jax has its devices
                 jax.config.update("jax_num_cpu_devices", config.devices)
         with cluster.fail_fast("start again with --resume"):
-            stopped = _carry_out(expand(config))
+            expanded = expand(config)
+            _require_read(arguments, expanded)
+            if config.compilation_cache:
+                compilation_cache.share_programs(_runs(config))
+            stopped = _carry_out(expanded)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if stopped:
@@ -67,6 +72,25 @@ def _parse(
         description=description,
         default=configs[named or next(iter(configs))],
     )
+
+
+def _require_read(arguments: Sequence[str], configs: Sequence[Config]) -> None:
+    """Raises ValueError for a setting that none of the runs reads."""
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and all(c.ignores(name) for c in configs):
+            optimizers = " and ".join(c.optimizer for c in configs)
+            group = name.partition(".")[0]
+            choice = f"pass --optimizer {group}" if "." in name else "choose another"
+            raise ValueError(
+                f"{argument} is not read by optimizer={optimizers}; leave it out, or "
+                f"{choice}"
+            )
+
+
+def _runs(config: Config) -> pathlib.Path:
+    """Returns the directory of the run's own directory."""
+    return pathlib.Path("runs") if config.directory is None else config.directory.parent
 
 
 def _carry_out(configs: Sequence[Config]) -> str | None:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import lbopt
-from experiments import study
+from experiments import compilation_cache, study
 from experiments.models import resnet, small_networks
 from lbopt import training
 
@@ -268,7 +268,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Carries out what is left of the study, writes its record, prints its table."""
-    study.share_programs(RUNS)
+    compilation_cache.share_programs(RUNS)
     settings = {f"{x.optimizer} {x.rate:g}": x for x in SETTINGS}
     rows = []
     for network, task in TASKS.items():

@@ -21,6 +21,7 @@ from experiments import (
     figures,
     metrics,
     preemption,
+    profiling,
     report,
     resuming,
     runs,
@@ -127,12 +128,16 @@ def train(
                 steps_per_epoch=data.steps_per_epoch,
                 start_step=start,
                 writes=jax.process_index() == 0,
+                layers=tuple(program.layers or ()),
             )
         )
         store.tell = reporter.event
         for message in messages:
             reporter.event(message)
-        steps = _Loop(run, store, reporter, feed, place, preempted, reached)
+        traced = config.profile and jax.process_index() == 0
+        profile = profiling.Profile(directory / "profile" if traced else None)
+        stack.enter_context(profile)
+        steps = _Loop(run, store, reporter, feed, place, preempted, reached, profile)
         accuracy = steps.go(state, start)
     if jax.process_index() == 0:
         try:
@@ -153,6 +158,7 @@ class _Loop:
     place: checkpoints.Place
     preempted: preemption.Preemption | None
     reached: Callable[[int], None]
+    profile: profiling.Profile
 
     def go(self, state: training.TrainState, start: int) -> float:
         """Runs steps, evaluations and checkpoints to the end; returns the accuracy."""
@@ -167,8 +173,10 @@ class _Loop:
                 batch = next(self.feed)
             if step == start + 1:
                 self._begin(state, batch)
-            with self.reporter.phase("step"):
+            with self.reporter.phase("step"), self.profile.step(step - start):
                 state, of_step = program.train_step(state, batch)
+            if self.profile.stop_after(step - start, of_step):
+                self.reporter.event("wrote the trace of steps to profile/", step)
             self.reached(step)
             unread.append(of_step)
             last, accuracy = step == total, None

@@ -8,8 +8,8 @@ and checkpoints):
 
 - ``"train"``: the metrics of the steps since the last such line, each a mean over these
   steps (of counters the largest); ``images_per_second`` since then; the memory in use
-  (``memory_use``); and the seconds of each phase so far, as ``input_seconds`` etc.
-  (``Clock``).
+  (``memory_use``); the seconds of each phase so far, as ``input_seconds`` etc.
+  (``Clock``); and the path of a layer that was not finite, as ``layer_not_finite``.
 - ``"test"``: the metrics, each a mean over the test images, and the same seconds.
 - ``"event"``: a ``message``.
 """
@@ -30,7 +30,7 @@ import tqdm
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from experiments import memory_use, runs
+from experiments import memory_use, not_finite, runs
 
 PHASES = ("compile", "input", "step", "evaluate", "checkpoint", "report", "other")
 """The phases of a process; ``other`` is the time spent in none of them."""
@@ -244,6 +244,7 @@ class Reporter:
       start_step: steps done before; their records in ``directory`` are kept.
       writes: whether this process writes and prints; of several processes one does. The
         others read their metrics alike.
+      layers: the paths of the layers with curvature, to name one that is not finite.
     """
 
     def __init__(
@@ -256,7 +257,9 @@ class Reporter:
         steps_per_epoch: float,
         start_step: int = 0,
         writes: bool = True,
+        layers: Sequence[str] = (),
     ):
+        self._not_finite = not_finite.Watch(layers, resumed=start_step > 0)
         self._name, self._total_steps = name, total_steps
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._step, self._writes, self._compiled = start_step, writes, False
@@ -332,10 +335,9 @@ class Reporter:
             of_steps = [_numbers(of_step) for of_step in jax.device_get(list(metrics))]
         with self._clock.phase("report"):
             self._since_test += of_steps
-            values = {
-                key: (max if key in _LARGEST else _mean)([m[key] for m in of_steps])
-                for key in of_steps[-1]
-            }
+            values = {key: _joined(key, of_steps) for key in of_steps[-1]}
+            for at, message in self._not_finite.messages(step, of_steps):
+                self.event(message, at)
             seconds, before = self._clock.training(), self._last
             images, self._last = (step - self._step) * self._batch_size, seconds
             self._step = step
@@ -344,7 +346,9 @@ class Reporter:
                 self._images += images
                 self._busy += seconds - before
                 values["images_per_second"] = images / (seconds - before)
-            self._write("train", step, seconds, values | memory_use.read())
+            path = self._not_finite.path(values)
+            named = {"layer_not_finite": path} if path else {}
+            self._write("train", step, seconds, values | memory_use.read() | named)
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, "
                 f"{self._speed()}",
@@ -406,13 +410,15 @@ class Reporter:
         return {"kind": kind, "step": step, "epoch": epoch, "seconds": seconds}
 
     def _write(
-        self, kind: str, step: int, seconds: float, values: Mapping[str, float]
+        self, kind: str, step: int, seconds: float, values: Mapping[str, float | str]
     ) -> None:
         if self._writes:
             phases = self._clock.seconds().items()
             values = {**values, **{f"{p}_seconds": round(s, 4) for p, s in phases}}
             self._jsonl.write(self._record(kind, step, seconds) | values)
-            tags = {f"{kind}/{key}": value for key, value in values.items()}
+            tags = {
+                f"{kind}/{k}": x for k, x in values.items() if not isinstance(x, str)
+            }
             self._tensorboard.write(step, tags)
 
     def _print(self, line: str) -> None:
@@ -425,6 +431,14 @@ class Reporter:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _joined(key: str, of_steps: Sequence[Mapping[str, float]]) -> float:
+    """Returns one number for a metric of several steps."""
+    values = [of_step[key] for of_step in of_steps]
+    if key == not_finite.METRIC:  # a position, of which there is no mean
+        return next((position for position in values if position >= 0), -1.0)
+    return max(values) if key in _LARGEST else _mean(values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -32,6 +32,13 @@ _POINTS = 250  # as many as a curve can show at the width of a panel
 _PANELS = (
     ("loss (nats)", 1, {"train loss": "training", "test loss": "test"}),
     ("accuracy", 1, {"train accuracy": "training", "test accuracy": "test"}),
+    ("learning rate", 1, {"train learning_rate": ""}),
+    (
+        "norm of the gradient",
+        1,
+        {"train grad_norm": "", "train device_grad_norm": "of each device's own"},
+    ),
+    ("factor of the bound in KL", 1, {"train kl_scale": ""}),
     (
         "statistics renewed",
         1,
@@ -186,6 +193,10 @@ def results(run: Records) -> dict[str, str]:
         rejected, boosted = last["rejected"], last["boosted"]
         found["statistics and inverses that were not finite"] = f"{rejected:.0f}"
         found["layers with raised damping at the end"] = f"{boosted:.0f}"
+    for record in run.train:
+        if path := record.get("layer_not_finite"):
+            where = f"{path} (step {record['step']:,})"
+            found.setdefault("first layer with numbers that were not finite", where)
     for name in ("device", "host"):
         if used := run.curve("train", f"{name}_memory_bytes")[1]:
             found[f"memory of the {name}, peak"] = sizes.text_of(max(used))

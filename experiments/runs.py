@@ -32,7 +32,7 @@ _MAY_CHANGE = {
         "heartbeat_timeout",
     ),
     *("num_threads", "num_workers", "bad_images", "remat"),
-    *("log_period", "eval_batch_size", "eval_epochs"),
+    *("log_period", "eval_batch_size", "eval_epochs", "profile", "compilation_cache"),
     *("checkpoint_epochs", "keep_checkpoints", "keep_best"),
 }
 

@@ -122,6 +122,15 @@ _OF_SCHEDULE = {
 }
 
 
+_OPTIMIZERS = ("kfac", "sp_ngd", "nlcg", "lars", "rmsprop", "sgd")
+# The settings of K-FAC that it has as the preconditioner of another optimizer.
+_OF_PRECONDITIONER = ("damping", "factor_decay", "stats_period", "inverse_period")
+_OF_CURVATURE = ("fisher", "doubly_factored", "statistics_fraction", "placement")
+# SP-NGD has a schedule of its own. The length of a warm-up is not among these: it may
+# have to be shortened with the run.
+_OF_COMMON_SCHEDULE = ("schedule", "warmup_start", "warmup_shape", *_OF_SCHEDULE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run."""
@@ -231,6 +240,12 @@ class Config:
     evaluation."""
     log_period: int = 1
     """Steps between two records of the training metrics."""
+    profile: bool = False
+    """Trace the third to the fifth step of this start with jax.profiler, into the
+    directory `profile` of the run."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the directory `compiled` beside that of the run, for
+    runs that resume; JAX_COMPILATION_CACHE_DIR sets another place."""
     directory: pathlib.Path | None = None
     """Directory of the run; by default runs/DATASET-MODEL-OPTIMIZER."""
     resume: bool = False
@@ -352,6 +367,24 @@ class Config:
                 "another of them"
             )
         return self.batch_size // share if self.micro_batch_size else 1
+
+    def ignores(self, name: str) -> bool:
+        """Whether the run's optimizer does not read a setting.
+
+        Args:
+            name: Name of the setting, such as `kfac.damping`.
+
+        Returns:
+            Whether another value of it would change nothing.
+        """
+        group, dot, field = name.partition(".")
+        if dot and group in _OPTIMIZERS and group != self.optimizer:
+            preconditions = group == "kfac" and self.optimizer != "sp_ngd"
+            read = _OF_PRECONDITIONER if preconditions and self.has_curvature else ()
+            return field not in read
+        if self.optimizer == "sp_ngd" and name in _OF_COMMON_SCHEDULE:
+            return True
+        return name in _OF_CURVATURE and not self.has_curvature
 
     @property
     def has_curvature(self) -> bool:

@@ -19,7 +19,7 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from experiments import study
+from experiments import compilation_cache, study
 from experiments.settings import Config, Sgd, SpNgd
 from experiments.side_by_side import Outcome, outcomes_in, steps_to
 
@@ -241,7 +241,7 @@ def draw(stale: Mapping[int, Outcome]) -> matplotlib.figure.Figure:
 def main() -> None:
     """Runs the study, writes its record and its picture, prints its tables."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    study.share_programs(RUNS)
+    compilation_cache.share_programs(RUNS)
     stale = {
         size: [
             outcomes_of(f"stale-{size}-{seed}", stale_contestants(size, seed))

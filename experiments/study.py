@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import jax
 import matplotlib.figure
 from matplotlib.axes import Axes
 
@@ -19,11 +18,6 @@ RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 
 Outcome = TypeVar("Outcome")
-
-
-def share_programs(runs: pathlib.Path) -> None:
-    """Keeps compiled programs beside a study's runs, for other seeds and restarts."""
-    jax.config.update("jax_compilation_cache_dir", str(runs.resolve() / "compiled"))
 
 
 def write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """Large-batch training with curvature, as optax transformations."""
 
-from lbopt import memory_plan, presets, schedules, sharding, training
+from lbopt import health, memory_plan, presets, schedules, sharding, training
 from lbopt.background import BackgroundInversion
 from lbopt.curvature.fisher import curvature_only, value_grad_and_curvature
 from lbopt.curvature.fisher_products import fisher_products
 from lbopt.curvature.likelihood import likelihood
+from lbopt.curvature.locations import plain
 from lbopt.curvature.refresh import inverse_age, refresh
 from lbopt.curvature.registry import trace_layers
+from lbopt.health import layer_factors, layer_report
 from lbopt.optimizers.kfac import distributed_kfac, kfac
 from lbopt.optimizers.lars import lars
 from lbopt.optimizers.nlcg import nlcg
@@ -33,12 +35,16 @@ __all__ = [
     "curvature_state",
     "distributed_kfac",
     "fisher_products",
+    "health",
     "inverse_age",
     "kfac",
     "lars",
+    "layer_factors",
+    "layer_report",
     "likelihood",
     "memory_plan",
     "nlcg",
+    "plain",
     "presets",
     "refresh",
     "rescale_weights",

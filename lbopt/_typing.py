@@ -35,6 +35,9 @@ else:
     Number = float | int | np.floating | np.integer
     Whole = int | np.integer
 
+AxisName: TypeAlias = str | tuple[str, ...]
+"""A mesh axis, or several that count as one, the first the slowest."""
+
 Scalar: TypeAlias = Float[Array, ""] | Number
 Count: TypeAlias = Int[Array, ""] | Whole
 Due: TypeAlias = Bool[Array, ""] | bool

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from lbopt import collectives
 from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
+from lbopt.curvature import tapped_pass
 from lbopt.curvature.fisher_products import fisher_products
+from lbopt.curvature.layer_table import Layers
 
 
 class StepBatch(NamedTuple):
@@ -26,6 +28,7 @@ class StepBatch(NamedTuple):
       rng: the keys of this device's micro-batches; the same keys as in the step, so
         that dropout and the like draw the same numbers.
       per_example: collections of the model state whose arrays lie along the batch.
+      layers: the layers of the loss, which know its terms; None for plain means.
     """
 
     loss_fn: Callable[..., Any]
@@ -36,6 +39,7 @@ class StepBatch(NamedTuple):
     batch: Any
     rng: Any
     per_example: Sequence[str] = ()
+    layers: Layers | None = None
 
 
 def mean_loss(step: StepBatch, params: Params) -> Float[Array, ""]:
@@ -53,11 +57,12 @@ def mean_loss(step: StepBatch, params: Params) -> Float[Array, ""]:
     """
     _require_all_devices("value_fn", step)
 
-    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
+    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Any]:
         # Split as in the gradient pass: the loss sees the key that it saw there.
         loss_rng, _ = jax.random.split(rng)
-        loss, (model_state, _) = step.loss_fn(params, model_state, batch, loss_rng)
-        return model_state, loss
+        args = (model_state, batch, loss_rng)
+        loss, (model_state, _) = step.loss_fn(params, *args)
+        return model_state, _shared(step, params, args, loss)
 
     return _mean_over_all(one, step)
 
@@ -80,12 +85,14 @@ def mean_products(
     """
     _require_all_devices("fisher_products", step)
 
-    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Array]:
+    def one(model_state: Any, batch: Any, rng: Array) -> tuple[Any, Any]:
         loss_rng, _ = jax.random.split(rng)
+        args = (model_state, batch, loss_rng)
+        terms = None if step.layers is None else step.layers.terms
         products = fisher_products(
-            step.loss_fn, params, vectors, model_state, batch, loss_rng, has_aux=True
+            step.loss_fn, params, vectors, *args, has_aux=True, terms=terms
         )
-        return model_state, products
+        return model_state, _shared(step, params, args, products)
 
     return _mean_over_all(one, step)
 
@@ -199,11 +206,23 @@ def _has_mean(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def _shared(step: StepBatch, params: Params, args: tuple[Any, ...], x: Array) -> Any:
+    """A mean over a micro-batch, times its share of all terms; and the share."""
+    if step.layers is None or step.layers.terms.weights is None:
+        return x, jnp.ones([], x.dtype)
+    evaluator = tapped_pass.make_evaluator(
+        step.loss_fn, step.layers, has_aux=True, fisher="empirical"
+    )
+    share = tapped_pass.share(evaluator, params, args).astype(x.dtype)
+    return jnp.where(share > 0, x * share, 0), share
+
+
 def _mean_over_all(one: Callable[..., Any], step: StepBatch) -> Any:
     _, results = accumulated(
         one, step.accumulate, step.model_state, step.batch, step.rng, step.per_example
     )
-    return collectives.mean(results, step.axis)
+    total, share = collectives.mean(results, step.axis)
+    return total / share
 
 
 def _require_all_devices(name: str, step: StepBatch) -> None:

@@ -1,9 +1,11 @@
 """Checks of settings: each raises ValueError with the setting's name and a way out.
 
-JAX arrays pass unread: ``optax.inject_hyperparams`` turns every number into one, whose
-value is unknown under ``jit``.  NumPy scalars count as numbers.
+Scalars of NumPy and JAX count as numbers.  Under ``jit``, where every number of
+``optax.inject_hyperparams`` is an array of unknown value, its shape and type are
+checked alone.  A schedule is checked at step 0.
 """
 
+import enum
 import math
 import numbers
 import operator
@@ -11,6 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -21,7 +25,8 @@ def positive(name: str, value: Any, way_out: str, *, schedule: bool = False) -> 
       name: the argument's name.
       value: its value.
       way_out: a value that works, or what to do instead; the message ends with it.
-      schedule: whether a function of the step is accepted too.
+      schedule: whether a function of the step is accepted too; it must return such a
+        number at step 0.
 
     Raises:
       ValueError: ``name=value must be positive; way_out``.
@@ -82,17 +87,19 @@ def whole(
     Raises:
       ValueError: ``name=value must be a whole number, ≥ least; way_out``.
     """
-    if isinstance(value, jax.Array):
-        if static:
-            raise ValueError(
-                f"{name}={value} must be a Python int, because shapes depend on it; "
-                "name it in static_args= of optax.inject_hyperparams"
-            )
-        return
+    if isinstance(value, jax.Array) and static:
+        raise ValueError(
+            f"{name}={value} must be a Python int, because shapes depend on it; "
+            "name it in static_args= of optax.inject_hyperparams"
+        )
+    number = _number(value)
     try:
         # Booleans have an index, but no setting of ours means one by a number.
-        sound = not isinstance(value, bool) and operator.index(value) >= least
+        sound = not isinstance(number, bool)
+        sound = sound and (number is UNKNOWN or operator.index(number) >= least)
     except TypeError:
+        sound = False
+    if number is UNKNOWN and not jnp.issubdtype(value.dtype, jnp.integer):
         sound = False
     if not sound:
         raise ValueError(
@@ -125,12 +132,13 @@ def _require(
     way_out: str,
     schedule: bool = False,
 ) -> None:
-    if isinstance(value, jax.Array) or (schedule and callable(value)):
+    if schedule and callable(value):
+        # An array, as the optimizers have it: a schedule may use it as one.
+        value = value(jnp.zeros([], jnp.int32))
+        name = f"{name}(0)"
+    number = _number(value)
+    if number is UNKNOWN:
         return
-    # NumPy scalars are registered as numbers, its arrays without axes are not.
-    number = value
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        number = value.item()
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not real:
         kind = "a number or a schedule" if schedule else "a number"
@@ -139,3 +147,30 @@ def _require(
     if not math.isfinite(number) or not sound(number):
         verb = "lie" if wanted.startswith("in ") else "be"
         raise ValueError(f"{name}={value!r} must {verb} {wanted}; {way_out}")
+
+
+class _Unknown(enum.Enum):
+    """The type of ``UNKNOWN``."""
+
+    UNKNOWN = enum.auto()
+
+
+UNKNOWN = _Unknown.UNKNOWN
+"""A real number whose value is not known before the program runs."""
+
+
+def _number(value: Any) -> Any:
+    """Returns a scalar of NumPy or JAX as a Python number, and all else as it is."""
+    # NumPy scalars are registered as numbers, its arrays without axes are not.
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return value.item()
+    if not isinstance(value, jax.Array) or value.ndim:
+        return value
+    if value.dtype == bool or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        return value
+    if isinstance(value, jax.core.Tracer):
+        return UNKNOWN
+    # Of an array that lies on other processes' devices too, each may read its own copy.
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        return UNKNOWN
+    return np.asarray(value).item()

@@ -13,27 +13,31 @@ collectives:
 ``exchange`` sends at most one row per device, and ``gather`` one row for each device.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Float
 
-from lbopt._typing import Array
+from lbopt._typing import Array, AxisName
 
 
 class Axis(NamedTuple):
     """The mesh axis over which an optimizer distributes its work.
 
     Attributes:
-      name: its name under ``shard_map`` or ``pmap``; None for one device (or for
-        ``jit`` alone, where the compiler places the work).
+      name: its name under ``shard_map`` or ``pmap``, or several names of axes that
+        count as one; None for one device (or for ``jit`` alone, where the compiler
+        places the work).
       size: its number of devices.
     """
 
-    name: str | None
+    name: AxisName | None
     size: int
 
     def share(self, size: int) -> int:
@@ -45,7 +49,11 @@ class Axis(NamedTuple):
         return 0 if self.name is None else lax.axis_index(self.name)
 
     def require(self) -> None:
-        """Raises ValueError unless an axis of this name and size is mapped here."""
+        """Raises ValueError unless an axis of this name and size is mapped here.
+
+        Raises:
+          ValueError: also for ``shard_map(check_vma=True)``.
+        """
         if self.name is None:
             return
         try:
@@ -59,8 +67,40 @@ class Axis(NamedTuple):
         if found != self.size:
             raise ValueError(
                 f"axis_size={self.size}, but the axis {self.name!r} has {found} "
-                "devices; pass Placement(axis_name, mesh.shape[axis_name])"
+                f"devices; pass lbopt.Placement({self.name!r}, {found})"
             )
+        # Only there has an array that differs between devices a type of its own.
+        here = lax.axis_index(self.name)
+        if jax.typeof(here) != jax.typeof(jnp.zeros(here.shape, here.dtype)):
+            raise ValueError(
+                f"placement= over axis {self.name!r} inside jax.shard_map needs "
+                "check_vma=False: by default jax.grad adds gradients of replicated "
+                "parameters up over the devices, and here each device's own are wanted"
+            )
+
+
+def axis_of(mesh: Mesh, axis_name: AxisName) -> Axis:
+    """One or several axes of a mesh.
+
+    Args:
+      mesh: the devices.
+      axis_name: the axis, or several that count as one, the first the slowest.
+
+    Returns:
+      The axis.
+
+    Raises:
+      ValueError: for a mesh without one of them.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not names or len(set(names)) < len(names) or set(names) - set(mesh.shape):
+        raise ValueError(
+            f"axis_name={axis_name!r} must be an axis of the mesh {dict(mesh.shape)}, "
+            "or a tuple of different ones; make a mesh with "
+            "lbopt.sharding.make_mesh(axis_name=...)"
+        )
+    size = math.prod(mesh.shape[name] for name in names)
+    return Axis(names[0] if len(names) == 1 else names, size)
 
 
 def cut(rows: Float[Array, "m size"], axis: Axis) -> Float[Array, "m devices share"]:
@@ -124,9 +164,41 @@ def gather(shares: Float[Array, "m share"], axis: Axis) -> Float[Array, "m padde
     return lax.all_gather(shares, axis.name, axis=1, tiled=True)
 
 
+def mapped_axis(name: str) -> Axis:
+    """The axis of a name that is mapped here, by ``shard_map`` or ``pmap``."""
+    try:
+        return Axis(name, lax.axis_size(name))
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={name!r} is not a mapped axis here; call the function inside "
+            "jax.shard_map or jax.pmap over it, or leave axis_name out"
+        ) from error
+
+
 def total(tree: Any, axis: Axis) -> Any:
     """The sum over devices of every array of a tree (all-reduce)."""
     return tree if axis.name is None else lax.psum(tree, axis.name)
+
+
+def shared(tree: Any, axis: Axis) -> Any:
+    """Marks arrays that all devices share, so that their derivatives are averaged.
+
+    The derivative of a mean over devices is the mean of their derivatives; the
+    transpose of ``mean`` by itself leaves each device its own.
+
+    Args:
+      tree: arrays that are the same on all devices.
+      axis: the devices.
+
+    Returns:
+      The same arrays.
+    """
+    if axis.name is None:
+        return tree
+    # Linear, so that both forward and reverse mode pass.
+    return jax.custom_derivatives.linear_call(
+        lambda _, x: x, lambda _, cotangent: mean(cotangent, axis), (), tree
+    )
 
 
 def mean(tree: Any, axis: Axis) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lbopt import sharding, sizes, training
+from lbopt import mesh_step, sharding, sizes, training
 from lbopt.transforms.kfac_state import KfacState
 
 __all__ = [
@@ -165,9 +165,9 @@ def on_mesh(
 
     return (
         jax.tree.map(
-            placed, state, training.state_specs(state, axis_name, per_example)
+            placed, state, mesh_step.state_specs(state, axis_name, per_example)
         ),
-        jax.tree.map(placed, batch, sharding.batch_specs(batch, axis_name)),
+        jax.tree.map(placed, batch, mesh_step.batch_specs(batch, axis_name)),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from lbopt._typing import Array
 
@@ -55,10 +55,18 @@ def output_size(window: Window, spatial: tuple[int, ...]) -> tuple[int, ...]:
             spatial, window.input_dilation, window.padding, strict=True
         )
     )
-    return tuple(
+    locations = tuple(
         (p - span - 1) // stride + 1
         for p, span, stride in zip(padded, window.span, window.strides, strict=True)
     )
+    if min(locations, default=1) < 1:
+        raise ValueError(
+            f"a convolution with a kernel of size {list(window.size)} (dilation "
+            f"{list(window.kernel_dilation)}, padding {list(window.padding)}) has no "
+            f"output locations on an input of size {list(spatial)}, and so no "
+            "statistics; give it larger inputs, or more padding"
+        )
+    return locations
 
 
 def extract_patches(
@@ -134,12 +142,14 @@ def patch_moment(
     r"""The second moment :math:`\sum_{n,t} p_{n,t}\, p_{n,t}^\top` of all patches.
 
     With stride 1 the block of kernel positions (δ, δ′) depends on the displacement
-    δ′−δ alone, except for locations where the kernel overlaps the edge.  A single
-    convolution, the autocorrelations of the input at the distinct displacements,
-    therefore gives every block; the patches at locations that the layer does not have
-    are then subtracted.  For a 3×3 kernel this is 15 correlations and four thin
-    products instead of 81 blocks.  If it does not save arithmetic (strides, dilated
-    inputs, tiny maps), patches are built and multiplied.
+    δ′−δ alone, except for inputs near an edge, which the layer does not read at every
+    kernel position.  A single convolution, the correlations of the other inputs (the
+    core of the map) with those around them, therefore gives the main part of every
+    block; to it are added the products of the patches that read the inputs near an
+    edge.  Nothing is subtracted, so that a bright edge leaves the rest its digits.  For
+    a 3×3 kernel this is 15 correlations and eight thin products instead of 81 blocks.
+    If it does not save arithmetic (strides, dilated inputs, tiny maps), patches are
+    built and multiplied.
 
     Args:
       inputs: layer inputs, channels last.
@@ -206,89 +216,100 @@ def _displacement_is_cheaper(
     """Whether displacements need less work than patches, per pair of channels."""
     if any(s != 1 for s in (*window.strides, *window.input_dilation)):
         return False
+    if any(first >= stop for first, stop in _cores(window, spatial)):
+        return False  # a map so small that every position is near an edge
     kernel = math.prod(window.size)
-    displacements = window.size[0] * math.prod(2 * k - 1 for k in window.size[1:])
-    by_displacement = displacements * math.prod(spatial)
-    for strip in _surplus_strips(window, spatial):
-        taps = len(strip.taps) * kernel // window.size[strip.axis]
-        by_displacement += math.prod(strip.locations) * taps**2
+    cores = [stop - first for first, stop in _cores(window, spatial)]
+    by_displacement = math.prod(_reach(window)) * math.prod(spatial)
+    for strip in _strips(window, spatial):
+        before, after = slice(strip.axis), slice(strip.axis + 1, None)
+        rows = cores[before] + [*output_size(window, spatial)[after]]
+        taps = math.prod(window.size[after])
+        left = len(strip.left) * taps
+        right = len(strip.right) * taps * math.prod(_reach(window)[before])
+        by_displacement += math.prod(rows) * left * right
     by_patches = math.prod(output_size(window, spatial)) * kernel**2
     return batch * by_displacement + _ASSEMBLY * kernel**2 < batch * by_patches
 
 
-class _Strip(NamedTuple):
-    """Locations outside the layer's map whose patches still overlap the input.
+def _reach(window: Window) -> list[int]:
+    """Number of displacements in each dimension, half of them in the first."""
+    return [k if axis == 0 else 2 * k - 1 for axis, k in enumerate(window.size)]
 
-    All of them have the coordinate ``position`` along ``axis``, at which the kernel
-    positions ``taps`` are inside the input; along the other axes they cover
-    ``padding``.
+
+def _cores(window: Window, spatial: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The inputs of each dimension that the layer reads at every kernel position."""
+    cores = []
+    for size, span, (low, high) in zip(
+        spatial, window.span, window.padding, strict=True
+    ):
+        # At position δ the locations −low ≤ t < size + high − span read t + δ.
+        cores.append((max(span - low, 0), min(size + high - span, size)))
+    return cores
+
+
+class _Strip(NamedTuple):
+    """The locations of one coordinate, whose patches read inputs outside the core.
+
+    Attributes:
+      axis: the dimension of the coordinate.
+      position: the coordinate of the patch's first tap.
+      left: the neighbouring kernel positions that read inputs outside the core.
+      right: all kernel positions that read inputs.
     """
 
     axis: int
     position: int
-    taps: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    locations: tuple[int, ...]
+    left: tuple[int, ...]
+    right: tuple[int, ...]
 
 
-def _surplus_strips(window: Window, spatial: tuple[int, ...]) -> list[_Strip]:
-    """All locations that overlap the input and are not the layer's, each once."""
-    # Before the strip's axis the other axes cover the layer's own locations, after it
-    # all that overlap the input; otherwise corners would be counted twice.
+def _strips(window: Window, spatial: tuple[int, ...]) -> list[_Strip]:
+    """The locations near an edge, once for each edge."""
     strips = []
-    full = tuple((span, span) for span in window.span)
     for axis, (size, (low, high)) in enumerate(
         zip(spatial, window.padding, strict=True)
     ):
         span, dilation = window.span[axis], window.kernel_dilation[axis]
-        inside = range(-low, size + high - span)  # first tap's coordinate
-        padding = (*window.padding[:axis], *full[axis + 1 :])
-        others = [i for i in range(len(spatial)) if i != axis]
-        locations = tuple(
-            spatial[i] + sum(padding[j]) - window.span[i] for j, i in enumerate(others)
-        )
-        for position in range(-span, size):
-            taps = tuple(
-                k
-                for k in range(window.size[axis])
-                if 0 <= position + k * dilation < size
-            )
-            if position not in inside and taps:
-                strips.append(_Strip(axis, position, taps, padding, locations))
+        first, stop = _cores(window, spatial)[axis]
+        for position in range(-low, size + high - span):
+            read = {k: position + k * dilation for k in range(window.size[axis])}
+            right = tuple(k for k, u in read.items() if 0 <= u < size)
+            for outside in (range(first), range(stop, size)):
+                left = tuple(k for k in right if read[k] in outside)
+                # The first dimension needs products with later kernel positions alone.
+                later = tuple(k for k in right if axis or k >= left[0]) if left else ()
+                if left:
+                    strips.append(_Strip(axis, position, left, later))
     return strips
 
 
 def _moment_by_displacement(
     inputs: Float[Array, "batch *spatial channels"], window: Window, dtype: Any
 ) -> Float[Array, "features features"]:
-    """``patch_moment`` for stride 1: all overlapping locations minus the surplus."""
+    """``patch_moment`` for stride 1, of a map with inputs away from all edges."""
     spatial, channels = inputs.shape[1:-1], inputs.shape[-1]
-    size, rank = window.size, len(window.size)
-    correlations = _correlations(inputs, window, dtype)
-    blocks = correlations[_block_displacement(size)]  # [kernel, kernel, c, c]
-    moment = jnp.moveaxis(blocks, 1, 2).reshape(*size, channels, *size, channels)
-    for strip in _surplus_strips(window, spatial):
-        rows = _strip_patches(inputs, window, strip)
-        first, taps = strip.taps[0], len(strip.taps)
-        kernel = tuple(taps if i == strip.axis else k for i, k in enumerate(size))
-        surplus = outer_sum(rows, dtype).reshape(*kernel, channels, *kernel, channels)
-        # Padded to the full size and subtracted in one fused pass over the moment; a
-        # scatter would be a loop.
-        edges = [(0, 0, 0)] * (2 * rank + 2)
-        edges[strip.axis] = edges[rank + 1 + strip.axis] = (
-            first,
-            size[strip.axis] - first - taps,
-            0,
-        )
-        moment = moment - lax.pad(surplus, jnp.zeros((), surplus.dtype), edges)
-    features = math.prod(size) * channels
-    return moment.reshape(features, features)
+    rank = len(window.size)
+    inputs = _no_wider(inputs, dtype)
+    # [*displacements, c, c'], whose dimensions become pairs of kernel positions from
+    # the last to the first: [*displacements, *positions, c, *positions', c'].
+    sums = _correlations(inputs, window, dtype)
+    for axis in reversed(range(rank)):
+        sums = _in_pairs(sums, window, axis)
+        for strip in _strips(window, spatial):
+            if strip.axis == axis:
+                sums = sums + _products(inputs, window, strip, dtype)
+    features = math.prod(window.size) * channels
+    # Of the first dimension only the blocks δ ≤ δ′ are right; the others are mirrored.
+    first = jnp.arange(features) // (features // window.size[0])
+    sums = sums.reshape(features, features)
+    return jnp.where(first[:, None] <= first[None], sums, sums.T)
 
 
 def _correlations(
     inputs: Float[Array, "batch *spatial channels"], window: Window, dtype: Any
-) -> Float[Array, "displacements channels channels"]:
-    r"""Autocorrelations :math:`C(\Delta) = \sum_{n,u} x_{n,u}\, x_{n,u+\Delta}^\top`.
+) -> Float[Array, "*displacements channels channels"]:
+    r"""Sums :math:`C(\Delta) = \sum_{n,u} x_{n,u}\, x_{n,u+\Delta}^\top` over the core.
 
     Args:
       inputs: layer inputs, channels last.
@@ -297,18 +318,22 @@ def _correlations(
 
     Returns:
       One matrix for each displacement in ``[-(k−1), k−1]`` kernel positions of every
-      dimension, in lexicographic order.
+      dimension but the first, which has ``[0, k−1]``.
     """
-    # Displacements with a negative first coordinate are transposes of the others.
-    inputs = _no_wider(inputs, dtype)
     rank = len(window.size)
     letters = "HWD"[:rank]
+    # Zeros outside of the core, because XLA's CPU compiler has a convolution with the
+    # whole map twice as fast as one with a part of it.
+    core = inputs
+    for axis, (first, stop) in enumerate(_cores(window, inputs.shape[1:-1]), start=1):
+        position = lax.broadcasted_iota(jnp.int32, inputs.shape, axis)
+        core = jnp.where((position >= first) & (position < stop), core, 0)
     # Examples are contracted like channels, and channels take the place of examples.
     # The axes are moved explicitly because, inside a conditional, XLA's CPU compiler
     # uses its fast convolution for this layout only.
-    channels_first = jnp.moveaxis(inputs, (-1, 0), (0, -1))  # [c, *spatial, batch]
-    batch_inside = jnp.moveaxis(inputs, 0, rank)  # [*spatial, batch, c]
-    half = lax.conv_general_dilated(
+    channels_first = jnp.moveaxis(inputs, (-1, 0), (0, -1))  # [c', *spatial, batch]
+    batch_inside = jnp.moveaxis(core, 0, rank)  # [*spatial, batch, c]
+    found = lax.conv_general_dilated(
         channels_first,
         batch_inside,
         window_strides=window.kernel_dilation,
@@ -316,59 +341,94 @@ def _correlations(
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         precision=_HIGHEST,
         preferred_element_type=dtype,
+    )  # [c', *displacements, c]
+    return jnp.moveaxis(found, 0, -1)
+
+
+def _in_pairs(sums: Array, window: Window, axis: int) -> Array:
+    """Replaces the last dimension of displacements by pairs of kernel positions."""
+    # [*displacements, *later, c, *later', c'], where ``axis`` is the last displacement,
+    # becomes [*displacements, δ, *later, c, δ', *later', c'].
+    k, later = window.size[axis], len(window.size) - axis - 1
+    zero = 0 if axis == 0 else k - 1  # the place of displacement 0
+    rows = []
+    for position in range(k):
+        # Displacements from −position to k − 1 − position; those before the first are
+        # not there, and not read.
+        first = zero - position
+        part = lax.slice_in_dim(sums, max(first, 0), first + k, axis=axis)
+        edges = [(0, 0)] * part.ndim
+        edges[axis] = (max(-first, 0), 0)
+        rows.append(jnp.pad(part, edges))
+    pairs = jnp.stack(rows, axis)  # δ, then δ' at axis + 1
+    return jnp.moveaxis(pairs, axis + 1, axis + later + 2)
+
+
+def _products(
+    inputs: Float[Array, "batch *spatial channels"],
+    window: Window,
+    strip: _Strip,
+    dtype: Any,
+) -> Array:
+    """The products of a strip's patches, in the form of ``_in_pairs``."""
+    spatial, rank, axis = inputs.shape[1:-1], len(window.size), strip.axis
+    cores, locations = _cores(window, spatial), output_size(window, spatial)
+    left: list[tuple[int, int, int]] = []  # of each dimension: first, rows, taps
+    right: list[tuple[int, int, int]] = []
+    for i, k in enumerate(window.size):
+        if i < axis:
+            first, stop = cores[i]
+            back = 0 if i == 0 else window.span[i]
+            left.append((first, stop - first, 1))
+            right.append((first - back, stop - first, _reach(window)[i]))
+        elif i == axis:
+            dilation = window.kernel_dilation[i]
+            for ends, taps in ((left, strip.left), (right, strip.right)):
+                ends.append((strip.position + taps[0] * dilation, 1, len(taps)))
+        else:
+            for ends in (left, right):
+                ends.append((-window.padding[i][0], locations[i], k))
+    rows, columns = (_rows_at(inputs, window, ends) for ends in (left, right))
+    product = lax.dot_general(
+        rows,
+        columns,
+        (((0,), (0,)), ((), ())),
+        precision=_HIGHEST,
+        preferred_element_type=dtype,
     )
-    half = jnp.moveaxis(half, (0, -1), (-1, -2))  # [*displacements, c, c']
-    others = math.prod(half.shape[1:-2])
-    half = half.reshape(window.size[0], others, *half.shape[-2:])
-    mirrored = jnp.swapaxes(half[:0:-1, ::-1], -1, -2)
-    return jnp.concatenate([mirrored, half]).reshape(-1, *half.shape[-2:])
+    taps, other_taps = ([ends[2] for ends in each] for each in (left, right))
+    channels = inputs.shape[-1]
+    shape = *taps[axis:], channels, *other_taps, channels
+    product = product.reshape(shape)
+    # Earlier displacements, which only the second patch has, come first.
+    own = rank - axis + 1
+    product = jnp.moveaxis(product, range(own, own + axis), range(axis))
+    edges = [(0, 0)] * product.ndim
+    k = window.size[axis]
+    for place, taken in ((axis, strip.left), (axis + own, strip.right)):
+        edges[place] = (taken[0], k - 1 - taken[-1])
+    # Padded and added in one fused pass over the sums; a scatter would be a loop.
+    return jnp.pad(product, edges)
+
+
+def _rows_at(
+    inputs: Float[Array, "batch *spatial channels"],
+    window: Window,
+    ends: list[tuple[int, int, int]],  # as in _products
+) -> Float[Array, "rows features"]:
+    """Patches of some locations and taps, a row for each example and location."""
+    padding = []
+    for (first, count, taps), size, dilation in zip(
+        ends, inputs.shape[1:-1], window.kernel_dilation, strict=True
+    ):
+        last = first + count - 1 + (taps - 1) * dilation
+        padding.append((-first, last + 1 - size))
+    own = window._replace(size=tuple(x[2] for x in ends), padding=tuple(padding))
+    found = extract_patches(inputs, own)
+    return found.reshape(-1, found.shape[-1])
 
 
 def _no_wider(x: Array, dtype: Any) -> Array:
     """Casts to the type of the sum if the input's type is wider."""
     # XLA rejects products that accumulate in a narrower type than their operands'.
     return x if jnp.promote_types(x.dtype, dtype) == dtype else x.astype(dtype)
-
-
-def _block_displacement(size: tuple[int, ...]) -> Int[Array, "kernel kernel"]:
-    """Index in ``_correlations`` of the displacement of every block (δ, δ′)."""
-    index = jnp.zeros([1] * (2 * len(size)), jnp.int32)
-    for axis, k in enumerate(size):
-        shape = [1] * (2 * len(size))
-        shape[axis] = shape[len(size) + axis] = k
-        delta = jnp.arange(k)[None, :] - jnp.arange(k)[:, None] + k - 1
-        index = index * (2 * k - 1) + delta.reshape(shape)
-    kernel = math.prod(size)
-    return index.reshape(kernel, kernel)
-
-
-def _strip_patches(
-    inputs: Float[Array, "batch *spatial channels"], window: Window, strip: _Strip
-) -> Float[Array, "batch *locations features"]:
-    """Patches at a strip's locations, without taps that read nothing but padding."""
-    axis, rank = strip.axis, len(window.size)
-    dilation = window.kernel_dilation[axis]
-    first = strip.position + strip.taps[0] * dilation
-    lines = lax.slice_in_dim(
-        inputs,
-        first,
-        first + (len(strip.taps) - 1) * dilation + 1,
-        dilation,
-        axis=1 + axis,
-    )
-
-    # The strip's axis becomes a kernel axis with one location, which reads all of it.
-    def replaced(per_axis: tuple[int, ...], value: int) -> tuple[int, ...]:
-        return tuple(value if i == axis else per_axis[i] for i in range(rank))
-
-    padding = iter(strip.padding)
-    return extract_patches(
-        lines,
-        Window(
-            size=replaced(window.size, len(strip.taps)),
-            strides=(1,) * rank,
-            padding=tuple((0, 0) if i == axis else next(padding) for i in range(rank)),
-            input_dilation=(1,) * rank,
-            kernel_dilation=replaced(window.kernel_dilation, 1),
-        ),
-    )

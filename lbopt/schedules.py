@@ -61,6 +61,7 @@ def polynomial(
     _check_rate("init_value", init_value)
     checks.positive("power", power, "1 is a linear decay")
     checks.not_negative("start", start, "0 decays from the first step")
+    checks.positive("end", end, "it is the epoch from which the value is 0")
     if not end > start:
         raise ValueError(
             f"end={end} must be larger than start={start}; both are epochs"
@@ -175,6 +176,8 @@ def staircase(
     """
     _check_rate("init_value", init_value)
     _check_steps_per_epoch(steps_per_epoch)
+    for epoch in epochs:
+        checks.positive("epochs", epoch, "pass () for a constant")
     if not all(before < epoch for before, epoch in pairwise((0, *epochs))):
         raise ValueError(f"epochs={tuple(epochs)} must be positive and ascending")
     drops: dict[int, float] = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.core
 
 from lbopt import checks
-from lbopt._typing import Count, Number, Whole
+from lbopt._typing import AxisName, Count, Number, Whole
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class Placement:
 
     Attributes:
       axis_name: the mesh axis over which examples are spread, under ``jax.shard_map``
-        or ``jax.pmap``; None for one device, or where ``jit`` alone places the work.
-      axis_size: the number of devices along it.
+        or ``jax.pmap``, or a tuple of axes that count as one; None for one device, or
+        where ``jit`` alone places the work.
+      axis_size: the number of devices along it, or along all of them together.
       inverses: ``"comm"``: every device gets all inverses, and gradients are
         all-reduced.  ``"memory"``: a layer's inverses stay on the device that computed
         them; gradients are reduce-scattered to it, and natural gradients gathered from
@@ -101,7 +102,7 @@ class Placement:
     and of Pauloski et al. 2021 (KAISA).
     """
 
-    axis_name: str | None = None
+    axis_name: AxisName | None = None
     axis_size: Whole = 1
     inverses: Number | str = "comm"
 
@@ -114,10 +115,16 @@ class Placement:
                 f"axis_size={self.axis_size} must have axis_name, the mesh axis of "
                 "these devices; name it, or leave axis_size out"
             )
-        if not isinstance(self.axis_name, str | None):
+        names = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+        if names is not None and not (
+            isinstance(names, tuple)
+            and names
+            and all(isinstance(name, str) for name in names)
+            and len(set(names)) == len(names)
+        ):
             raise ValueError(
-                f"axis_name={self.axis_name!r} must be a string or None; the number of "
-                "devices is axis_size"
+                f"axis_name={self.axis_name!r} must be a string, a tuple of different "
+                "strings, or None; the number of devices is axis_size"
             )
         way_out = "'comm', 'memory', or the share of inverses that every device gets"
         if isinstance(self.inverses, str):
@@ -128,3 +135,8 @@ class Placement:
                 )
         else:
             checks.share("inverses", self.inverses, way_out, zero=True)
+        if self.axis_name is None and self.inverses not in ("comm", 1):
+            raise ValueError(
+                f"inverses={self.inverses!r} must have axis_name, the mesh axis over "
+                "whose devices inverses are spread; name it, or leave inverses out"
+            )

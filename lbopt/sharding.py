@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lbopt import checks, collectives
-from lbopt._typing import Number, OptState, Updates
+from lbopt._typing import AxisName, Number, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import discovery, eigen_moments
 from lbopt.curvature.factor import Factor
@@ -50,12 +50,12 @@ def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") 
     return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
 
 
-def specs(tree: Any, axis_name: str) -> Any:
+def specs(tree: Any, axis_name: AxisName | None) -> Any:
     """Partition specs of a state: ``Sharded`` arrays along the axis, others whole.
 
     Args:
       tree: a state, or its shapes.
-      axis_name: the optimizer's axis.
+      axis_name: the optimizer's axis, or several that count as one.
 
     Returns:
       A ``PartitionSpec`` for each array, in the structure of the state.
@@ -67,28 +67,6 @@ def specs(tree: Any, axis_name: str) -> Any:
         return jax.tree.map(lambda _: one, node)
 
     return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Sharded))
-
-
-def batch_specs(tree: Any, axis_name: str) -> Any:
-    """Partition specs of arrays that lie along the batch; scalars are replicated."""
-    return jax.tree.map(
-        lambda x: PartitionSpec(axis_name) if x.ndim else PartitionSpec(), tree
-    )
-
-
-def split_layers(opt_state: OptState) -> set[str]:
-    """Paths of the layers whose gradients and statistics the optimizer combines.
-
-    Args:
-      opt_state: the state of any optax chain.
-
-    Returns:
-      The layers whose factors are split over devices.
-    """
-    # Found by their mark, wherever in a chain the curvature transform is.
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Sharded))
-    split = [node.shards for node in nodes if isinstance(node, Sharded)]
-    return {path for shards in split if isinstance(shards, dict) for path in shards}
 
 
 def mean_of_others(tree: Updates, layers: Iterable[Layer], axis: Axis) -> Updates:
@@ -113,17 +91,36 @@ def mean_of_others(tree: Updates, layers: Iterable[Layer], axis: Axis) -> Update
     )
 
 
-def place(tree: Any, mesh: Mesh, axis_name: str) -> Any:
+def require_rows(tree: Any, axis: Axis) -> None:
+    """Raises ValueError unless ``Sharded`` arrays have a row for each device."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sharded))
+    for node in nodes:
+        rows = {len(x) for x in jax.tree.leaves(node) if isinstance(node, Sharded)}
+        if rows - {axis.size}:
+            raise ValueError(
+                f"axis_size={min(rows)} of the optimizer's placement, but the axis "
+                f"{axis.name!r} has {axis.size} devices; make the optimizer with "
+                f"lbopt.Placement({axis.name!r}, {axis.size}), and convert a state of "
+                "another placement with lbopt.reshard"
+            )
+
+
+def place(tree: Any, mesh: Mesh, axis_name: AxisName) -> Any:
     """Places a state on a mesh, with the layout of ``specs``.
 
     Args:
       tree: the state; on a mesh of several processes, the same in each of them.
       mesh: the devices.
-      axis_name: the optimizer's axis.
+      axis_name: the optimizer's axis, or several that count as one.
 
     Returns:
       The same state, on the devices of the mesh.
+
+    Raises:
+      ValueError: for a mesh without the axis, and for an optimizer that was made for
+        another number of devices.
     """
+    require_rows(tree, collectives.axis_of(mesh, axis_name))
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s),
         specs(tree, axis_name),

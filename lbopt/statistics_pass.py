@@ -19,13 +19,8 @@ from lbopt import checks
 from lbopt._typing import Array, Params
 from lbopt.batch_functions import accumulated, zeros_of
 from lbopt.collectives import Axis
-from lbopt.curvature import eigen_moments
-from lbopt.curvature.fisher import (
-    Curvature,
-    Fisher,
-    curvature_only,
-    value_grad_and_curvature,
-)
+from lbopt.curvature import eigen_moments, evaluation
+from lbopt.curvature.evaluation import Curvature, Fisher, Totals
 from lbopt.curvature.registry import Layers
 
 
@@ -57,6 +52,7 @@ def make_evaluate(
     fraction: float,
     devices: int,
     per_example: Sequence[str],
+    batch_size: int | None = None,
 ) -> Callable[..., Evaluated]:
     """Makes the function that evaluates one step on one device.
 
@@ -70,6 +66,8 @@ def make_evaluate(
         that the statistics are of.
       devices: number of devices, the last ones, that evaluate nothing but statistics.
       per_example: collections of the model state whose arrays lie along the batch.
+      batch_size: the number of terms that the loss averages, of the micro-batches of
+        all devices together; None if it is found.
 
     Returns:
       ``evaluate(params, model_state, batch, statistics_batch, rng, due)``, which takes
@@ -82,16 +80,14 @@ def make_evaluate(
         for a ``statistics_batch`` that they leave unused.
     """
     _check_settings(layers, axis, fraction, devices, per_example)
-    # Without layers all three are the plain gradient: nothing is due then.
-    alone = together = plain = _without_curvature(loss_fn)
-    if layers is not None:
-        kind: Any = {"has_aux": True, "fisher": fisher}
-        together = value_grad_and_curvature(loss_fn, layers, **kind)
-        alone = curvature_only(loss_fn, layers, **kind)
+    passes = _Passes(
+        loss_fn,
+        _evaluator(loss_fn, layers, fisher, batch_size, axis.size * accumulate),
+        axis,
+        accumulate,
+        per_example,
+    )
     shortened = functools.partial(_shortened, fraction, per_example)
-
-    def over_parts(one: Callable[..., Any], *own: Any) -> tuple[Any, Any]:
-        return accumulated(one, accumulate, *own, per_example=per_example)
 
     def evaluate(
         params: Params,
@@ -105,22 +101,21 @@ def make_evaluate(
             _check_use(layers, fraction, devices, per_example)
         elif fraction == 1 and not devices:
             # One pass for both: the statistics cost no forward pass of their own.
-            return _gradients(
-                together, over_parts, params, model_state, batch, rng, due
-            )
+            return passes.gradients(params, model_state, batch, rng, due)
 
         def gradients() -> Evaluated:
-            return _gradients(plain, over_parts, params, model_state, batch, rng)
+            return passes.gradients(params, model_state, batch, rng)
 
-        def statistics() -> Curvature:
+        def statistics() -> Totals:
             own = batch if statistics_batch is None else statistics_batch
-            return _statistics(
-                alone, over_parts, shortened, params, model_state, own, rng, due
-            )
+            return passes.statistics(shortened, params, model_state, own, rng, due)
 
         if devices:
-            return _apart(gradients, statistics, model_state, axis, devices)
-        return gradients()._replace(curvature=statistics())
+            found, totals = _apart(gradients, statistics, model_state, axis, devices)
+        else:
+            found, totals = gradients(), statistics()
+        curvature = passes.finish(totals, due, devices)
+        return found._replace(curvature=curvature)
 
     return evaluate
 
@@ -170,108 +165,189 @@ def require_no_collectives(
         ) from error
 
 
-def _without_curvature(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.value_and_grad`` with the signature of ``value_grad_and_curvature``."""
-    with_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+def _evaluator(
+    loss_fn: Callable[..., Any],
+    layers: Layers | None,
+    fisher: Fisher,
+    batch_size: int | None,
+    parts: int,
+) -> evaluation.Evaluator | None:
+    """What evaluates one part of the batch with taps; None without layers."""
+    if layers is None:
+        return None
+    if batch_size is not None:
+        checks.whole("batch_size", batch_size, "None: trace_layers finds it")
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size={batch_size!r} must be a multiple of {parts}, the number "
+                "of micro-batches on all devices together"
+            )
+        batch_size //= parts
+    return evaluation.make_evaluator(
+        loss_fn, layers, has_aux=True, fisher=fisher, batch_size=batch_size
+    )
 
-    def evaluate(*args: Any, rng: Any, due: Any) -> tuple[Any, Params, Any]:
-        del rng, due
-        return (*with_gradient(*args), {})
 
-    return evaluate
+class _Passes(NamedTuple):
+    """The passes over a device's examples.
 
+    Attributes:
+      loss_fn: as for ``make_evaluate``.
+      evaluator: evaluates it with taps; None without layers.
+      axis: the devices.
+      accumulate: number of micro-batches.
+      per_example: as for ``make_evaluate``.
+    """
 
-def _gradients(
-    evaluate: Callable[..., Any],
-    over_parts: Callable[..., tuple[Any, Any]],
-    params: Params,
-    model_state: Any,
-    batch: Any,
-    rng: Array,
-    due: Any = None,
-) -> Evaluated:
-    """Loss and gradients, with the statistics of the same pass if it has any."""
+    loss_fn: Callable[..., Any]
+    evaluator: evaluation.Evaluator | None
+    axis: Axis
+    accumulate: int
+    per_example: Sequence[str]
 
-    def one(model_state: Any, batch: Any, rng: Array) -> Any:
-        # Two keys, so that sampled labels are independent of dropout.
-        loss_rng, label_rng = jax.random.split(rng)
-        (loss, (model_state, metrics)), grads, curvature = evaluate(
-            params, model_state, batch, loss_rng, rng=label_rng, due=due
+    def gradients(
+        self,
+        params: Params,
+        model_state: Any,
+        batch: Any,
+        rng: Array,
+        due: Any = None,
+    ) -> Evaluated:
+        """Loss and gradients, with the statistics of the same pass if any are due."""
+        evaluator = self.evaluator
+        if evaluator is None or (due is None and not evaluator.weighted):
+            return self._plain(params, model_state, batch, rng)
+
+        def one(model_state: Any, batch: Any, rng: Array) -> Any:
+            # Two keys, so that sampled labels are independent of dropout.
+            loss_rng, label_rng = jax.random.split(rng)
+            totals = evaluation.evaluate(
+                evaluator,
+                params,
+                (model_state, batch, loss_rng),
+                {},
+                rng=label_rng,
+                due={} if due is None else due,
+                gradient=True,
+                additive=True,
+            )
+            model_state, metrics = totals.aux
+            metrics = evaluation.times_share(evaluator, metrics, totals.share)
+            return model_state, totals._replace(aux=metrics)
+
+        model_state, totals = self._over_parts(one, model_state, batch, rng)
+        whole = evaluation.divided(evaluator, totals, self.axis)
+        curvature = {} if due is None else self.finish(totals, due, 0)
+        return Evaluated(model_state, whole.value, whole.aux, whole.grads, curvature)
+
+    def _plain(
+        self, params: Params, model_state: Any, batch: Any, rng: Array
+    ) -> Evaluated:
+        """Loss and gradients of terms without weights."""
+
+        def one(model_state: Any, batch: Any, rng: Array) -> Any:
+            loss_rng, _ = jax.random.split(rng)
+            (loss, (model_state, metrics)), grads = jax.value_and_grad(
+                self.loss_fn, has_aux=True
+            )(params, model_state, batch, loss_rng)
+            return model_state, (loss, metrics, grads)
+
+        model_state, means = self._over_parts(one, model_state, batch, rng)
+        loss, metrics, grads = means
+        return Evaluated(model_state, loss, metrics, grads, {})
+
+    def statistics(
+        self,
+        shortened: Callable[[Any, Any], tuple[Any, Any]],
+        params: Params,
+        model_state: Any,
+        batch: Any,
+        rng: Array,
+        due: Any,
+    ) -> Totals:
+        """The sums of a separate pass, or zeros without a pass if none is due."""
+        evaluator = self.evaluator
+        assert evaluator is not None
+
+        def one(model_state: Any, batch: Any, rng: Array) -> Any:
+            # The first of the two is the key of the loss in the gradient's pass.
+            _, own_rng = jax.random.split(rng)
+            loss_rng, label_rng = jax.random.split(own_rng)
+            few = shortened(model_state, batch)
+            totals = evaluation.evaluate(
+                evaluator,
+                params,
+                (*few, loss_rng),
+                {},
+                rng=label_rng,
+                due=due,
+                gradient=False,
+                additive=True,
+            )
+            return model_state, totals._replace(value=(), aux=())
+
+        def run() -> Totals:
+            return self._over_parts(one, model_state, batch, rng)[1]
+
+        # The mask is the same on all devices, so that the model's own collectives may
+        # stand inside the conditional.
+        some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
+        return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
+
+    def finish(self, totals: Totals, due: Any, devices: int) -> Curvature:
+        """Divides the sums; only ``devices`` of them have any, unless it is 0."""
+        assert self.evaluator is not None
+        return evaluation.finish(
+            self.evaluator,
+            totals,
+            due,
+            parts=self.accumulate,
+            axis=self.axis,
+            devices=devices,
         )
-        return model_state, (loss, metrics, grads, curvature)
 
-    model_state, means = over_parts(one, model_state, batch, rng)
-    return Evaluated(model_state, *means)
-
-
-def _statistics(
-    evaluate: Callable[..., Curvature],
-    over_parts: Callable[..., tuple[Any, Any]],
-    shortened: Callable[[Any, Any], tuple[Any, Any]],
-    params: Params,
-    model_state: Any,
-    batch: Any,
-    rng: Array,
-    due: Any,
-) -> Curvature:
-    """The statistics of a separate pass, or zeros without a pass if none is due."""
-
-    def one(model_state: Any, batch: Any, rng: Array) -> Any:
-        # The first of the two is the key of the loss in the gradient's pass.
-        _, own_rng = jax.random.split(rng)
-        loss_rng, label_rng = jax.random.split(own_rng)
-        few = shortened(model_state, batch)
-        curvature = evaluate(params, *few, loss_rng, rng=label_rng, due=due)
-        return model_state, curvature
-
-    def run() -> Curvature:
-        return over_parts(one, model_state, batch, rng)[1]
-
-    # The mask is the same on all devices, so that the model's own collectives may stand
-    # inside the conditional.
-    some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
-    return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
+    def _over_parts(self, one: Callable[..., Any], *own: Any) -> tuple[Any, Any]:
+        return accumulated(one, self.accumulate, *own, per_example=self.per_example)
 
 
 def _apart(
     gradients: Callable[[], Evaluated],
-    statistics: Callable[[], Curvature],
+    statistics: Callable[[], Totals],
     model_state: Any,
     axis: Axis,
     devices: int,
-) -> Evaluated:
+) -> tuple[Evaluated, Totals]:
     """Evaluates statistics on the last devices and gradients on the others."""
     others = axis.size - devices
     is_other = axis.position() < others
 
     # Both branches of the conditional return the same shapes: zeros for what is not
     # evaluated, so that sums over devices are those of the devices that evaluate it.
-    def only_gradients() -> Evaluated:
-        return gradients()._replace(curvature=zeros_of(jax.eval_shape(statistics)))
+    def only_gradients() -> tuple[Evaluated, Totals]:
+        return gradients(), zeros_of(jax.eval_shape(statistics))
 
-    def only_statistics() -> Evaluated:
+    def only_statistics() -> tuple[Evaluated, Totals]:
         nothing = jax.eval_shape(gradients)._replace(model_state=None)
-        return zeros_of(nothing)._replace(
-            model_state=model_state, curvature=statistics()
-        )
+        return zeros_of(nothing)._replace(model_state=model_state), statistics()
 
-    # The mean over all devices divides by axis.size instead of ``evaluating``.
-    def scaled(tree: Any, evaluating: int) -> Any:
-        return jax.tree.map(lambda x: x * (axis.size / evaluating), tree)
+    # The mean over all devices divides by axis.size instead of ``others``.
+    def scaled(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x * (axis.size / others), tree)
 
     def state_of_others(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jnp.inexact):  # a running average
-            return scaled(jnp.where(is_other, x, 0), others)
+            return scaled(jnp.where(is_other, x, 0))
         return _first_of_devices(x, axis)
 
-    found = jax.lax.cond(is_other, only_gradients, only_statistics)
-    return Evaluated(
+    found, totals = jax.lax.cond(is_other, only_gradients, only_statistics)
+    whole = Evaluated(
         model_state=jax.tree.map(state_of_others, found.model_state),
-        loss=scaled(found.loss, others),
-        metrics=scaled(found.metrics, others),
-        grads=scaled(found.grads, others),
-        curvature=scaled(found.curvature, devices),
+        loss=scaled(found.loss),
+        metrics=scaled(found.metrics),
+        grads=scaled(found.grads),
+        curvature={},
     )
+    return whole, totals
 
 
 def _first_of_devices(x: Array, axis: Axis) -> Array:

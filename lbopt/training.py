@@ -19,10 +19,11 @@ With ``statistics_devices=m`` of N devices, m / N of the examples are for statis
 alone.  Transformations before an optimizer with ``placement`` then see gradients times
 N / (N − m), and zeros on the m devices.
 
-**Optimizers** get ``value``, the loss, and two functions that cost nothing unless
-called: ``value_fn``, the loss of this batch at other parameters, and
-``fisher_products``, products with its exact Fisher matrix.  Sources: Martens & Grosse
-2015 (a part of the batch); Ba, Grosse & Martens 2017, §3 (separate devices).
+**Optimizers** get ``value``, the loss, ``grad``, the mean gradient, and two functions
+that cost nothing unless called: ``value_fn``, the loss of this batch at other
+parameters, and ``fisher_products``, products with its exact Fisher matrix.  Sources:
+Martens & Grosse 2015 (a part of the batch); Ba, Grosse & Martens 2017, §3 (separate
+devices).
 """
 
 import functools
@@ -32,15 +33,19 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from lbopt import batch_functions, checks, collectives, sharding, statistics_pass
-from lbopt._typing import Array, OptState, Params
+from lbopt import batch_functions, checks, collectives, health, mesh_step, sharding
+from lbopt._typing import Array, AxisName, OptState, Params
 from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher
 from lbopt.curvature.refresh import refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
+from lbopt.mesh_step import Step
+from lbopt.norms import squared_norm
+from lbopt.statistics_pass import make_evaluate, require_no_collectives
+from lbopt.transforms import kfac_state, validation
 
 __all__ = [
     "TrainState",
@@ -54,9 +59,8 @@ Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis is over examples."""
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 Parallel: TypeAlias = Literal["shard_map", "pmap"]
-Step: TypeAlias = Callable[..., tuple["TrainState", dict[str, Array]]]
-"""``(state, batch, statistics_batch=None) -> (state, metrics)``."""
 
 
 class TrainState(NamedTuple):
@@ -80,13 +84,13 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     params: Params,
     model_state: Any,
     rng: Array,
     mesh: Mesh | None = None,
     *,
-    axis_name: str = "data",
+    axis_name: AxisName = "data",
 ) -> TrainState:
     """The state before the first step.
 
@@ -97,16 +101,18 @@ def init_state(
       rng: a key.
       mesh: the devices on which ``sharding.place`` puts the state; None for the default
         device.
-      axis_name: the mesh axis over which the batch is distributed.
+      axis_name: the mesh axis over which the batch is distributed, or a tuple of axes.
 
     Returns:
       The state; no two of its arrays share a buffer, so that steps may donate it.
     """
+    opt_state = tx.init(params)
+    _require_no_multi_steps(opt_state)
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         model_state=model_state,
-        opt_state=tx.init(params),
+        opt_state=opt_state,
         rng=rng,
         skipped=jnp.zeros([], jnp.int32),
     )
@@ -117,17 +123,18 @@ def init_state(
 
 def make_train_step(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     layers: Layers | None = None,
     mesh: Mesh | None = None,
     *,
     fisher: Fisher = "empirical",
-    axis_name: str = "data",
+    axis_name: AxisName = "data",
     accumulate: int = 1,
     parallel: Parallel = "shard_map",
     per_example: Sequence[str] = (),
     statistics_fraction: float = 1.0,
     statistics_devices: int = 0,
+    batch_size: int | None = None,
 ) -> Step:
     """Compiles one training step; see ``lbopt.training`` for all that it does.
 
@@ -138,7 +145,7 @@ def make_train_step(
       layers: from ``trace_layers``; None for an optimizer without curvature.
       mesh: the devices; None for one, or where ``jit`` alone places the work.
       fisher: the Fisher matrix that the statistics are of.
-      axis_name: the mesh axis over which the batch is distributed.
+      axis_name: the mesh axis over which the batch is distributed, or a tuple of axes.
       accumulate: number of micro-batches on each device, for batches beyond memory;
         results are means over all micro-batches, however many devices share them.
       parallel: ``"shard_map"``, or ``"pmap"`` for a mesh of one axis.
@@ -147,12 +154,15 @@ def make_train_step(
         least one, that the statistics are of, in (0, 1]; shuffle the data.
       statistics_devices: number of devices, the last ones of the axis, that evaluate
         statistics on their examples, while the others evaluate loss and gradients.
+      batch_size: the number of terms that the loss of the whole batch averages, that of
+        all devices and micro-batches, if it is neither the leading size of the batch
+        nor declared by ``likelihood``.
 
     Returns:
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
       it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
       size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, and ``skipped``.
+      ``loss``, ``skipped``, and those of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
@@ -174,27 +184,31 @@ def make_train_step(
       >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
-      (1, ['loss', 'skipped'])
+      (1, ['device_grad_norm', 'first_not_finite', 'loss', 'skipped'])
     """
-    axis = _axis_of(mesh, axis_name)
+    axis = Axis(None, 1) if mesh is None else collectives.axis_of(mesh, axis_name)
     checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
     checks.one_of("parallel", parallel, get_args(Parallel))
-    subset = statistics_fraction, statistics_devices
+    subset = statistics_fraction, statistics_devices, batch_size
     job = _Job(loss_fn, tx, layers, axis, fisher, accumulate, per_example, *subset)
-    step = _step_on_device(job)
+    step, check = _step_on_device(job), _checks_of(job)
     if mesh is None:
-        # Donated: the old and the new state are never in memory together.
-        return jax.jit(step, donate_argnums=0)
-    if parallel == "pmap":
-        return _by_pmap(step, job, mesh)
-    return _by_shard_map(step, job, mesh)
+        return mesh_step.without_mesh(step)
+    if parallel == "shard_map":
+        return mesh_step.by_shard_map(step, mesh, axis, per_example, check)
+    if len(mesh.shape) > 1 or per_example:
+        raise ValueError(
+            f"parallel='pmap' needs a mesh of one axis, not {dict(mesh.shape)}, and no "
+            "per_example collections; use parallel='shard_map'"
+        )
+    return mesh_step.by_pmap(step, mesh, axis, check)
 
 
 class _Job(NamedTuple):
     """The arguments of ``make_train_step``."""
 
     loss_fn: LossFn
-    tx: optax.GradientTransformation
+    tx: Optimizer
     layers: Layers | None
     axis: Axis
     fisher: Fisher
@@ -202,25 +216,22 @@ class _Job(NamedTuple):
     per_example: Sequence[str]
     fraction: float
     devices: int
+    batch_size: int | None
 
-
-def _axis_of(mesh: Mesh | None, axis_name: str) -> Axis:
-    """The axis over which the batch is distributed."""
-    if mesh is None:
-        return Axis(None, 1)
-    if axis_name not in mesh.shape:
-        raise ValueError(
-            f"axis_name={axis_name!r} must be an axis of the mesh {dict(mesh.shape)}; "
-            "make one with lbopt.sharding.make_mesh(axis_name=...)"
-        )
-    return Axis(axis_name, mesh.shape[axis_name])
+    @property
+    def parts(self) -> int:
+        """The number of micro-batches on all devices together."""
+        return self.axis.size * self.accumulate
 
 
 def _step_on_device(job: _Job) -> Step:
     """The step of one device, not yet compiled."""
     layers, axis, accumulate = job.layers, job.axis, job.accumulate
-    tx = optax.with_extra_args_support(job.tx)
-    evaluate = statistics_pass.make_evaluate(
+    tx = job.tx
+    if isinstance(tx, optax.MultiSteps):  # it has the methods, and is none
+        tx = tx.gradient_transformation()
+    tx = optax.with_extra_args_support(tx)
+    evaluate = make_evaluate(
         job.loss_fn,
         layers,
         axis,
@@ -229,11 +240,13 @@ def _step_on_device(job: _Job) -> Step:
         fraction=job.fraction,
         devices=job.devices,
         per_example=job.per_example,
+        batch_size=job.batch_size,
     )
 
     def train_step(
         state: TrainState, batch: Batch, statistics_batch: Batch | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
+        _require_no_multi_steps(state.opt_state)
         # By number, so that a run that is resumed draws the same keys.
         rng = jax.random.fold_in(state.rng, state.step)
         rng = batch_functions.keys_of_parts(rng, axis, accumulate)
@@ -246,10 +259,11 @@ def _step_on_device(job: _Job) -> Step:
         loss, metrics = collectives.mean((found.loss, found.metrics), axis)
         new_model_state = _combined(found.model_state, job)
         # The optimizer itself combines what belongs to these layers.
-        split = sharding.split_layers(state.opt_state)
+        split = mesh_step.split_layers(state.opt_state)
         known = [layers[path] for path in split] if layers is not None else []
         grads = sharding.mean_of_others(found.grads, known, axis)
         extra = _functions_of(job, state, batch, rng) | {"value": loss}
+        extra["grad"] = collectives.mean(found.grads, axis)
         if layers is not None:
             extra["curvature"] = {
                 path: own if path in split else collectives.mean(own, axis)
@@ -261,19 +275,21 @@ def _step_on_device(job: _Job) -> Step:
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state, new_model_state
 
-        # The norm, not each entry: a gradient whose square overflows is no use either.
-        # A sum over devices, because all must decide alike.
-        square = collectives.total(optax.tree.norm(grads, squared=True), axis)
+        # The norm: a square that overflows is no use either; summed, to decide alike.
+        square = collectives.total(squared_norm(grads), axis)
         sound = jnp.isfinite(loss) & jnp.isfinite(square)
         params, opt_state, model_state = update_if(
             sound, update, (state.params, state.opt_state, state.model_state)
         )
         skipped = state.skipped + ~sound
+        seen = health.Found(grads, found.curvature, square, sound)
+        watched = health.metrics(layers, seen, state.opt_state, opt_state, axis)
         # The step counts skipped batches too, so that the next one has another key.
         state = TrainState(
             state.step + 1, params, model_state, opt_state, state.rng, skipped
         )
-        return state, {**metrics, "loss": loss, "skipped": skipped}
+        # A metric of the user's own goes before ours of the same name.
+        return state, {**watched, **metrics, "loss": loss, "skipped": skipped}
 
     return train_step
 
@@ -282,19 +298,22 @@ def _functions_of(
     job: _Job, state: TrainState, batch: Batch, rng: Array
 ) -> dict[str, Any]:
     """The functions of the step's batch that the optimizer may call."""
+    of_job = job.loss_fn, job.axis, job.accumulate, job.devices
     step = batch_functions.StepBatch(
-        job.loss_fn,
-        job.axis,
-        job.accumulate,
-        job.devices,
-        state.model_state,
-        batch,
-        rng,
-        job.per_example,
+        *of_job, state.model_state, batch, rng, job.per_example, job.layers
     )
     products = functools.partial(batch_functions.mean_products, step, state.params)
+
+    def value_fn(
+        params: Params, *, curvature: Any = None, fisher_products: Any = None
+    ) -> Array:
+        # Named, because a line search gives it all extra arguments or refuses them.
+        del curvature, fisher_products
+        # A line search differentiates it by parameters that all devices share.
+        return batch_functions.mean_loss(step, collectives.shared(params, job.axis))
+
     return {
-        "value_fn": functools.partial(batch_functions.mean_loss, step),
+        "value_fn": value_fn,
         "fisher_products": products,
     }
 
@@ -311,119 +330,47 @@ def _combined(model_state: Any, job: _Job) -> Any:
     return jax.tree_util.tree_map_with_path(mean, model_state)
 
 
-def state_specs(
-    state: TrainState, axis_name: str, per_example: Sequence[str] = ()
-) -> TrainState:
-    """Partition specs of a training state.
+def _checks_of(job: _Job) -> mesh_step.Check:
+    """The checks of a step's arguments, before they are cut over devices."""
 
-    Args:
-      state: the state, or its shapes.
-      axis_name: the axis of the optimizer and of the batch.
-      per_example: collections of the model state whose arrays lie along the batch.
-
-    Returns:
-      A ``PartitionSpec`` for each array, in the structure of the state.
-    """
-    found = sharding.specs(state, axis_name)
-    if not per_example:
-        return found
-    collections = {
-        name: sharding.batch_specs(state.model_state[name], axis_name)
-        if name in per_example
-        else spec
-        for name, spec in found.model_state.items()
-    }
-    return found._replace(model_state=collections)
-
-
-def _check_loss(job: _Job, state: TrainState, batch: Batch) -> None:
-    """Raises ValueError if statistics-only devices would block the others."""
-    if job.devices:
-        statistics_pass.require_no_collectives(
-            job.loss_fn,
-            state.params,
-            state.model_state,
-            batch,
-            state.rng,
-            parts=job.axis.size * job.accumulate,
-            devices=job.devices,
-        )
-
-
-def _by_shard_map(train_step: Step, job: _Job, mesh: Mesh) -> Step:
-    """The compiled step on a mesh."""
-    axis_name = str(job.axis.name)
-
-    def sharded_step(
-        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def check(state: TrainState, batch: Batch, statistics_batch: Batch | None) -> None:
+        sharding.require_rows(state.opt_state, job.axis)
         _check_batch("batch", batch, job)
         _check_batch("statistics_batch", statistics_batch, job)
-        _check_loss(job, state, batch)
-        specs = state_specs(state, axis_name, job.per_example)
-        along = PartitionSpec(axis_name)
-        return jax.shard_map(
-            train_step,
-            mesh=mesh,
-            in_specs=(specs, along, along),
-            out_specs=(specs, PartitionSpec()),
-            # Collectives are placed by hand; jax would add its own for what it takes
-            # to vary over devices.
-            check_vma=False,
-        )(state, batch, statistics_batch)
-
-    return jax.jit(sharded_step, donate_argnums=0)
-
-
-def _by_pmap(train_step: Step, job: _Job, mesh: Mesh) -> Step:
-    """The compiled step under ``jax.pmap``, called like the one on a mesh."""
-    if len(mesh.shape) > 1 or job.per_example:
-        raise ValueError(
-            f"parallel='pmap' needs a mesh of one axis, not {dict(mesh.shape)}, and no "
-            "per_example collections; use parallel='shard_map'"
-        )
-    axis_name = str(job.axis.name)
-    # pmap takes its in_axes as a tree, which is known once there is a state.
-    compiled: dict[Any, Any] = {}
-
-    def shares(batch: Batch) -> Batch:
-        # [batch, ...] to [devices, batch / devices, ...]
-        return jax.tree.map(lambda x: x.reshape(job.axis.size, -1, *x.shape[1:]), batch)
-
-    def pmapped_step(
-        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
-    ) -> tuple[TrainState, dict[str, Array]]:
-        _check_batch("batch", batch, job)
-        _check_batch("statistics_batch", statistics_batch, job)
-        tree = jax.tree.structure(state)
-        if tree not in compiled:
-            _check_loss(job, state, batch)
-            axes = jax.tree.map(
-                lambda spec: 0 if spec else None,  # an empty spec: replicated
-                sharding.specs(state, axis_name),
-                is_leaf=lambda x: isinstance(x, PartitionSpec),
+        if job.devices:  # statistics-only devices must not block the others
+            require_no_collectives(
+                job.loss_fn,
+                state.params,
+                state.model_state,
+                batch,
+                state.rng,
+                parts=job.parts,
+                devices=job.devices,
             )
-            compiled[tree] = jax.pmap(
-                train_step,
-                axis_name,
-                in_axes=(axes, 0, 0),
-                out_axes=(axes, None),
-                devices=list(mesh.devices.ravel()),
-            )
-        return compiled[tree](state, shares(batch), shares(statistics_batch))
 
-    return pmapped_step
+    return check
 
 
 def _check_batch(name: str, batch: Batch, job: _Job) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         # Uneven parts would need weights in every mean over them.
-        if not x.ndim or x.shape[0] % (job.axis.size * job.accumulate):
+        if not x.ndim or x.shape[0] % job.parts:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has shape {list(x.shape)}; its "
                 f"leading size must be a multiple of {job.axis.size} devices × "
                 f"accumulate={job.accumulate}"
             )
+
+
+def _require_no_multi_steps(opt_state: OptState) -> None:
+    """Raises ValueError for ``optax.MultiSteps`` around a curvature transform."""
+
+    def is_multi(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    for node in jax.tree.leaves(opt_state, is_leaf=is_multi):
+        if is_multi(node) and kfac_state.curvature_states(node.inner_opt_state):
+            raise ValueError(validation.MULTI_STEPS)
 
 
 def make_eval_step(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import lbopt
+from lbopt.curvature import head_experiment, loss_head, observation
 
 BATCH, FEATURES, WIDTH, CLASSES = 8, 4, 5, 3
 
@@ -113,6 +114,23 @@ def assert_near_largest(actual, expected, rounding):
 
 def all_finite(tree):
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------- for the head of a loss
+
+# One dense layer, of five classes at each position.
+TOKEN_MODEL = nn.Dense(5)
+
+
+def head_of(loss_fn, *args):
+    """An experiment on the head of a loss of ``TOKEN_MODEL``'s parameters."""
+    shapes = jax.eval_shape(TOKEN_MODEL.init, jax.random.key(0), jnp.ones((1, 1)))
+    params = shapes["params"]
+    leaves, tree = jax.tree.flatten(args)
+    observed, head = loss_head.observe(loss_fn)
+    observation.eval_shape(observed, params, *args)
+    (output,) = head.outputs
+    return head_experiment.make_experiment(loss_fn, head, params, leaves, tree, output)
 
 
 # ------------------------------------------------------------- for the training step

@@ -40,9 +40,25 @@ def test_what_is_no_number_is_refused(check, value):
 
 
 @pytest.mark.parametrize("check", BOUNDS, ids=lambda check: check.__name__)
-def test_arrays_and_tracers_pass(check):
-    check("x", jnp.asarray(-1), WAY_OUT)
-    jax.eval_shape(lambda x: check("x", x, WAY_OUT), jnp.asarray(-1.0))
+def test_arrays_of_jax_are_read_where_they_have_a_value(check):
+    _, sound, unsound = BOUNDS[check]
+    check("x", jnp.asarray(sound[0]), WAY_OUT)
+    for value in (unsound[0], True, 1j, float("nan"), sound[:1]):
+        with pytest.raises(ValueError, match=r"^x=.*; 0.5 is usual$"):
+            check("x", jnp.asarray(value), WAY_OUT)
+
+
+@pytest.mark.parametrize("check", BOUNDS, ids=lambda check: check.__name__)
+def test_of_traced_arrays_shape_and_type_are_checked(check):
+    def trace(value):
+        jax.eval_shape(lambda x: check("x", x, WAY_OUT), jnp.asarray(value))
+
+    trace(-1)  # of a value that is not known here
+    if check is not checks.whole:
+        trace(jnp.nan)
+    for value in (True, 1j, [1]) + (0.5,) * (check is checks.whole):
+        with pytest.raises(ValueError, match=r"^x=.*; 0.5 is usual"):
+            trace(value)
 
 
 def test_an_array_of_numpy_that_holds_one_number_is_that_number():
@@ -55,10 +71,17 @@ def test_an_array_of_numpy_that_holds_one_number_is_that_number():
 
 @pytest.mark.parametrize("check", [checks.positive, checks.not_negative])
 def test_schedules_pass_only_where_they_may(check):
-    schedule = optax.constant_schedule(-1.0)
-    check("x", schedule, WAY_OUT, schedule=True)
-    with pytest.raises(ValueError, match="must be"):
-        check("x", schedule, WAY_OUT)
+    falling = optax.linear_schedule(1.0, -1.0, transition_steps=1)
+    check("x", falling, WAY_OUT, schedule=True)
+    jax.eval_shape(lambda k: check("x", lambda _: k, WAY_OUT, schedule=True), 1.0)
+    with pytest.raises(ValueError, match=r"^x=.* must be a number, .*; 0.5 is usual$"):
+        check("x", falling, WAY_OUT)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, "1", None, jnp.ones(2)])
+def test_a_schedule_is_a_number_at_its_first_step(value):
+    with pytest.raises(ValueError, match=r"^x\(0\)=.* must be .*; 0.5 is usual$"):
+        checks.positive("x", lambda _: value, WAY_OUT, schedule=True)
 
 
 def test_a_share_may_be_zero_where_that_is_said():

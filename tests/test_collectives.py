@@ -111,6 +111,6 @@ def test_an_axis_of_another_size(parallel):
         return on_devices(2, require, jnp.zeros((2, 1)), parallel=parallel)
 
     assert not run(2).any()
-    message = r"axis_size=3, but the axis 'data' has 2 devices; pass Placement"
+    message = r"axis_size=3, but the axis 'data' has 2 devices; pass lbopt\.Placement"
     with pytest.raises(ValueError, match=message):
         run(3)

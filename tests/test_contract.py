@@ -403,6 +403,11 @@ def test_inside_multi_steps(setting, plain, name):
     params, (grads, extra) = setting.problem.params, setting.given[0]
     state = tx.init(params)
     update = jax.jit(lambda s: tx.update(grads, s, params, **extra))
+    if OPTIMIZERS[name].has_curvature:
+        # It holds the mean of gradients; the statistics would be the last ones.
+        with pytest.raises(ValueError, match=r"optax\.MultiSteps.*accumulate="):
+            update(state)
+        return
     waiting, state = update(state)
     assert not any(np.any(u) for u in jax.tree.leaves(waiting))
     updates, state = update(state)  # the mean of two equal gradients
@@ -458,6 +463,157 @@ def test_inside_apply_if_finite(setting, plain, name):
         **setting.given[1][1],
     )
     assert_equal(again[0], results[1][0])
+
+
+WRAPPERS = {
+    "conditionally_transform": lambda inner: optax.conditionally_transform(
+        inner, lambda step: step < 1
+    ),
+    "conditionally_mask": lambda inner: optax.conditionally_mask(
+        inner, lambda step: step < 1
+    ),
+    "freeze": lambda inner: optax.chain(
+        inner, optax.freeze({"first": True, "last": False})
+    ),
+    "selective_transform": lambda inner: optax.selective_transform(
+        inner, freeze_mask={"first": False, "last": True}
+    ),
+    "schedule_free": lambda inner: optax.contrib.schedule_free(inner, RATE),
+    "mechanize": lambda inner: optax.contrib.mechanize(inner),
+    "ema": lambda inner: optax.chain(inner, optax.ema(0.9)),
+    "reduce_on_plateau": lambda inner: optax.chain(
+        inner, optax.contrib.reduce_on_plateau(0.5, patience=1)
+    ),
+    "add_noise": lambda inner: optax.chain(inner, optax.add_noise(0.1, 0.5, key=0)),
+    "extra_args": lambda inner: optax.with_extra_args_support(inner),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_inside_other_wrappers(setting, plain, wrapper):
+    """As around a transformation that is known to return the same updates."""
+    known = updates_of(plain("scale_by_kfac"))
+
+    def update(grads, state, params=None, **extra):
+        del grads, params, extra
+        chosen = jax.tree.map(lambda a, b: jnp.where(state == 0, a, b), *known)
+        return chosen, state + 1
+
+    replay = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
+    wrap = WRAPPERS[wrapper]
+    if wrapper == "selective_transform":  # replays what is left of masked parameters
+        expected = updates_of(setting.run(wrap(optax.identity())))
+        for row, own in zip(expected, known, strict=True):
+            row["first"] = own["first"]
+    else:
+        expected = updates_of(setting.run(wrap(replay)))
+    found = updates_of(setting.run(wrap(setting.make("scale_by_kfac"))))
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@every_optimizer
+def test_tree_map_params_finds_the_copies_of_the_parameters(setting, name):
+    tx, params = setting.make(name), setting.problem.params
+    state = tx.init(params)
+    marked = optax.tree_map_params(tx, lambda x: jnp.full_like(x, 7), state)
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    ends = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    for path, x in jax.tree_util.tree_leaves_with_path(marked):
+        assert bool(jnp.all(x == 7)) == (path[-2:] in ends), jax.tree_util.keystr(path)
+
+
+def test_tree_map_params_with_masked_layers(setting):
+    ours = lbopt.kfac(RATE, setting.layers)
+    tx = optax.partition(
+        {"ours": ours, "adam": optax.adam(RATE)}, {"first": "ours", "last": "adam"}
+    )
+    state = tx.init(setting.problem.params)
+    same = optax.tree_map_params(
+        tx, lambda x: x, state, transform_non_params=lambda x: x + 0
+    )
+    assert_equal(same, state)
+
+
+@every_optimizer
+def test_gradients_that_do_not_fit_are_refused(setting, name):
+    tx, params = setting.make(name), setting.problem.params
+    grads, extra = setting.given[0]
+    kernel = grads["first"]["kernel"]
+    turned = grads | {"first": grads["first"] | {"kernel": kernel.T}}
+    if not OPTIMIZERS[name].has_curvature:
+        # Elementwise, they fail as optax's own do.
+        with pytest.raises((TypeError, ValueError)):
+            tx.update(turned, tx.init(params), params, **extra)
+        return
+    missing = {"first": grads["first"]}
+    for wrong, message in (
+        (turned, r"updates\W+first\W+kernel\W+ has shape \[5, 4\] where .* \[4, 5\]"),
+        (missing, r"updates.*'?last'?"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(wrong, tx.init(params), params, **extra)
+
+
+def test_the_clip_refuses_gradients_of_other_shapes(setting):
+    tx = lbopt.clip_by_kl(optax.identity(), CLIP, RATE)
+    params, (grads, _) = setting.problem.params, setting.given[0]
+    turned = grads | {"last": {"kernel": grads["last"]["kernel"].T}}
+    message = (
+        r"updates\['last'\]\['kernel'\] has shape \[3, 5\] where params has \[5, 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        tx.update(turned, tx.init(params), params)
+
+
+@pytest.mark.parametrize("name", ["kfac", "sp_ngd"])
+def test_outside_of_jit_it_compiles_once(setting, name):
+    tx, params = setting.make(name), setting.problem.params
+    counts = [0]
+
+    def listen(event, seconds, **_):
+        del seconds
+        counts[-1] += event.endswith("backend_compile_duration")
+
+    state = tx.init(params)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for number in range(3):
+        grads, extra = setting.given[number % 2]
+        _, state = tx.update(grads, state, params, **extra)
+        counts.append(0)
+    jax.monitoring.clear_event_listeners()
+    assert counts[0] > 0
+    assert counts[2] == 0
+
+
+def test_without_curvature_the_message_names_the_way_out(setting):
+    for tx in (
+        lbopt.kfac(RATE, setting.layers),
+        optax.masked(core(setting.layers), True),
+    ):
+        params = setting.problem.params
+        with pytest.raises(ValueError, match=r"needs curvature=.*from_your_optax_loop"):
+            tx.update(setting.given[0][0], tx.init(params), params)
+
+
+@pytest.mark.parametrize("read", [lbopt.refresh, lbopt.curvature_state])
+def test_a_state_that_lost_its_types_is_refused(setting, read):
+    """As orbax restores it without a target: lists and dictionaries."""
+
+    def bare(node):
+        if hasattr(node, "_asdict"):
+            return {key: bare(child) for key, child in node._asdict().items()}
+        return [bare(x) for x in node] if isinstance(node, tuple) else node
+
+    params, (grads, extra) = setting.problem.params, setting.given[0]
+    tx = lbopt.kfac(RATE, setting.layers)
+    states = [bare(tx.init(params)), {"0": bare(core(setting.layers).init(params))}]
+    for state in states:
+        with pytest.raises(ValueError, match="restored without a target: restore it"):
+            read(state)
+    with pytest.raises(ValueError, match="restored without a target: restore it"):
+        tx.update(grads, states[0], params, **extra)
+    with pytest.raises(ValueError, match="pass the state of a chain"):
+        read(optax.adam(RATE).init(params))
 
 
 # ------------------------------------------------------------------- convergence

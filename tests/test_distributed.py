@@ -384,12 +384,12 @@ def test_each_inverse_is_computed_once(placement, monkeypatch):
         (
             ("data", 4),
             4,
-            r"axis_size=4, but the axis 'data' has 2 devices; pass Placement\(axis",
+            r"axis_size=4 of the optimizer's placement, but the axis 'data' has 2 dev",
         ),
         (
             ("data", 2),
             4,
-            r"axis_size=2 must be that of the optimizer's state.*lbopt\.reshard",
+            r"axis_size=4 of the optimizer's placement.*lbopt\.reshard",
         ),
         (("model", 2), 2, "axis_name='model' is (no|not a) mapped axis here"),
     ],
@@ -412,6 +412,55 @@ def test_a_mesh_without_the_axis_and_a_batch_that_cannot_be_cut():
     message = r"batch\['x'\] has shape \[16, 4, 4, 2\].*multiple of 3 devices × accum"
     with pytest.raises(ValueError, match=message):
         step(state, batch_of(0))
+
+
+@pytest.mark.parametrize(
+    ("placement", "averaged", "message"),
+    [
+        (("data", 4), False, "placement= over axis 'data' .* check_vma=False"),
+        ((), False, r"each device's own under jax\.shard_map; average it"),
+        ((), True, None),
+    ],
+)
+def test_shard_map_with_its_default_check_vma(placement, averaged, message):
+    x, y = jax.random.normal(jax.random.key(0), (BATCH, 4)), jnp.arange(BATCH) % 3
+    params = {"head": nn.Dense(3).init(jax.random.key(1), x)["params"]}
+
+    def loss(params, x, y):
+        return cross_entropy(nn.Dense(3).apply({"params": params["head"]}, x), y)
+
+    table = lbopt.trace_layers(loss, params, x, y, batch_size=BATCH)
+    tx = lbopt.scale_by_kfac(table, placement=lbopt.Placement(*placement))
+    state = tx.init(params)
+
+    def evaluate(params, x, y, **due):
+        f = lbopt.value_grad_and_curvature(loss, table, batch_size=len(x))
+        return f(params, x, y, **due)
+
+    def own(params, state, x, y):
+        # Without the cast jax.grad adds gradients up over the devices.
+        params = jax.lax.pcast(params, "data", to="varying")
+        _, grads, curvature = evaluate(params, x, y, due=lbopt.refresh(state))
+        if averaged:
+            grads, curvature = jax.lax.pmean((grads, curvature), "data")
+        return tx.update(grads, state, params, curvature=curvature)[0]
+
+    whole, along = PartitionSpec(), PartitionSpec("data")
+    specs = (whole, sharding.specs(state, "data"), along, along)
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=whole)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            jax.jit(mapped)(params, state, x, y)
+        return
+    _, grads, curvature = evaluate(params, x, y)
+    expected = tx.update(grads, state, params, curvature=curvature)[0]
+    np.testing.assert_allclose(
+        jax.jit(mapped)(params, state, x, y)["head"]["kernel"],
+        expected["head"]["kernel"],
+        rtol=1e-3,
+        atol=1e-6,
+    )
 
 
 def test_an_optimizer_without_an_axis_gets_means():

@@ -101,7 +101,8 @@ def test_the_report_is_of_what_training_would_use():
         )
         return sum(output.mean() for output in outputs.values())
 
-    layers = lbopt.trace_layers(loss_fn, stats.pop("params"), stats, x)
+    params = stats.pop("params")
+    layers = lbopt.trace_layers(loss_fn, params, stats, x, batch_size=8)
     assert text.startswith(repr(layers))
 
 

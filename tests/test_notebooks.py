@@ -1,38 +1,22 @@
 """Each notebook runs, prints what is committed, and its outputs are of its cells."""
 
-import itertools
+import base64
+import io
 import pathlib
 import re
 
+import matplotlib.image
 import nbformat
+import numpy as np
 import pytest
 
 from notebooks import execute
 
 PATHS = sorted(execute.FOLDER.glob("*.ipynb"))
-NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
 LARGEST = 1 << 20
 """Bytes of a notebook: pages with heavier ones are slow to open."""
 
 of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-
-
-def printed(notebook):
-    """What the cells print, each a text; pictures are left out."""
-    return [
-        "".join(x.text for x in cell.outputs if x.output_type == "stream")
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-    ]
-
-
-def pictures(notebook):
-    """How many pictures each cell shows."""
-    return [
-        sum("image/png" in output.get("data", {}) for output in cell.outputs)
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-    ]
 
 
 def test_there_are_notebooks():
@@ -47,7 +31,7 @@ def test_outputs_are_those_of_the_cells(path):
     )
     numbers = [c.execution_count for c in notebook.cells if c.cell_type == "code"]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert sum(pictures(notebook)) >= 2
+    assert sum(map(len, execute.pictures(notebook))) >= 2
     assert path.stat().st_size < LARGEST
 
 
@@ -69,9 +53,64 @@ def test_it_runs_and_prints_what_is_committed(path, monkeypatch):
     # As in this process: most of the time goes into compiling.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     kept, new = nbformat.read(path, as_version=4), execute.executed(path)
-    assert pictures(new) == pictures(kept)
-    for before, now in zip(printed(kept), printed(new), strict=True):
-        assert NUMBER.sub("#", now) == NUMBER.sub("#", before)
-        for a, b in itertools.zip_longest(NUMBER.findall(before), NUMBER.findall(now)):
-            # Below 1e-4 are differences that are zero but for rounding.
-            assert float(b) == pytest.approx(float(a), rel=0.1, abs=1e-4)
+    assert execute.prints_alike(new, kept), list(
+        zip(execute.printed(kept), execute.printed(new), strict=True)
+    )
+    counts = [list(map(len, execute.pictures(x))) for x in (new, kept)]
+    assert counts[0] == counts[1]
+
+
+def notebook_of(source, text):
+    """A notebook of one cell that prints a text, as it is after a run."""
+    output = nbformat.v4.new_output("stream", text=text)
+    cell = nbformat.v4.new_code_cell(source, outputs=[output], id="a")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    notebook.metadata[execute.MARK] = execute.source_mark(notebook)
+    return notebook
+
+
+@pytest.mark.parametrize(
+    ("committed", "written"),
+    [
+        ("loss 1.01, off 2e-06\n", False),  # rounding
+        ("loss 1.5, off 1e-06\n", True),
+        ("Loss 1.00, off 1e-06\n", True),
+        ("loss 1.00, off 1e-06\nand more\n", True),
+    ],
+)
+def test_only_what_changed_is_written(monkeypatch, tmp_path, committed, written):
+    monkeypatch.setattr(execute, "FOLDER", tmp_path)
+    new = notebook_of("run()", "loss 1.00, off 1e-06\n")
+    monkeypatch.setattr(execute, "executed", lambda path: new)
+    path = tmp_path / "01.ipynb"
+    nbformat.write(notebook_of("run()", committed), path)
+    before = path.read_bytes()
+    execute.main([])
+    assert (path.read_bytes() != before) == written
+    if written:
+        assert nbformat.read(path, as_version=4).cells[0].outputs == (
+            new.cells[0].outputs
+        )
+    # Whatever is printed, a cell that changed is written.
+    nbformat.write(notebook_of("old()", "loss 1.00, off 1e-06\n"), path)
+    execute.main([])
+    assert nbformat.read(path, as_version=4).cells[0].source == "run()"
+
+
+def test_pictures_are_compared_by_what_they_show():
+    def shown(size, height):
+        picture = np.ones((*size, 3))
+        picture[height : height + 4] = 0
+        file = io.BytesIO()
+        matplotlib.image.imsave(file, picture)
+        data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+        cell = nbformat.v4.new_code_cell(
+            outputs=[nbformat.v4.new_output("display_data", data=data)]
+        )
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    picture = shown((400, 300), 100)
+    assert execute.shows_alike(picture, shown((400, 300), 101))
+    assert not execute.shows_alike(picture, shown((400, 300), 200))
+    assert not execute.shows_alike(picture, shown((401, 300), 100))
+    assert not execute.shows_alike(picture, notebook_of("", ""))

@@ -11,8 +11,7 @@ from lbopt import patches
 from tests import oracles
 from tests.oracles import quick_jit
 
-# Sums of at most a few thousand products of unit numbers in float64; the displacement
-# form adds and takes away again.
+# Sums of at most a few thousand products of unit numbers in float64.
 EXACT = 1e-12
 
 
@@ -75,6 +74,8 @@ def test_patches_moments_and_sums_are_those_of_the_loops(shape, w):
     x = np.random.default_rng(0).normal(size=shape)
     rows = oracles.conv_patches(x, *w)
     unit = all(s == 1 for s in (*w.strides, *w.input_dilation))
+    # The displacement form needs inputs away from all edges.
+    unit &= all(first < stop for first, stop in patches._cores(w, shape[1:-1]))
 
     @quick_jit
     def run(x):
@@ -110,17 +111,44 @@ def test_the_cheaper_form_is_chosen(w, batch, map_size, cheaper):
     assert ("conv_general_dilated" in program) == cheaper
 
 
-def test_float32_displacements_lose_no_more_than_patches_do():
+def brightest(where):
+    """Maps of which one part is a million times brighter than the rest."""
     x = np.random.default_rng(0).normal(size=(16, 12, 12, 3)) + 1.0
-    w = window((3, 3), 1, (1, 1))
-    rows = oracles.conv_patches(x, *w)
-    expected = np.einsum("nti,ntj->ij", rows, rows)
-    single = jnp.asarray(x, jnp.float32)
-    for form in (
-        patches._moment_by_displacement,
-        lambda x, w, d: patches.outer_sum(patches.extract_patches(x, w), d),
-    ):
-        assert error(np.asarray(form(single, w, jnp.float32)), expected) < 1e-6
+    x[:, *where] *= 1e6
+    return x
+
+
+MAPS = {
+    "plain": brightest(()) / 1e6,
+    "top": brightest([0]),
+    "bottom": brightest([-1]),
+    "left": brightest([slice(None), 0]),
+    "right": brightest([slice(None), -1]),
+    "corner": brightest([slice(10, None), slice(2)]),
+    "inside": brightest([5, 5]),
+    "smooth": brightest(()).cumsum(1).cumsum(2),
+}
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 0), ((2, 0), (0, 3))])
+def test_float32_displacements_lose_no_more_than_patches_do(padding):
+    w = window((3, 3), 1, padding)
+    run = quick_jit(lambda x: patches._moment_by_displacement(x, w, x.dtype))
+    for name, x in MAPS.items():
+        single = jnp.asarray(x, jnp.float32)
+        rows = oracles.conv_patches(np.asarray(single, np.float64), *w)
+        expected = np.einsum("nti,ntj->ij", rows, rows)
+        # Each entry by its own size, so that a bright part hides no error elsewhere.
+        sizes = np.sqrt(np.diag(expected))
+        relative = (run(single) - expected) / np.outer(sizes, sizes)
+        assert np.abs(relative).max() < 1e-6, name
+
+
+@pytest.mark.parametrize("spatial", [(2, 5), (5, 2), (1, 1)])
+def test_a_kernel_larger_than_the_map_has_no_patches(spatial):
+    w = window((3, 3))
+    with pytest.raises(ValueError, match=r"kernel of size \[3, 3\] .* no output locat"):
+        patches.patch_moment(jnp.zeros((2, *spatial, 2)), w, jnp.float64)
 
 
 def test_outer_sums_keep_the_stack_and_accumulate_in_their_type():

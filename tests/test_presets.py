@@ -1,5 +1,6 @@
 """The presets against the facts of their sources, and what their optimizers do."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import lbopt
 from lbopt import presets
 from lbopt.presets.nlcg import boundaries
-from tests.problems import Mlp, all_finite, classify
+from tests.oracles import quick_jit
+from tests.problems import Mlp, all_finite, assert_equal, classify
 
 IMAGES = 1_281_167
 K = 1_024
@@ -315,6 +317,51 @@ def test_sp_ngd_rescales_as_its_preset_says(table):
     else:
         assert np.linalg.norm(kernel) <= target * (1 + 1e-5)
     assert lbopt.refresh(state)["first"].a.dtype == bool
+
+
+class Normed(nn.Module):
+    """A norm layer, whose damping and block differ, and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="dense")(nn.LayerNorm(name="norm")(x))
+
+
+@pytest.mark.parametrize("table", [presets.OSAWA_2022, presets.OSAWA_2019])
+def test_sp_ngd_gets_the_numbers_of_its_row(table):
+    size, per_epoch, code = 16_384, 10, table is presets.OSAWA_2019
+    (alpha, power, start, end, rate, momentum, damping, _), *_ = OSAWA[size]
+    preset = table[size]
+    assert (preset.mixup_alpha, preset.random_erasing) == (alpha, 0.5)
+    problem = classify(Normed())
+    layers = problem.trace(norm_blocks="full" if code else "unit_wise")
+    by_hand = lbopt.sp_ngd(
+        lbopt.schedules.polynomial(
+            rate, power, start=start, end=end, steps_per_epoch=per_epoch
+        ),
+        layers,
+        damping=damping,
+        momentum=momentum,
+        kl_clip=None,
+        stale_threshold=None if code else 0.1,
+        norm_damping=16.0 if code else 1.0,
+        rescale="shrink_only" if code else "always",
+        velocity="code" if code else "paper",
+    )
+    _, grads, curvature = problem.evaluate(layers)
+    found = []
+    for tx in (preset.optimizer(layers, per_epoch), by_hand):
+        params, state = problem.params, tx.init(problem.params)
+        update = quick_jit(
+            lambda s, p, tx=tx: tx.update(grads, s, p, curvature=curvature)
+        )
+        for _ in range(3):  # the third step has a velocity, and is no longer fresh
+            updates, state = update(state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        found.append((params, state))
+    assert_equal(*found)
+    state = lbopt.curvature_state(found[0][1])
+    assert float(state.last_damping) == pytest.approx(damping)
 
 
 # === NLCG =============================================================================

@@ -13,7 +13,7 @@ import lbopt
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Modules of the library that stand among the public names; presets are tables.
-MODULES = ("memory_plan", "schedules", "sharding", "training")
+MODULES = ("health", "memory_plan", "schedules", "sharding", "training")
 
 
 def sources():

@@ -1,6 +1,7 @@
 """The site builds without a warning, and has every public name."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 
 import lbopt
 
+# Modules of the library that stand among the public names.
+MODULES = ("health", "memory_plan", "schedules", "sharding", "training")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -33,10 +36,25 @@ def test_pages_are_there(site):
     assert (site / "README.html").exists()
 
 
+def test_pages_need_no_network(site):
+    pages = {path: path.read_text() for path in site.rglob("*.html")}
+    for path, text in pages.items():
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", text
+        )
+        assert not loaded, path
+        assert "\\frac" not in text, path
+    # The step of K-FAC, and an equation of a page.
+    kfac = pages[site / "docs" / "api" / "optimizers.html"]
+    assert re.search(r"<math[^>]*>.*?<mo>←</mo>.*?</math>", kfac, re.DOTALL)
+    choose = pages[site / "docs" / "how_to" / "choose_an_optimizer.html"]
+    assert re.search(r"<math[^>]*display=\"block\".*?<mfrac>", choose, re.DOTALL)
+
+
 def test_every_public_name_is_documented(site):
     text = "".join(p.read_text() for p in (site / "docs" / "api").glob("*.html"))
     for name in lbopt.__all__:
-        if name not in {"presets", "schedules", "sharding", "training", "memory_plan"}:
+        if name not in {*MODULES, "presets"}:
             assert f'id="lbopt.{name}"' in text, name
-    for module in ("schedules", "sharding", "training", "memory_plan"):
+    for module in MODULES:
         assert f'id="module-lbopt.{module}"' in text, module

@@ -10,7 +10,7 @@ import pytest
 import lbopt
 from lbopt import batch_functions, statistics_pass, training
 from lbopt.collectives import Axis
-from lbopt.curvature import fisher
+from lbopt.curvature import signals
 from tests import problems
 from tests.devices import mesh_of, spread
 from tests.oracles import quick_jit
@@ -301,13 +301,13 @@ def test_no_key_is_used_twice(monkeypatch):
         note("loss", rng)
         return loss_fn(params, model_state, batch, rng)
 
-    plain = fisher._sampled_signal
+    plain = signals.sampled_signal
 
     def noting_signal(outputs, rng):
         note("labels", rng)
         return plain(outputs, rng)
 
-    monkeypatch.setattr(fisher, "_sampled_signal", noting_signal)
+    monkeypatch.setattr(signals, "sampled_signal", noting_signal)
     due = lbopt.refresh(keeping_all().init(PARAMS))
     keys = batch_functions.keys_of_parts(RNG, Axis(None, 1), 2)
     batch = batch_of(0)

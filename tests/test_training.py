@@ -77,7 +77,8 @@ def test_a_step_equals_a_loop_by_hand(name):
             )
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        return (params, model_state, opt_state), {"loss": loss, **metrics}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return (params, model_state, opt_state), metrics
 
     state = training.init_state(tx, *START, RNG)
     own, noises = (*START, tx.init(PARAMS)), set()
@@ -85,12 +86,41 @@ def test_a_step_equals_a_loop_by_hand(name):
         own, expected = by_hand(*own, step, batch_of(step))
         state, metrics = train_step(state, batch_of(step))
         assert metrics.pop("skipped") == 0
+        assert layers is None or metrics.pop("first_not_finite") == -1
+        assert layers is None or 0 < metrics.pop("kl_scale") <= 1
         # Two programs: XLA may fuse them differently, and inverses amplify rounding.
         assert_close(metrics, expected, rtol=1e-4)
         noises.add(float(metrics["noise"]))
     assert_close(parts_of(state), own, rtol=1e-3, atol=1e-5)
     assert len(noises) == 4  # a new key at every step
     assert state.step == 4
+
+
+@functools.cache
+def two_steps(wrapper):
+    """The parameters after them."""
+    core = lbopt.kfac(0.1, LAYERS, damping=1e-2)
+    tx = {
+        "none": lambda: core,
+        "inject_hyperparams": lambda: optax.inject_hyperparams(lbopt.kfac)(
+            0.1, layers=LAYERS, damping=1e-2
+        ),
+        "apply_if_finite": lambda: optax.apply_if_finite(core, 3),
+        "partition": lambda: optax.partition({"all": core}, "all"),
+        "conditionally": lambda: optax.conditionally_mask(core, lambda step: step < 9),
+    }[wrapper]()
+    state = training.init_state(tx, *START, RNG)
+    step = training.make_train_step(loss_fn, tx, LAYERS)
+    for number in range(2):
+        state, _ = step(state, batch_of(number))
+    return state.params
+
+
+@pytest.mark.parametrize(
+    "kind", ["inject_hyperparams", "apply_if_finite", "partition", "conditionally"]
+)
+def test_an_optimizer_in_optax_s_wrappers(kind):
+    assert_close(two_steps(kind), two_steps("none"), rtol=1e-3, atol=1e-5)
 
 
 def test_the_step_donates_and_compiles_once():
@@ -236,6 +266,21 @@ def test_a_gradient_whose_square_overflows_changes_nothing():
     assert np.isfinite(metrics["loss"])
     assert metrics["skipped"] == 1
     assert_equal(state.params, params)
+
+
+def test_a_gradient_in_float16_is_as_good_as_any():
+    # The square of its norm overflows in its own type.
+    params = {"w": jnp.zeros(4, jnp.float16)}
+
+    def loss_fn(params, model_state, batch, rng):
+        return jnp.mean(batch["x"] @ params["w"].astype(float)), (model_state, {})
+
+    tx = optax.sgd(1e-3)
+    step = training.make_train_step(loss_fn, tx)
+    state = training.init_state(tx, params, {}, jax.random.key(0))
+    state, metrics = step(state, {"x": jnp.full((8, 4), 500.0)})
+    assert metrics["skipped"] == 0
+    np.testing.assert_allclose(state.params["w"], -0.5, rtol=1e-3)
 
 
 def test_statistics_that_overflow_are_rejected_and_counted():

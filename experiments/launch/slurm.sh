@@ -27,8 +27,15 @@ srun --kill-on-bad-exit=0 \
   --data-dir "${DATA:-data}" --directory "$directory" --resume --distributed on
 code=$?
 
-# 75: stopped by SIGTERM and saved, so go on later. Any other failure waits for somebody.
-if [ "$code" -eq 75 ]; then
+# 75: stopped by SIGTERM and saved, so go on later. 69, 134 and 137: a process was lost
+# or killed; begin again, but not for ever, since srun does not tell what the lost
+# process died of. Any other failure waits for somebody.
+again=no
+case $code in
+  75) again=yes ;;
+  69 | 134 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-20}" ] && again=yes ;;
+esac
+if [ "$again" = yes ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

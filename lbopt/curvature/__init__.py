@@ -17,14 +17,18 @@ are in ``curvature.block``.
 
 Modules, in the order in which data passes through them:
 
-* ``discovery`` and ``registry`` build the table of layers, ``verification`` tests it;
+* ``discovery`` (with ``observation``, ``arrivals``, ``derivatives``, ``lifted_axes``)
+  finds the layers of a loss, ``terms_search`` (with ``loss_head``, ``head_experiment``,
+  ``weights_search``) its terms; ``registry`` builds the table, ``verification`` tests
+  it;
 * ``tap_rules`` and ``flax_layers`` define the block and the residual of each layer;
 * ``capture`` taps the layers;
 * ``kronecker``, ``embedding``, ``doubly_factored``, ``unit_wise`` and ``diagonal`` are
   the blocks, ``eigen_moments`` the EKFAC form, ``factor`` and ``linear_maps`` their
   parts;
-* ``fisher`` returns loss, gradient and statistics, ``fisher_products`` products with
-  the exact Fisher matrix;
+* ``tapped_pass`` and ``evaluation`` evaluate a loss with taps, in ``Totals`` that add
+  up over parts of a batch; ``fisher`` returns loss, gradient and statistics,
+  ``fisher_products`` products with the exact Fisher matrix;
 * ``likelihood`` declares the outputs' distribution;
 * ``refresh`` schedules statistics and inverses.
 """

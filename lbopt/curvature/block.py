@@ -33,6 +33,24 @@ Leaves: TypeAlias = Mapping[str, Array]
 """The arrays of one layer by their names in Flax: kernel and bias, scale and bias, …"""
 
 
+class Weighted(NamedTuple):
+    """The residual of a layer in a batch whose rows have weights.
+
+    Attributes:
+      inputs: the layer's input.
+      weights: the weights of the positions along its leading axes, ``[batch]`` or
+        ``[batch, ...]``.
+    """
+
+    inputs: Any
+    weights: Array
+
+
+def unweighted(residual: Any) -> tuple[Any, Array | None]:
+    """Splits a residual into the layer's input and the weights of its rows, if any."""
+    return residual if isinstance(residual, Weighted) else (residual, None)
+
+
 class EigenMoments(NamedTuple):
     """The functions of a block whose eigenvalues can be corrected (EKFAC).
 
@@ -76,6 +94,8 @@ class CurvatureBlock(NamedTuple):
         into diagonal blocks; None if no factor can be cut.
       moments: the functions of the EKFAC form; None unless the block has exactly two
         factors, both symmetric.
+      row_weighted: whether ``estimate`` averages rows of the input, and takes a
+        ``Weighted`` residual for a batch whose rows have weights.
     """
 
     kind: str
@@ -91,6 +111,7 @@ class CurvatureBlock(NamedTuple):
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
     cut: "Callable[[int | None], CurvatureBlock] | None" = None
     moments: EigenMoments | None = None
+    row_weighted: bool = False
 
     def factor_shapes(self, leading: tuple[int, ...]) -> Factors:
         """Returns the shapes and dtypes of the packed factors, leading axes first."""
@@ -151,7 +172,7 @@ def per_row(
     """
     rows = rows.reshape(*rows.shape[:-2], *[1] * (total.ndim - rows.ndim + 2))
     # A statistic that is not due has summed no rows; 0 / 0 would make it NaN.
-    return total / jnp.maximum(rows, 1)
+    return total / jnp.where(rows > 0, rows, 1)
 
 
 def per_example(total: Float[Array, "..."], terms: Scalar) -> Float[Array, "..."]:
@@ -202,12 +223,21 @@ def statistics_dtype(param_dtype: Any) -> jnp.dtype:
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
-def count_rows(rows: int, like: Array) -> Array:
-    """Returns ``rows`` as a ``[1, 1]`` array that depends on data."""
+def count_rows(rows: Scalar, like: Array, dtype: Any) -> Float[Array, "one one"]:
+    """Returns a number of rows, or their total weight, as an array that is mapped.
+
+    Args:
+      rows: the number.
+      like: an array of the rows, of any type; a narrow one may have no such number.
+      dtype: dtype of the result, at least float32.
+
+    Returns:
+      The number, ``[1, 1]``.
+    """
     # The cotangent of a vmapped tap is summed over the lanes only if it is mapped; a
     # constant is not, so the count is computed from an array that is.
     first = like[(0,) * like.ndim]
-    return jnp.where(jnp.isnan(first), rows, rows).astype(like.dtype).reshape(1, 1)
+    return jnp.where(jnp.isnan(first), rows, rows).astype(dtype).reshape(1, 1)
 
 
 def whole_damping(means: Factors, damping: Scalar) -> Factors:

@@ -2,10 +2,14 @@
 
 An interceptor passes each recognised layer's output through a **tap**, an identity
 whose backward rule returns the layer's sums (see ``curvature.block``) as the cotangent
-of a **probe**, an array of zeros shaped like the sums.  While the loss is
-differentiated, probes lie beside the layer's parameters, so that every lifted transform
-of Flax carries them; afterwards they are removed from the gradient.  The user and the
-optimizer never see them.
+of a **probe**, an array of zeros shaped like the sums.  A probe reaches its tap by one
+of three routes:
+
+* ``direct``: the interceptor holds it, and knows the layer by its arrays;
+* ``root``: it is added beside the layer's arrays where a module is applied, so that
+  Flax's lifted transforms carry it along;
+* ``params``: it is added to the tree that the loss is called with, so that JAX's own
+  transforms carry it along; the only one that a loss can notice.
 
 One forward and one backward pass give loss, gradients and statistics.
 """
@@ -14,41 +18,27 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
+from lbopt import explicit_axes
 from lbopt._typing import Array, Params
+from lbopt.curvature import arrivals, flax_layers, locations, rows, tap_rules
 from lbopt.curvature import block as blocks
-from lbopt.curvature import flax_layers, tap_rules
-
-PREFIX = "probe"
+from lbopt.curvature.locations import Location
 
 # A jitted function inside the loss is cached by the structure of its arguments; names
 # that no earlier trace used make it trace again, so that it cannot reuse old flags.
 _trace_numbers = itertools.count()
 
 
-class Location(NamedTuple):
-    """The location of a layer's arrays in the user's parameters.
-
-    Attributes:
-      keys: the keys that lead to the dictionary holding the arrays.
-      names: the names of the layer's arrays in that dictionary.
-    """
-
-    keys: tuple[Any, ...]
-    names: tuple[str, ...]
-
-    @property
-    def path(self) -> str:
-        """The keys joined by slashes, by which tables and messages name the layer."""
-        return "/".join(map(str, self.keys))
+Route: TypeAlias = Literal["direct", "root", "params"]
+Accepted: TypeAlias = Mapping[int, Mapping[tuple[Any, ...], Location]]
+"""The trees mapped from the parameters, by the order of the modules applied."""
 
 
 class Tapped(NamedTuple):
@@ -61,6 +51,9 @@ class Tapped(NamedTuple):
         ``axes``.
       axes: positions of the lifted axes in the layer's arrays and probes.
       rules: the user's own rules, among which the layer's may be.
+      route: the way by which its probes reach it.
+      batched: whether its input has an axis of examples; not under a ``vmap`` over
+        examples.
     """
 
     location: Location
@@ -68,93 +61,12 @@ class Tapped(NamedTuple):
     copies: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
     rules: tap_rules.Rules = MappingProxyType({})
+    route: Route = "direct"
+    batched: bool = True
 
 
-def find_locations(params: Params) -> list[Location]:
-    """Finds every dictionary of the parameters that directly holds arrays."""
-    found: list[Location] = []
-
-    def walk(node: Any, keys: tuple[Any, ...]) -> None:
-        if not isinstance(node, Mapping):
-            return
-        names = tuple(
-            str(name) for name, child in node.items() if hasattr(child, "shape")
-        )
-        if names:
-            found.append(Location(keys, names))
-        for name, child in node.items():
-            walk(child, (*keys, name))
-
-    walk(params, ())
-    return found
-
-
-def lookup(tree: Any, location: Location) -> Any:
-    """Returns the dictionary at a location, or ``optax.MaskedNode`` if masked."""
-    for key in location.keys:
-        # optax.masked replaces the largest masked subtree, at any depth.
-        if isinstance(tree, optax.MaskedNode):
-            return tree
-        tree = tree[key]
-    return tree
-
-
-def insert(
-    params: Params, additions: Mapping[tuple[Any, ...], Mapping[str, Array]]
-) -> Params:
-    """Adds arrays to dictionaries of the parameters.
-
-    Args:
-      params: nested mappings.
-      additions: the arrays to add, keyed by the keys of their dictionary.
-
-    Returns:
-      The tree with the arrays, replacing those of the same names; mappings keep their
-      types.
-    """
-
-    def walk(node: Any, keys: tuple[Any, ...]) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        entries = {name: walk(child, (*keys, name)) for name, child in node.items()}
-        entries.update(additions.get(keys, {}))
-        return _like(node, entries)
-
-    return walk(params, ())
-
-
-def remove(
-    tree: Params, names: Mapping[tuple[Any, ...], Sequence[str]]
-) -> tuple[Params, dict[tuple[Any, ...], dict[str, Array]]]:
-    """Inverts ``insert``: returns the tree without some arrays, and the arrays."""
-    taken: dict[tuple[Any, ...], dict[str, Array]] = {}
-
-    def walk(node: Any, keys: tuple[Any, ...]) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        own = names.get(keys, ())
-        if own:
-            taken[keys] = {name: node[name] for name in own}
-        return _like(
-            node,
-            {
-                name: walk(child, (*keys, name))
-                for name, child in node.items()
-                if name not in own
-            },
-        )
-
-    return walk(tree, ()), taken
-
-
-def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Mapping[Any, Any]:
-    # A loss may rely on the type of its parameters (dict, FrozenDict).
-    if isinstance(node, flax.core.FrozenDict):
-        return flax.core.FrozenDict(entries)
-    if type(node) is dict:
-        return entries
-    make: Any = type(node)  # a mapping's constructor has no common signature
-    return make(entries)
+ProbeArrays: TypeAlias = list[dict[str, Array]]
+"""The probes of each layer by name, and the arrays that identify its copies."""
 
 
 class Probes(NamedTuple):
@@ -166,6 +78,7 @@ class Probes(NamedTuple):
       due: for each layer, flags that say which of its statistics are due.
       given: for each layer, arrays that ``estimate`` takes beside the residual (the
         eigenbases), copies first.
+      accepted: trees mapped from the parameters that count as the parameters.
       reached: the numbers of the layers that have run in this trace so far.
     """
 
@@ -173,31 +86,68 @@ class Probes(NamedTuple):
     trace: int
     due: Sequence[Any]
     given: Sequence[tuple[Array, ...]]
+    accepted: Accepted
     reached: set[int]
 
     def names(self, number: int) -> list[str]:
         """Returns the names of one layer's probes, one for each field of its sums."""
         fields = self.tapped[number].block.sums._fields
-        return [f"{PREFIX}{self.trace}_{number}_{field}" for field in fields]
+        return [f"{locations.PROBE}{self.trace}_{number}_{field}" for field in fields]
 
     def copy_name(self, number: int) -> str:
         """Returns the name of the array that identifies each copy of a layer."""
-        return f"{PREFIX}{self.trace}_{number}_copy"
+        return f"{locations.PROBE}{self.trace}_{number}_copy"
 
     def needs_number(self, number: int) -> bool:
         """Tests whether each copy of a layer is given arrays of its own."""
         return bool(self.given[number] and self.tapped[number].copies)
 
-    def insert(self, params: Params, value: float = 0.0) -> Params:
-        """Adds all probes to the parameters, filled with one value."""
-        additions = {}
+    def arrays(self, value: float = 0.0) -> ProbeArrays:
+        """Makes all probes, filled with one value."""
+        made = []
         for number, layer in enumerate(self.tapped):
             shapes = zip(self.names(number), layer.block.sums, strict=True)
             own = {name: _full(shape, layer, value) for name, shape in shapes}
             if self.needs_number(number):
                 own[self.copy_name(number)] = _numbered_zeros(layer)
-            additions[layer.location.keys] = own
-        return insert(params, additions)
+            made.append(own)
+        return made
+
+    def insert(self, params: Params, arrays: ProbeArrays) -> Params:
+        """Adds the probes of the layers that JAX's own transforms reach."""
+        additions = {
+            layer.location.keys: own
+            for layer, own in zip(self.tapped, arrays, strict=True)
+            if layer.route == "params"
+        }
+        return locations.insert(params, additions) if additions else params
+
+    def interceptor(self, params: Params, arrays: ProbeArrays) -> "Interceptor":
+        """Returns the interceptor that taps the layers of one call of the loss.
+
+        Args:
+          params: the tree that the loss is called with, from ``insert``.
+          arrays: the probes.
+
+        Returns:
+          A context for ``nn.intercept_methods``.
+        """
+        numbers = {t.location.keys: i for i, t in enumerate(self.tapped)}
+        accepted = {
+            order: {
+                keys: numbers[location.keys]
+                for keys, location in tree.items()
+                if location.keys in numbers
+            }
+            for order, tree in self.accepted.items()
+        }
+        found = arrivals.Arrivals(
+            params,
+            {i: t.location for i, t in enumerate(self.tapped)},
+            {i: own for i, own in enumerate(arrays) if self.tapped[i].route == "root"},
+            accepted,
+        )
+        return Interceptor(self, arrays, found)
 
     def require_all_reached(self) -> None:
         """Raises ValueError if a layer did not run, naming it."""
@@ -213,43 +163,16 @@ class Probes(NamedTuple):
                 "parameters and arguments of the training run"
             )
 
-    def remove(self, grads: Params) -> tuple[Params, list[Any]]:
-        """Returns the gradient without probes, and each layer's sums, copies first."""
-        names = {
-            layer.location.keys: [
-                *self.names(number),
-                *[self.copy_name(number)] * self.needs_number(number),
-            ]
-            for number, layer in enumerate(self.tapped)
-        }
-        grads, taken = remove(grads, names)
+    def sums(self, taken: ProbeArrays) -> list[Any]:
+        """Returns each layer's sums, copies first, from its probes' cotangents."""
         sums = []
         for number, layer in enumerate(self.tapped):
-            arrays = taken[layer.location.keys]
-            moved = [copies_first(arrays[x], layer.axes) for x in self.names(number)]
+            own = taken[number]
+            moved = [copies_first(own[x], layer.axes) for x in self.names(number)]
             sums.append(type(layer.block.sums)(*moved))
-        return grads, sums
+        return sums
 
-    def find(self, context: Any) -> tuple[int, tap_rules.Rule, dict[str, Any]] | None:
-        """Finds the number, rule and arrays of the layer that a method belongs to.
-
-        Args:
-          context: the interceptor's context.
-
-        Returns:
-          Number, rule and arrays; None if the layer is not tapped.
-        """
-        if context.module.scope is None:
-            return None
-        variables = own_params(context.module)
-        number = marked_number(variables, f"{PREFIX}{self.trace}_")
-        if number is None:
-            return None
-        rules = self.tapped[number].rules
-        rule = flax_layers.find_rule(context.orig_method, rules)
-        return None if rule is None else (number, rule, variables)
-
-    def given_to(self, number: int, variables: dict[str, Any]) -> list[Array]:
+    def given_to(self, number: int, variables: Mapping[str, Any]) -> list[Array]:
         """Returns the arrays given to the copy of a layer that has these variables."""
         layer, given = self.tapped[number], list(self.given[number])
         if not self.needs_number(number):
@@ -262,33 +185,77 @@ class Probes(NamedTuple):
         copy = jnp.where(copy > 0, copy - 1, lost)
         return [x.at[copy].get(mode="fill", fill_value=jnp.nan) for x in each]
 
-    def interceptor(
+
+class Interceptor(NamedTuple):
+    """Taps the layers of one call of a loss.
+
+    Attributes:
+      probes: the probes' description.
+      arrays: the probes themselves.
+      arrivals: the parameters as modules receive them.
+      weights: the weights of the rows that a layer's input factor is a mean over.
+    """
+
+    probes: Probes
+    arrays: ProbeArrays
+    arrivals: arrivals.Arrivals
+    weights: rows.RowWeights | None = None
+
+    def find(self, context: Any) -> tuple[int, tap_rules.Rule, dict[str, Any]] | None:
+        """Finds the number, rule and arrays of the layer that a method belongs to.
+
+        Args:
+          context: the interceptor's context.
+
+        Returns:
+          Number, rule and arrays, probes among them; None if the layer is not tapped.
+        """
+        if context.module.scope is None:
+            return None
+        self.arrivals.enter(context.module)
+        variables = locations.own_params(context.module)
+        number = marked_number(variables, f"{locations.PROBE}{self.probes.trace}_")
+        if number is None:
+            number, whole = self.arrivals.number_of(variables)
+            if number is None or not whole:
+                return None
+            if self.probes.tapped[number].route != "direct":
+                return None
+            variables |= self.arrays[number]
+        rules = self.probes.tapped[number].rules
+        rule = flax_layers.find_rule(context.orig_method, rules)
+        return None if rule is None else (number, rule, variables)
+
+    def __call__(
         self, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any
     ) -> Any:
         """Calls a layer and taps its output, for ``nn.intercept_methods``."""
+        found = self.find(context)  # before the call, which may apply a root
         outputs = next_fun(*args, **kwargs)
-        found = self.find(context)
         if found is None:
             return outputs
         number, rule, variables = found
-        fields = self.tapped[number].block.sums
-        self.reached.add(number)
-        names = self.names(number)
-        probe = type(fields)(*(variables[name] for name in names))
-        _check_probe(self.tapped[number], fields, probe)
+        probes, layer = self.probes, self.probes.tapped[number]
+        fields = layer.block.sums
+        probes.reached.add(number)
+        probe = type(fields)(*(variables[name] for name in probes.names(number)))
+        _check_probe(layer, fields, probe)
         arguments = tap_rules.bind_arguments(context.orig_method, args, kwargs)
         params = {k: v for k, v in variables.items() if k in rule.names}
         residual = rule.residual(tap_rules.Seen(context.module, arguments, params))
-        if self.given[number]:
-            residual = (residual, *self.given_to(number, variables))
+        if self.weights is not None and layer.block.row_weighted:
+            aligned = layer.batched and rule not in layer.rules.values()
+            residual = self.weights.beside(layer.location.path, residual, aligned)
+        if probes.given[number]:
+            residual = (residual, *probes.given_to(number, variables))
         return tap(
-            self.tapped[number].block.estimate,
+            layer.block.estimate,
             # The rule's own operations (a cast, BatchNorm's moments) are no part of the
             # loss's derivative.
             jax.lax.stop_gradient(residual),
             outputs,
-            _vary_like(probe, outputs),
-            self.due[number],
+            vary_like(probe, outputs),
+            probes.due[number],
         )
 
 
@@ -296,6 +263,7 @@ def make_probes(
     tapped: Sequence[Tapped],
     due: Sequence[Any],
     given: Sequence[tuple[Array, ...]] | None = None,
+    accepted: Accepted = MappingProxyType({}),
 ) -> Probes:
     """Returns new probes for one trace of a loss.
 
@@ -303,12 +271,13 @@ def make_probes(
       tapped: the layers to tap.
       due: for each layer, flags that say which of its statistics are due.
       given: for each layer, the arrays that ``estimate`` takes beside the residual.
+      accepted: trees mapped from the parameters that count as the parameters.
 
     Returns:
       The probes.
     """
     given = [() for _ in tapped] if given is None else given
-    return Probes(tapped, next(_trace_numbers), due, given, set())
+    return Probes(tapped, next(_trace_numbers), due, given, accepted, set())
 
 
 def tap(
@@ -347,18 +316,12 @@ def tap(
         return outputs, (residual, flags)
 
     def backward(saved, output_grads):
-        residual, flags = saved
-        sums = estimate(residual, output_grads, _join_flags(flags, static))
+        due = _join_flags(saved[1], static)
+        sums = explicit_axes.replicated(estimate, saved[0], output_grads, due)
         return None, output_grads, sums, None
 
     identity.defvjp(forward, backward)
     return identity(residual, outputs, probe, flags)
-
-
-def own_params(module: Any) -> dict[str, Any]:
-    """Returns the arrays that lie directly in a bound module's scope."""
-    params = module.variables.get("params", {})
-    return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
 
 
 def copies_first(x: Array, axes: tuple[int, ...]) -> Array:
@@ -425,12 +388,13 @@ def _check_probe(layer: Tapped, fields: Any, probe: Any) -> None:
             )
 
 
-def _vary_like(probe: Any, outputs: Array) -> Any:
-    """Makes the probe vary over the same mesh axes as the outputs."""
+def vary_like(probe: Any, array: Array) -> Any:
+    """Makes the probe vary over the same mesh axes as another array."""
     # Under shard_map(check_vma=True) adding an array that varies casts the probe, and
     # the transpose of that cast sums over the devices.
+    # −0, which leaves the signs of zeros as they are.
     return jax.tree.map(
-        lambda p: p + jnp.zeros_like(outputs, shape=p.shape, dtype=p.dtype), probe
+        lambda p: p + jnp.full_like(array, -0.0, shape=p.shape, dtype=p.dtype), probe
     )
 
 

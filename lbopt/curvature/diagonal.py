@@ -2,7 +2,9 @@ r"""Diagonal blocks, for parameters that belong to no recognised layer.
 
 .. math:: f = n\, \bar g \odot \bar g, \qquad u = g / (f + \lambda)
 
-with :math:`\bar g` the gradient of a loss that averages n terms.  With sampled labels,
+with :math:`\bar g` the gradient of a loss that averages n terms, those of the whole
+batch: gradients of micro-batches and devices are added up before they are squared.
+With sampled labels,
 E[f] is the diagonal of the Fisher matrix, because per-example gradients then have mean
 zero; with the training labels, f also contains the squared mean gradient.
 

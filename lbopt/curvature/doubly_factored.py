@@ -155,13 +155,22 @@ def doubly_factored_block(
     )
     moment = functools.partial(patches.outer_sum, dtype=dtype)
 
-    def rank_one_rows(inputs: Array) -> tuple[Array, Array, Array]:
-        kappa, psi = rank_one(inputs.reshape(-1, locations, channels).astype(dtype))
-        return kappa, psi, block.count_rows(len(kappa), kappa)
+    def rank_one_rows(inputs: Array, *weights: Array) -> tuple[Array, Array, Array]:
+        maps = inputs.reshape(-1, locations, channels).astype(dtype)
+        rows = len(maps)
+        if weights:
+            each = weights[0].reshape(len(maps), -1)[:, :1].astype(dtype)
+            # Vectors of weighted maps are scaled by the root of the weight.
+            maps = jnp.where(each[..., None] > 0, maps * each[..., None], 0)
+            rows = jnp.sum(each)
+        kappa, psi = rank_one(maps)
+        return kappa, psi, block.count_rows(rows, kappa, dtype)
 
-    def estimate(inputs: Array, output_grads: Array, due: Any) -> DoublySums:
+    def estimate(residual: Any, output_grads: Array, due: Any) -> DoublySums:
+        inputs, weights = block.unweighted(residual)
+        operands = (inputs,) if weights is None else (inputs, weights)
         # One decomposition serves both; K and Ψ are nearly always due together.
-        kappa, psi, rows = block.when(due.k | due.c, rank_one_rows, inputs)
+        kappa, psi, rows = block.when(due.k | due.c, rank_one_rows, *operands)
         due_g = due.g | due.bias if use_bias else due.g
         return DoublySums(
             block.when(due.k, moment, kappa),
@@ -203,6 +212,7 @@ def doubly_factored_block(
             inverses=BiasedDoublyInverses if use_bias else DoublyInverses,
             precondition=precondition,
             cut=cut,
+            row_weighted=True,
         )
 
     return cut(None)

@@ -14,11 +14,16 @@ It can be updated more often than the basis.
 A factor cut into diagonal blocks has a block-diagonal basis, and s has extra rows or
 columns for the padding of the last block.
 
+Eigenvectors of one eigenvalue are an arbitrary basis of their space: the null space of
+a factor, where inputs outnumber examples, is the case that matters.  There s would
+depend on rounding, and so on the number of devices; it is averaged over such spaces
+(``pooled``), which makes the curvature the same in every basis of them.
+
 Source: George et al. 2018, §3 and Algorithm 1.  The paper treats dense layers, and
 convolutions under ``expand``; with ``reduce`` an example's gradient is approximated by
 :math:`\bar a \bar g^\top`, as in the factors.  Each call of a layer that is called
 several times counts as an example, as in the factors.  The paper recomputes s when the
-basis changes; here s is carried over (``carried``).
+basis changes; here s is carried over (``carried``).  It leaves equal eigenvalues open.
 """
 
 import math
@@ -245,6 +250,51 @@ def kronecker_eigenvalues(
         for kind, x in zip(kinds, bases, strict=True)
     )
     return a[..., :, None] * g[..., None, :]
+
+
+def pooled(
+    kinds: Any, bases: Any, s: Float[Array, "*copies rows columns"]
+) -> Float[Array, "*copies rows columns"]:
+    r"""Averages second moments over eigenvectors that only rounding tells apart.
+
+    .. math:: \bar s_{ij} = \operatorname{mean}_{k \sim i,\; l \sim j} s_{kl}, \qquad
+              k \sim i \iff |d_k - d_i| \leq 4 \sqrt n\, \epsilon\, d_{\max}
+
+    with the eigenvalues d of a factor (or of one diagonal block of it, of n rows) and
+    the rounding ε of their dtype.  Eigenvalues of a null space are nonzero by about
+    :math:`\epsilon\, d_{\max}`, so that all of it has one mean second moment.
+
+    Args:
+      kinds: the kinds of the two factors.
+      bases: an ``Eigenbasis`` for each.
+      s: second moments in the bases.
+
+    Returns:
+      The averages; s itself, bit for bit, where all eigenvalues are apart.
+    """
+    (a, g), (of_a, of_g) = kinds, bases
+    s = _pooled(g, of_g.values, s)
+    return _transposed(_pooled(a, of_a.values, _transposed(s)))
+
+
+def _pooled(
+    kind: factor.Factor, values: Array, s: Float[Array, "*copies m all"]
+) -> Float[Array, "*copies m all"]:
+    """Averages over the columns, which the factor's eigenvalues number."""
+    values = values if kind.parts > 1 else values[..., None, :]  # [..., parts, n]
+    parts, n = values.shape[-2:]
+    reach = (
+        4 * n**0.5 * jnp.finfo(values.dtype).eps * jnp.max(values, -1, keepdims=True)
+    )
+    near = jnp.abs(values[..., :, None] - values[..., None, :]) <= reach[..., None]
+    near = near.astype(s.dtype)
+    # Padding adds eigenvectors to the null space of the last block, and no gradients.
+    padding = jnp.zeros(parts, s.dtype).at[-1].set(parts * n - kind.order)
+    count = jnp.sum(near, -1) - jnp.where(values <= reach, padding[:, None], 0)
+    cut = jnp.moveaxis(s.reshape(*s.shape[:-1], parts, n), -3, -2)
+    # near is symmetric: column j of the product is the sum over all that are near j.
+    mean = linalg.matmul(cut, near) / jnp.maximum(count, 1)[..., None, :]
+    return jnp.moveaxis(mean, -2, -3).reshape(s.shape)
 
 
 def precondition(

@@ -65,35 +65,46 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
     one = jax.ShapeDtypeStruct((1, 1), dtype)
     shapes = EmbedSums(diagonal, square, one, diagonal, square, one)
 
-    def lookups(words: Int[Array, "*batch"], g: Array) -> tuple[Array, Array]:
-        ones = jnp.ones_like(g, shape=words.size, dtype=dtype)
+    def lookups(
+        g: Array, words: Int[Array, "*batch"], *weights: Array
+    ) -> tuple[Array, Array]:
+        each = jnp.ones_like(g, shape=words.shape, dtype=dtype)
+        rows: Any = words.size
+        if weights:
+            each = _spread(weights[0], words.ndim) * each
+            rows = jnp.sum(each)
         counts = jnp.zeros_like(g, shape=(vocabulary,), dtype=dtype)
         # Flax returns NaN for an index out of range; no word's count may rise for it.
-        counts = counts.at[words.reshape(-1)].add(ones, mode="drop")
-        return counts, block.count_rows(words.size, g)
+        counts = counts.at[words.reshape(-1)].add(each.reshape(-1), mode="drop")
+        return counts, block.count_rows(rows, g, dtype)
 
     outer = functools.partial(patches.outer_sum, dtype=dtype)
 
-    def queries(q: Array) -> tuple[Array, Array]:
-        return outer(q), block.count_rows(math.prod(q.shape[:-1]), q)
+    def queries(q: Array, *weights: Array) -> tuple[Array, Array]:
+        rows: Any = math.prod(q.shape[:-1])
+        if weights:
+            each = jnp.broadcast_to(_spread(weights[0], q.ndim), (*q.shape[:-1], 1))
+            rows = jnp.sum(each, dtype=dtype)
+            q = jnp.where(each > 0, q.astype(dtype) * jnp.sqrt(each.astype(dtype)), 0)
+        return outer(q), block.count_rows(rows, q, dtype)
 
     def squares(g: Array) -> Array:
         leading = tuple(range(g.ndim - 1))
         return jnp.sum(jnp.square(g.astype(dtype)), leading)
 
-    def estimate(inputs: Array, output_grads: Array, due: Any) -> EmbedSums:
+    def estimate(residual: Any, output_grads: Array, due: Any) -> EmbedSums:
+        inputs, weights = block.unweighted(residual)
+        given = () if weights is None else (weights,)
         zeros = [
             jnp.zeros_like(output_grads, shape=s.shape, dtype=s.dtype) for s in shapes
         ]
         # Lookups have integer inputs, queries have vectors.
         if jnp.issubdtype(inputs.dtype, jnp.integer):
-            a, rows = block.when(
-                due.a, lambda g, words: lookups(words, g), output_grads, inputs
-            )
+            a, rows = block.when(due.a, lookups, output_grads, inputs, *given)
             return EmbedSums(
                 a, block.when(due.g, outer, output_grads), rows, *zeros[3:]
             )
-        g, rows = block.when(due.g, queries, inputs)
+        g, rows = block.when(due.g, queries, inputs, *given)
         a = block.when(due.a, squares, output_grads)
         return EmbedSums(zeros[0], zeros[1], zeros[2], a, g, rows)
 
@@ -124,15 +135,21 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
     )
 
 
+def _spread(weights: Array, ndim: int) -> Array:
+    """Returns weights of leading axes with ones for the other axes."""
+    return jnp.expand_dims(weights, range(weights.ndim, ndim))
+
+
 def _sum_of_roles(means: EmbedSums) -> kronecker.KroneckerFactors:
     """Approximates the sum of two Kronecker products by one."""
     a1, g1, _, a2, g2, _ = means  # diagonals [*copies, vocabulary], matrices
     trace1, trace2 = (jnp.trace(g, axis1=-2, axis2=-1) for g in (g1, g2))
-    square = (jnp.sum(a1, -1) * trace2) / (jnp.sum(a2, -1) * trace1)
-    # Without one of the roles its traces are 0 and c² is 0, inf or NaN; the sum is then
+    above, below = jnp.sum(a1, -1) * trace2, jnp.sum(a2, -1) * trace1
+    # Without one of the roles its traces are 0, and c² is not defined; the sum is then
     # the other role's product, whatever c is.
-    sound = jnp.isfinite(square) & (square > 0)
-    c = jnp.sqrt(jnp.where(sound, square, 1))
+    sound = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
+    square = jnp.where(sound, above, 1) / jnp.where(sound, below, 1)
+    c = jnp.sqrt(jnp.where(jnp.isfinite(square) & (square > 0), square, 1))
     return kronecker.KroneckerFactors(
         a1 + c[..., None] * a2, g1 + g2 / c[..., None, None]
     )

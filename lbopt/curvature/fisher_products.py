@@ -10,13 +10,9 @@ from jaxtyping import Float
 
 from lbopt import linalg
 from lbopt._typing import Array, Params
-from lbopt.curvature import registry
-from lbopt.curvature.likelihood import (
-    Outputs,
-    count_terms,
-    listen,
-    single_outputs,
-)
+from lbopt.curvature import loss
+from lbopt.curvature.likelihood import Outputs, listen, single_outputs
+from lbopt.curvature.terms import Terms, WeightsAt
 
 
 def fisher_products(
@@ -25,6 +21,7 @@ def fisher_products(
     vectors: Sequence[Params],
     *args: Any,
     has_aux: bool = False,
+    terms: Terms | None = None,
 ) -> Float[Array, "k k"]:
     r"""Computes the exact Fisher matrix's bilinear form for all pairs of vectors.
 
@@ -46,13 +43,17 @@ def fisher_products(
       *args: the loss's other arguments; part of the batch makes the products cheaper.
         On several devices the mean of their products belongs to the whole batch.
       has_aux: whether the loss returns ``(loss, aux)``.
+      terms: the terms that the loss averages, ``layers.terms`` of ``trace_layers``;
+        needed for outputs of more axes than ``[batch, features]`` unless the call of
+        ``likelihood`` states them.
 
     Returns:
       The symmetric matrix C, in at least float32.
 
     Raises:
       ValueError: if there are no vectors, a vector is not shaped like the parameters,
-        or the loss does not call ``likelihood`` exactly once, outside all transforms.
+        or the loss does not call ``likelihood`` exactly once, outside all transforms;
+        if the number of its terms is not known.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -69,23 +70,59 @@ def fisher_products(
     are coupled (batch normalisation), J is the Jacobian of the whole batch.  Vectors
     are cast to the parameters' dtypes.
     """
-    loss_fn = registry.unjitted(loss_fn)
+    loss_fn = loss.unjitted(loss_fn)
     found: list[Outputs] = []
 
-    def outputs_of(p: Params) -> Array:
+    def outputs_of(p: Params) -> tuple[Array, Any]:
         with nn.intercept_methods(listen(found)):
             result = loss_fn(p, *args)
-        registry.split_aux(result, has_aux, loss_fn)
-        return single_outputs(found, registry.name_of(loss_fn), "fisher_products").value
+        loss.split_aux(result, has_aux, loss_fn)
+        one = single_outputs(found, loss.name_of(loss_fn), "fisher_products")
+        given = [x for x in (one.terms, one.weights) if x is not None]
+        return one.value, [jnp.asarray(x) for x in given]
 
     # Under vmap the primal is computed once, not k times: out_axes=None proves it.
-    def pushed(vector: Params) -> tuple[Array, Array]:
-        return jax.jvp(outputs_of, (params,), (vector,))
+    def pushed(vector: Params) -> tuple[Array, Array, Any]:
+        return jax.jvp(outputs_of, (params,), (vector,), has_aux=True)
 
     side_by_side = _side_by_side(vectors, params)
-    outputs, tangents = jax.vmap(pushed, out_axes=(None, 0))(side_by_side)
+    outputs, tangents, given = jax.vmap(pushed, out_axes=(None, 0, None))(side_by_side)
     roots = _roots(outputs[None], tangents, found[0].distribution)
-    return linalg.matmul(roots, roots.T) / count_terms(found, None, args)
+    own = iter(given)
+    stated = found[0]._replace(
+        terms=None if found[0].terms is None else next(own),
+        weights=None if found[0].weights is None else next(own),
+    )
+    weights, n = _terms_of(stated, outputs, terms, args)
+    if weights is not None:
+        spread = jnp.expand_dims(weights, range(weights.ndim, outputs.ndim))
+        whole = jnp.broadcast_to(jnp.sqrt(spread), outputs.shape).reshape(1, -1)
+        roots = roots * whole.astype(roots.dtype)
+    return linalg.matmul(roots, roots.T) / n
+
+
+def _terms_of(
+    stated: Outputs, outputs: Array, terms: Terms | None, args: Sequence[Any]
+) -> tuple[Array | None, Any]:
+    """The weights of the loss's terms, if they have any, and its divisor."""
+    weights = stated.weights
+    if weights is None and terms is not None and isinstance(terms.weights, WeightsAt):
+        weights = terms.weights.read(args)
+    if weights is not None:
+        weights = jnp.asarray(weights, jnp.promote_types(weights.dtype, jnp.float32))
+    if stated.terms is not None:
+        return weights, stated.terms
+    if weights is not None:
+        return weights, jnp.sum(weights)
+    if terms is not None and terms.output is not None:
+        return None, terms.count(outputs.shape)
+    if outputs.ndim > 2:
+        raise ValueError(
+            f"the outputs {list(outputs.shape)} have more axes than one example's; "
+            "state the number of terms by lbopt.likelihood(..., terms=), or pass "
+            "terms=layers.terms"
+        )
+    return None, len(outputs)
 
 
 def _side_by_side(vectors: Sequence[Params], params: Params) -> Params:
@@ -123,7 +160,10 @@ def _roots(
     if distribution == "categorical":
         p = jax.nn.softmax(f)
         # (diag(p) − p pᵀ) = Rᵀ R with R = diag(√p) (I − 1 pᵀ).
-        t = jnp.sqrt(p) * (t - jnp.sum(p * t, axis=-1, keepdims=True))
+        # A product and not a sum: XLA (jaxlib 0.10.2, CPU, 32,768 numbers or more) gets
+        # a sum over the last axis wrong in which t and p differ in their first.
+        means = jnp.einsum("...c,k...c->k...", p[0], t)
+        t = jnp.sqrt(p) * (t - means[..., None])
     elif distribution == "bernoulli":
         # σ(−f), because 1 − σ(f) cancels for large f.
         t = jnp.sqrt(jax.nn.sigmoid(f) * jax.nn.sigmoid(-f)) * t

@@ -136,6 +136,12 @@ def _conv(seen: Seen, batched: bool, choice: Choice):
         edges = [(s // 2, (s + 1) // 2) for s in window.span]
         return jnp.pad(x, [(0, 0), *edges, (0, 0)], mode=mode)
 
+    if mode is None:
+        try:
+            patches.output_size(window, spatial)
+        except ValueError as reason:
+            # Marked before any step: there is no row to take a mean over.
+            raise Refusal(str(reason)) from reason
     linear = linear_maps.conv_linear(
         window,
         pad,

@@ -88,15 +88,23 @@ def kronecker_block(
     stack = linear.stack
     d_in, d_out = linear.in_features + linear.use_bias, linear.out_features
 
-    def sum_inputs(inputs: Array) -> tuple[Array, Array]:
-        if sharing == "expand":
+    def sum_inputs(inputs: Array, *weights: Array) -> tuple[Array, Array]:
+        if weights:
+            each = linear.row_weights(inputs, weights[0])
+            rows_of = linear.input_rows(inputs)
+            if sharing == "reduce":
+                rows_of, each = linear_maps.weighted_mean(rows_of, each, dtype)
+            total, rows = linear_maps.weighted_moment(
+                rows_of, each, linear.use_bias, dtype
+            )
+        elif sharing == "expand":
             # Not from rows: a convolution's moment needs no im2col buffer.
             total, rows = linear.input_moment(inputs, linear.use_bias, dtype)
         else:
             mean = linear.input_mean(inputs, dtype)
             rows = mean.shape[-2]
             total = linear_maps.moment_of(mean[..., None, :], linear.use_bias, dtype)
-        return total, block.count_rows(rows, total)
+        return total, block.count_rows(rows, total, dtype)
 
     def sum_output_grads(output_grads: Array) -> Array:
         g = linear.output_rows(output_grads)
@@ -105,17 +113,25 @@ def kronecker_block(
             g = jnp.sum(g, axis=-2, keepdims=True, dtype=dtype)
         return patches.outer_sum(g, dtype, stack=len(stack))
 
-    def estimate(inputs: Array, output_grads: Array, due: Any) -> KroneckerSums:
+    def estimate(residual: Any, output_grads: Array, due: Any) -> KroneckerSums:
+        inputs, weights = block.unweighted(residual)
+        operands = (inputs,) if weights is None else (inputs, weights)
         # The count belongs to A alone: G is divided by the number of terms.
-        a, rows = block.when(due.a, sum_inputs, inputs)
+        a, rows = block.when(due.a, sum_inputs, *operands)
         return KroneckerSums(a, block.when(due.g, sum_output_grads, output_grads), rows)
 
     def sum_squares(
-        output_grads: Array, inputs: Array, a_basis: Array, g_basis: Array
+        output_grads: Array, residual: Any, a_basis: Array, g_basis: Array
     ) -> Array:
+        # The signals hold the weights already.
+        inputs, weights = block.unweighted(residual)
         g = linear.output_rows(output_grads)
         if sharing == "expand":
             a = linear.input_rows(inputs)
+        elif weights is not None:
+            each = linear.row_weights(inputs, weights)
+            a, _ = linear_maps.weighted_mean(linear.input_rows(inputs), each, dtype)
+            g = jnp.sum(g, axis=-2, keepdims=True, dtype=dtype)
         else:
             a = linear.input_mean(inputs, dtype)[..., None, :]
             g = jnp.sum(g, axis=-2, keepdims=True, dtype=dtype)
@@ -220,6 +236,7 @@ def two_factor_block(
             inverses=KroneckerInverses,
             precondition=precondition,
             cut=cut,
+            row_weighted=True,
             moments=None
             if sum_squares is None
             else block.EigenMoments(sum_squares, precondition_in_bases),

@@ -4,29 +4,37 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt import checks
-from lbopt._typing import Array
-from lbopt.curvature import discovery
+from lbopt._typing import Array, Scalar
 
 Distribution: TypeAlias = Literal["categorical", "normal", "bernoulli"]
 
 
 # A module, because an interceptor sees calls of modules and nothing else; with it, no
 # global list of outputs is needed.
-class _Likelihood(nn.Module):
+class Likelihood(nn.Module):
     """The identity, visible to interceptors."""
 
     distribution: str
-    terms: int | None
 
-    def __call__(self, outputs: Array) -> Array:
+    def __call__(
+        self, outputs: Array, terms: Scalar | None, weights: Array | None
+    ) -> Array:
+        """Returns ``outputs``."""
+        del terms, weights  # for interceptors
         return outputs
 
 
 def likelihood(
-    outputs: Array, distribution: Distribution, *, terms: int | None = None
+    outputs: Array,
+    distribution: Distribution,
+    *,
+    terms: Scalar | None = None,
+    weights: Array | None = None,
 ) -> Array:
     r"""Declares that the loss is a negative log-likelihood of ``outputs``.
 
@@ -37,19 +45,25 @@ def likelihood(
     * ``normal``: means of a Gaussian of unit variance; the loss is
       :math:`\tfrac12 \lVert f - y \rVert^2`.
 
-    Only ``fisher="sampled"``, ``fisher="exact"`` and ``fisher_products`` need it.
+    The Fisher matrices ``"sampled"`` and ``"exact"`` and ``fisher_products`` need it;
+    a loss whose terms cannot be found by ``trace_layers`` states them by it.
 
     Args:
       outputs: the distribution's parameters, ``[batch, ...]``.
       distribution: the distribution's name.
-      terms: number of terms that the loss averages, if not the batch size (for example
-        batch × tokens).
+      terms: the number of terms that the loss averages, a number or, with ``weights``,
+        a traced scalar; None if ``trace_layers`` is to find it, or for Σ w.
+      weights: the terms' weights w, ``[batch]`` or ``[batch, ...]`` along the leading
+        axes of ``outputs``, of a loss :math:`\sum_i w_i \ell_i / \sum_i w_i` (with
+        another divisor n: ``terms=n``): a mask of booleans, or numbers that are not
+        negative, of examples, classes, tokens or pixels.
 
     Returns:
       ``outputs``, unchanged.
 
     Raises:
-      ValueError: for an unknown distribution or a number of terms below 1.
+      ValueError: for an unknown distribution, a number of terms below 1, traced terms
+        without weights, or weights that do not fit the outputs.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -57,10 +71,24 @@ def likelihood(
       (2, 3)
     """
     checks.one_of("distribution", distribution, get_args(Distribution))
-    if terms is not None:
-        checks.whole("terms", terms, "None stands for the batch size")
+    if weights is not None:
+        shape = jnp.shape(weights)
+        if not shape or shape != outputs.shape[: len(shape)]:
+            raise ValueError(
+                f"weights have shape {list(shape)}, but the outputs have "
+                f"{list(outputs.shape)}; pass one weight per example, or one for each "
+                "position along the leading axes of the outputs"
+            )
+    if isinstance(terms, jax.Array):
+        if weights is None:
+            raise ValueError(
+                "terms is an array, so rows of the batch have weights (padding); pass "
+                "weights= too, so that padding is left out of the inputs' statistics"
+            )
+    elif terms is not None:
+        checks.whole("terms", terms, "None: trace_layers finds it")
     # parent=None: inside a module's method it would become a submodule of that module.
-    return _Likelihood(distribution, terms, parent=None)(outputs)
+    return Likelihood(distribution, parent=None)(outputs, terms, weights)
 
 
 class Outputs(NamedTuple):
@@ -69,12 +97,14 @@ class Outputs(NamedTuple):
     Attributes:
       value: the model's outputs.
       distribution: the distribution's name.
-      terms: number of terms that the loss averages, or None.
+      terms: the number of terms that the loss averages, or None.
+      weights: the weights of its terms, or None.
     """
 
     value: Array
     distribution: str
-    terms: int | None
+    terms: Any
+    weights: Any
 
 
 def listen(outputs: list[Outputs]) -> Callable[..., Any]:
@@ -83,7 +113,7 @@ def listen(outputs: list[Outputs]) -> Callable[..., Any]:
     trace = get_opaque_trace_state(convention="flax")
 
     def interceptor(next_fun, args, kwargs, context):
-        if isinstance(context.module, _Likelihood):
+        if isinstance(context.module, Likelihood):
             module = context.module
             if get_opaque_trace_state(convention="flax") != trace:
                 raise ValueError(
@@ -91,43 +121,11 @@ def listen(outputs: list[Outputs]) -> Callable[..., Any]:
                     "inside a jit, vmap, scan or checkpoint inside the loss; call it "
                     "outside, once, on the outputs of the whole batch"
                 )
-            outputs.append(Outputs(args[0], module.distribution, module.terms))
+            value, terms, weights = args
+            outputs.append(Outputs(value, module.distribution, terms, weights))
         return next_fun(*args, **kwargs)
 
     return interceptor
-
-
-def count_terms(
-    outputs: Sequence[Outputs], batch_size: int | None, args: Sequence[Any]
-) -> int:
-    """Returns the number of terms that the loss averages.
-
-    Args:
-      outputs: the arguments of the calls of ``likelihood``.
-      batch_size: the number stated to lbopt, or None.
-      args: the loss's arguments after the parameters.
-
-    Returns:
-      The stated number, or else the batch size.
-
-    Raises:
-      ValueError: if different numbers are stated, or none and no argument is a batch.
-    """
-    stated = {o.terms for o in outputs if o.terms is not None}
-    if batch_size is not None:
-        stated.add(batch_size)
-    if len(stated) > 1:
-        raise ValueError(
-            f"the loss's number of terms is stated as {sorted(stated)}; state it once, "
-            "by batch_size= or by likelihood(..., terms=)"
-        )
-    n = next(iter(stated), None) or discovery.infer_batch_size(args)
-    if n is None:
-        raise ValueError(
-            "no argument of the loss looks like a batch (arrays that share a leading "
-            "size); state it by batch_size= or by likelihood(..., terms=)"
-        )
-    return n
 
 
 def single_outputs(

@@ -28,6 +28,8 @@ class SharedLinear(NamedTuple):
       use_bias: whether the bias is the last row of the matrix.
       input_rows: ``inputs -> [*stack, batch, shared, in]``.
       input_moment: ``(inputs, homogeneous, dtype) -> (Σ a aᵀ, number of rows)``.
+      row_weights: ``(inputs, weights) -> [*stack, batch, shared, 1]``, the weights of
+        the positions along the input's leading axes as weights of its rows.
       input_mean: ``(inputs, dtype) -> [*stack, batch, in]``, the mean over locations.
       output_rows: ``output_grads -> [*stack, batch, shared, out]``.
       kernel_shape: shape of the kernel in Flax, without lifted axes.
@@ -42,6 +44,7 @@ class SharedLinear(NamedTuple):
     use_bias: bool
     input_rows: Callable[[Array], Array]
     input_moment: Callable[[Array, bool, Any], tuple[Array, int]]
+    row_weights: Callable[[Array, Array], Array]
     input_mean: Callable[[Array, Any], Array]
     output_rows: Callable[[Array], Array]
     kernel_shape: tuple[int, ...]
@@ -71,11 +74,63 @@ def moment_of(rows: Array, homogeneous: bool, dtype: Any) -> Array:
     return _append_ones(total, edge, count)
 
 
+def weighted_moment(
+    rows: Float[Array, "*stack batch shared d"],
+    weights: Float[Array, "*stack batch shared one"],
+    homogeneous: bool,
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Returns Σ w a aᵀ over rows a with weights w, and Σ w.
+
+    Args:
+      rows: the rows a.
+      weights: the weights w.
+      homogeneous: whether to append a 1 to each row.
+      dtype: dtype of the accumulated sums.
+
+    Returns:
+      ``[*stack, d, d]``, or ``[*stack, d + 1, d + 1]`` with the 1; and a number, the
+      same for all of the stack.
+    """
+    stack = rows.ndim - 3
+    roots = jnp.sqrt(weights.astype(dtype))
+    # A row of weight 0 may hold anything, NaN too.
+    scaled = jnp.where(weights > 0, rows.astype(dtype) * roots, 0)
+    total = patches.outer_sum(scaled, dtype, stack=stack)
+    count = jnp.sum(weights, axis=(-3, -2, -1), dtype=dtype)
+    if homogeneous:
+        edge = jnp.sum(scaled * roots, axis=(-3, -2), dtype=dtype)
+        total = _append_ones(total, edge, count[..., None])
+    return total, count[(0,) * stack]
+
+
+def weighted_mean(
+    rows: Float[Array, "*stack batch shared d"],
+    weights: Float[Array, "*stack batch shared one"],
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Returns each example's weighted mean over locations, and its largest weight.
+
+    Args:
+      rows: the rows.
+      weights: their weights.
+      dtype: dtype of the means.
+
+    Returns:
+      ``[*stack, batch, 1, d]``, and the examples' weights ``[*stack, batch, 1, 1]``.
+    """
+    weights = weights.astype(dtype)
+    scaled = jnp.where(weights > 0, rows.astype(dtype) * weights, 0)
+    total = jnp.sum(weights, axis=-2, keepdims=True)
+    mean = jnp.sum(scaled, axis=-2, keepdims=True) / jnp.where(total > 0, total, 1)
+    return mean, jnp.max(weights, axis=-2, keepdims=True)
+
+
 def _append_ones(
-    total: Float[Array, "*stack d d"], edge: Float[Array, "*stack d"], count: int
+    total: Float[Array, "*stack d d"], edge: Float[Array, "*stack d"], count: Any
 ) -> Float[Array, "*stack e e"]:
     """Returns Σ [a; 1] [a; 1]ᵀ, given Σ a aᵀ, Σ a and the number of rows."""
-    corner = jnp.full_like(edge[..., :1], count)
+    corner = jnp.broadcast_to(count, edge[..., :1].shape).astype(edge.dtype)
     top = jnp.concatenate([total, edge[..., None]], -1)
     bottom = jnp.concatenate([edge, corner], -1)[..., None, :]
     return jnp.concatenate([top, bottom], -2)
@@ -156,6 +211,10 @@ def dense_linear(
         rows = to_rows(x)
         return moment_of(rows, homogeneous, dtype), math.prod(rows.shape[-3:-1])
 
+    def row_weights(x: Array, weights: Array) -> Array:
+        spread = jnp.expand_dims(weights, range(weights.ndim, x.ndim))
+        return to_rows(jnp.broadcast_to(spread, x.shape))[..., :1]
+
     return SharedLinear(
         in_features=d_in,
         out_features=d_out,
@@ -163,6 +222,7 @@ def dense_linear(
         use_bias=use_bias,
         input_rows=to_rows,
         input_moment=moment,
+        row_weights=row_weights,
         input_mean=lambda x, dtype: jnp.mean(to_rows(x), axis=-2, dtype=dtype),
         output_rows=lambda g: _batch_and_shared(g, n_stack, len(features), batched),
         kernel_shape=kernel_shape,
@@ -249,6 +309,16 @@ def conv_linear(
     def input_rows(x: Array) -> Array:
         return by_group(patches.extract_patches(pad(x), window), examples(x))
 
+    def row_weights(x: Array, weights: Array) -> Array:
+        *_, batch, locations, _ = jax.eval_shape(input_rows, x).shape
+        each = weights.reshape(batch, -1)
+        leading = x.ndim - rank - 1  # axes before the map
+        if weights.ndim <= leading:
+            each = jnp.repeat(each, locations // each.shape[1], axis=1)
+        elif each.shape[1] != locations:  # neither the outputs' nor the examples'
+            each = jnp.max(each, axis=1, keepdims=True)
+        return jnp.broadcast_to(each[..., None], (*stack, batch, locations, 1))
+
     def mean_rows(x: Array, dtype: Any) -> Array:
         padded = pad(x).astype(dtype)  # before the sum over locations, not after
         locations = math.prod(patches.output_size(window, padded.shape[1:-1]))
@@ -267,6 +337,7 @@ def conv_linear(
         use_bias=use_bias,
         input_rows=input_rows,
         input_moment=moment,
+        row_weights=row_weights,
         input_mean=mean_rows,
         output_rows=output_rows,
         kernel_shape=(*window.size, *features),

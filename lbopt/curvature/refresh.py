@@ -14,6 +14,7 @@ similar to its last two values and is halved otherwise,
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -208,8 +209,28 @@ def _curvature_states(opt_state: OptState) -> list[Any]:
     nodes = jax.tree.leaves(opt_state, is_leaf=has_refresh)
     found = [node for node in nodes if has_refresh(node)]
     if not found:
+        way_out = (
+            "pass the state of a chain that contains lbopt.scale_by_kfac, or leave "
+            "due= out"
+        )
         raise ValueError(
-            f"opt_state={type(opt_state).__name__} holds no curvature transform; pass "
-            "the state of a chain that contains lbopt.scale_by_kfac, or leave due= out"
+            f"opt_state={type(opt_state).__name__} holds no curvature transform; "
+            f"{lost_types(opt_state) or way_out}"
         )
     return found
+
+
+def lost_types(opt_state: OptState) -> str:
+    """Returns the way out for a state of lists and dictionaries; "" for any other."""
+
+    def is_lost(node: Any) -> bool:
+        fields = isinstance(node, Mapping) and {"refresh", "inner_state"} & set(node)
+        return isinstance(node, list) or bool(fields)
+
+    if not any(map(is_lost, jax.tree.leaves(opt_state, is_leaf=is_lost))):
+        return ""
+    return (
+        "it has lists or dictionaries where optax has tuples, as after a checkpoint is "
+        "restored without a target: restore it into the structure of "
+        "jax.eval_shape(tx.init, params), for example by orbax's restore(path, target)"
+    )

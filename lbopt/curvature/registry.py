@@ -1,131 +1,38 @@
 """The table of a model's layers and their curvature blocks, by ``trace_layers``."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lbopt import checks, sizes
-from lbopt._typing import Array, Params
+from lbopt import checks
+from lbopt._typing import Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import (
     capture,
     diagonal,
     discovery,
+    feature_maps,
     kronecker,
+    lifted_axes,
+    loss_head,
     tap_rules,
+    terms_search,
     unit_wise,
     verification,
 )
+from lbopt.curvature import locations as places
+from lbopt.curvature.layer_table import Layer, Layers
+from lbopt.curvature.loss import infer_batch_size, name_of, with_keywords, without_aux
+from lbopt.curvature.observation import Sighting, Traced
+from lbopt.curvature.terms import Terms
+
+__all__ = ["Layer", "Layers", "Sharing", "trace_layers"]
 
 _SHARINGS = get_args(kronecker.WeightSharing)
 Sharing: TypeAlias = kronecker.WeightSharing | Callable[[str], kronecker.WeightSharing]
-
-
-class Layer(NamedTuple):
-    """A row of the table: arrays of the parameters that share a block.
-
-    Attributes:
-      path: the keys of the parameters joined by slashes.
-      module: the Flax class, or ``parameter``.
-      tapped: location, block and lifted axes.
-      has_tap: whether the statistics come from a tap; if not, from the gradient.
-      shapes: the arrays' shapes by name, lifted axes included.
-      why: the reason for this block.
-      fallback: whether no rule matched and the block is the diagonal one.
-      used: whether the loss depends on it; if not, it has no curvature.
-    """
-
-    path: str
-    module: str
-    tapped: capture.Tapped
-    has_tap: bool
-    shapes: Mapping[str, tuple[int, ...]]
-    why: str
-    fallback: bool
-    used: bool
-
-    @property
-    def block(self) -> blocks.CurvatureBlock:
-        """The layer's curvature block."""
-        return self.tapped.block
-
-    def factor_shapes(self) -> Any:
-        """Returns the shapes and dtypes of the layer's packed factors."""
-        return self.block.factor_shapes(self.tapped.copies)
-
-    def state_bytes(self) -> int:
-        """Returns the bytes of the layer's factors and inverses."""
-        # Abstractly: nothing of this size is allocated for a table.
-        state = jax.eval_shape(lambda: self.block.init(self.tapped.copies))
-        return sum(
-            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)
-        )
-
-
-# A Mapping, not a dict: immutable, and no pytree, hence a constant of the program.
-class Layers(Mapping[str, Layer]):
-    """The layers of a model by path, in the order of its parameters.
-
-    Made by :func:`trace_layers`; ``print(layers)`` shows a table.  It holds no arrays
-    and is a constant of the compiled program.
-    """
-
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self._layers = dict(layers)
-
-    def __getitem__(self, path: str) -> Layer:
-        """Returns the layer at a path."""
-        return self._layers[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over the paths, in the order of the parameters."""
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        """Returns the number of layers."""
-        return len(self._layers)
-
-    @property
-    def preconditioned(self) -> dict[str, Layer]:
-        """The layers that the loss depends on."""
-        return {path: layer for path, layer in self.items() if layer.used}
-
-    def __repr__(self) -> str:
-        """Returns the table: path, module, block, sizes, bytes of state and reason."""
-        rows = [("", "path", "module", "block", "sizes", "state", "why")]
-        total = 0
-        # "!" marks the rows that strict=True refuses.
-        for path, layer in self.items():
-            size = layer.state_bytes() if layer.used else 0
-            total += size
-            rows.append(
-                (
-                    "!" if layer.fallback or not layer.used else "",
-                    path,
-                    layer.module,
-                    layer.block.kind if layer.used else "none",
-                    _sizes(layer) if layer.used else "",
-                    sizes.text_of(size),
-                    layer.why,
-                )
-            )
-        marked = sum(row[0] == "!" for row in rows)
-        rows.append(("", f"{len(self)} layers", "", "", "", sizes.text_of(total), ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i == 5 else cell.ljust(w)  # bytes to the right
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        if marked:
-            lines.append(f"! {marked} without a block of their own (see why)")
-        return "\n".join(lines)
 
 
 def trace_layers(
@@ -140,10 +47,13 @@ def trace_layers(
     doubly_factored: int | Mapping[str, tuple[int, int]] | None = None,
     rules: Mapping[Any, Any] | None = None,
     batch_size: int | None = None,
+    **kwargs: Any,
 ) -> Layers:
     """Finds the layers of a model and chooses a curvature block for each.
 
-    The loss is traced abstractly; nothing is computed unless ``verify`` is set.
+    The loss is traced abstractly.  Beside that its head, what it does with the model's
+    outputs, is evaluated on small arrays, to find the terms that it averages: without
+    the model, unless ``verify`` is set.
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``, a mean over the
@@ -166,15 +76,19 @@ def trace_layers(
         with a kernel is a convolution whose channels divide the inputs; None for none.
       rules: tap rules for layers of your own, or replacing Flax's, by method:
         ``{MyLayer.__call__: Rule(block, residual, names)}``; see ``tap_rules.Rule``.
-      batch_size: number of examples, if it cannot be inferred from the arguments.
+      batch_size: the number of terms that the loss averages (examples, tokens, pixels)
+        in this batch, if it cannot be found.
+      **kwargs: keyword arguments of the loss.
 
     Returns:
       The layers; ``print`` shows them as a table.
 
     Raises:
       ValueError: if the loss does not depend on the parameters or applies raw JAX
-        transforms around bound modules; if ``strict`` or ``verify`` finds a fault; for
-        a feature map that a layer does not have.
+        transforms around bound modules; if the terms that it averages are neither
+        found nor stated; if it changes where lbopt has to add arrays to ``params``;
+        if ``strict`` or ``verify`` finds a fault; for a feature map that a layer does
+        not have.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -187,37 +101,79 @@ def trace_layers(
       'kronecker'
     """
     _check_choices(weight_sharing, norm_blocks, batch_size)
-    n = discovery.infer_batch_size(args) if batch_size is None else batch_size
-    locations = capture.find_locations(params)
+    locations = places.find_locations(params)
     _check_params(params, locations)
-    loss = without_aux(loss_fn, has_aux)
+    loss, own_args = with_keywords(without_aux(loss_fn, has_aux), args, kwargs)
+    args = tuple(own_args)
     used = _used_arrays(loss, params, args, name_of(loss_fn))
     own = tap_rules.own_rules(rules or {})
-    sightings = discovery.find_sightings(loss, params, args, locations, own)
-    maps, unexplained = discovery.find_feature_maps(
-        doubly_factored, locations, sightings, n
+    watched, head = loss_head.observe(loss)
+    traced = Traced(watched, params, args, locations, own)
+    found = discovery.discover(traced, used)
+    terms, n = _terms(loss, params, args, head, batch_size, name_of(loss_fn))
+    maps, unexplained = feature_maps.find_feature_maps(
+        doubly_factored, locations, found.sightings, n
     )
     layers: dict[str, Layer] = {}
     for number, location in enumerate(locations):
-        if number in sightings:
+        if number in found.refused:
+            rows = _diagonal_rows(location, params, (), found.refused[number])
+        elif number in found.sightings:
             choice = tap_rules.Choice(
                 _sharing_of(location.path, weight_sharing),
                 norm_blocks,
                 maps.get(location.path),
             )
-            rows = _layer_rows(
-                loss, params, args, location, sightings[number], choice, own, n
-            )
+            rows = _layer_rows(traced, found, number, choice, n)
         else:
             rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
         layers |= {row.path: _annotated(row, used, unexplained) for row in rows}
     if strict:
         _require_unmarked(layers)
+    # Unused layers do not run, and diagonal blocks are autodiff's own.
+    tapped = {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
+    verification.require_same_loss(loss, params, args, tapped, found.accepted)
     if verify:
-        # Unused layers do not run, and diagonal blocks are autodiff's own.
-        tapped = {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
-        verification.verify(loss, params, args, tapped, n)
-    return Layers(layers)
+        verification.verify(loss, params, args, tapped, found.accepted, n)
+    return Layers(layers, terms, found.accepted)
+
+
+def _terms(
+    loss: Callable[..., Any],
+    params: Params,
+    args: Sequence[Any],
+    head: loss_head.Head,
+    batch_size: int | None,
+    loss_name: str,
+) -> tuple[Terms, int | None]:
+    """Finds the terms of the loss, and the number of examples of the batch."""
+    stated = [name for name in head.outputs if name[0] == loss_head.LIKELIHOOD]
+    sizes = {
+        head.outputs[name].shape[0]
+        for name in stated or head.outputs
+        if head.outputs[name].shape and name not in head.inner
+    }
+    examples = sizes.pop() if len(sizes) == 1 else infer_batch_size(args)
+    if examples == 0:
+        raise ValueError(
+            f"the batch of loss_fn={loss_name} holds no examples; pass at least one"
+        )
+    if batch_size is not None:
+        text = f"{batch_size}, stated by batch_size="
+        terms = Terms(None, (), (), None, batch_size, examples, text)
+        return terms, examples or batch_size
+    if head.stated:
+        text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
+        weights = "likelihood" if "weights" in head.stated else None
+        return Terms(None, (), (), weights, None, examples, text), examples
+    try:
+        return terms_search.find(loss, params, args, head, examples), examples
+    except terms_search.Unproved as reason:
+        raise ValueError(
+            f"cannot find the terms that loss_fn={loss_name} averages: {reason}. State "
+            "them by batch_size= (their number in the batch), or by "
+            "lbopt.likelihood(outputs, ..., terms=) or (..., weights=) in the loss"
+        ) from reason
 
 
 def _check_choices(weight_sharing: Any, norm_blocks: Any, batch_size: Any) -> None:
@@ -255,60 +211,6 @@ def _annotated(
     return row
 
 
-def without_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Returns the scalar loss function behind a jitted loss or one with aux."""
-    loss_fn = unjitted(loss_fn)
-
-    def loss(*args: Any) -> Array:
-        return split_aux(loss_fn(*args), has_aux, loss_fn)[0]
-
-    return loss
-
-
-def unjitted(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function inside ``jax.jit``, or ``loss_fn`` itself."""
-    # likelihood cannot hand outputs out of an inner jit.
-    while isinstance(loss_fn, jax.stages.Wrapped):
-        # inspect.unwrap would also remove other decorators, which belong to the loss.
-        loss_fn = vars(loss_fn)["__wrapped__"]
-    return loss_fn
-
-
-def split_aux(
-    result: Any, has_aux: bool, loss_fn: Callable[..., Any]
-) -> tuple[Array, Any]:
-    """Checks a loss function's result and returns it as ``(loss, aux)``.
-
-    Args:
-      result: the loss, or ``(loss, aux)``.
-      has_aux: whether it is ``(loss, aux)``.
-      loss_fn: the function, for the message.
-
-    Returns:
-      The loss as an array, and aux or None.
-
-    Raises:
-      ValueError: if the result has another form or the loss is not one real number.
-    """
-    # As in jax.value_and_grad, but said before autodiff fails on it.
-    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
-    if has_aux is not is_pair:
-        kind = "a pair" if is_pair else f"a {type(result).__name__}"
-        raise ValueError(
-            f"loss_fn={name_of(loss_fn)} returns {kind}, but has_aux={has_aux}; "
-            "return (loss, aux) with has_aux=True, the loss alone otherwise"
-        )
-    pair: Any = result if has_aux else (result, None)
-    loss, aux = pair
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ValueError(
-            f"loss_fn={name_of(loss_fn)} returns "
-            f"{jnp.result_type(loss)}{list(jnp.shape(loss))}; the loss is one real "
-            "number, a mean over the batch"
-        )
-    return jnp.asarray(loss), aux
-
-
 def _sharing_of(path: str, weight_sharing: Sharing) -> kronecker.WeightSharing:
     """Returns the weight sharing of one layer."""
     if not callable(weight_sharing):
@@ -318,26 +220,44 @@ def _sharing_of(path: str, weight_sharing: Sharing) -> kronecker.WeightSharing:
     return sharing
 
 
-def _layer_rows(loss, params, args, location, sighting, choice, own, n):
+def _layer_rows(
+    traced: Traced,
+    found: discovery.Discovery,
+    number: int,
+    choice: tap_rules.Choice,
+    n: int | None,
+) -> list[Layer]:
     """Returns the rows of a location whose arrays a layer with a rule uses."""
+    location, sighting = traced.locations[number], found.sightings[number]
+    route = found.routes[number]
     try:
-        axes = discovery.lifted_axes(loss, params, args, location, sighting)
+        axes = lifted_axes.lifted_axes(traced, number, sighting, route)
         # Inside a vmap over n lanes the layer sees one example, without a batch axis.
         batched = n not in sighting.lanes
-        row = _tapped_row(location, sighting, axes, batched, choice, params, own)
+        row = _tapped_row(traced, location, sighting, axes, batched, choice)
     except tap_rules.Refusal as reason:
-        return _diagonal_rows(location, params, (), str(reason))
-    return [row, *_diagonal_rows(location, params, row.shapes, "beside a layer")]
+        return _diagonal_rows(location, traced.params, (), str(reason))
+    row = row._replace(tapped=row.tapped._replace(route=route, batched=batched))
+    rest = _diagonal_rows(location, traced.params, row.shapes, "beside a layer")
+    return [row, *rest]
 
 
-def _tapped_row(location, sighting, axes, batched, choice, params, own) -> Layer:
+def _tapped_row(
+    traced: Traced,
+    location: places.Location,
+    sighting: Sighting,
+    axes: tuple[int, ...],
+    batched: bool,
+    choice: tap_rules.Choice,
+) -> Layer:
     """Returns the row of a layer with a rule."""
+    own = traced.rules
     block = sighting.rule.block(sighting.seen, batched, choice)
     # Probes have lifted axes where the layer's arrays have them; a sum of lower rank,
     # such as a vector, has no such place.
     if any(max(axes, default=0) > len(x.shape) for x in block.sums):
         raise tap_rules.Refusal("its lifted axis lies too far back; use axis 0")
-    arrays = capture.lookup(params, location)
+    arrays = places.lookup(traced.params, location)
     names = tuple(sighting.seen.params)
     copies = tuple(arrays[names[0]].shape[a] for a in axes)
     # nn.remat and nn.jit make classes of their own; the table shows the name they have.
@@ -349,6 +269,7 @@ def _tapped_row(location, sighting, axes, batched, choice, params, own) -> Layer
     elif block.kind == "kronecker":
         why = f"{choice.sharing} over locations"
     elif block.kind == "doubly_factored":
+        assert choice.feature_map is not None
         locations, channels = choice.feature_map
         why = f"{locations} locations × {channels} channels, rank one per example"
     if copies:
@@ -367,7 +288,7 @@ def _tapped_row(location, sighting, axes, batched, choice, params, own) -> Layer
 
 def _diagonal_rows(location, params, covered, why: str) -> list[Layer]:
     """Returns the rows of the arrays at a location that no rule covers."""
-    arrays = capture.lookup(params, location)
+    arrays = places.lookup(params, location)
     rows = []
     # One block per array: they share nothing that a diagonal could use.
     for name in location.names:
@@ -393,7 +314,7 @@ def _diagonal_rows(location, params, covered, why: str) -> list[Layer]:
     return rows
 
 
-def _check_params(params: Params, locations: Sequence[capture.Location]) -> None:
+def _check_params(params: Params, locations: Sequence[places.Location]) -> None:
     """Raises ValueError for arrays outside nested dictionaries, or for no arrays."""
     named = {(*at.keys, name) for at in locations for name in at.names}
 
@@ -408,17 +329,41 @@ def _check_params(params: Params, locations: Sequence[capture.Location]) -> None
                 f"params{where} is a boxed {type(leaf).__name__}; pass "
                 "flax.linen.meta.unbox(params), and box again in loss_fn if needed"
             )
-        if discovery.keys_of(path) not in named:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
             raise ValueError(
-                f"params{where} is {type(leaf).__name__}, not an array in nested "
-                "dictionaries; pass parameters as Flax makes them, those of several "
-                "models in one dictionary"
+                f"params{where} is {leaf.dtype}; lbopt has no curvature of complex "
+                "parameters: pass their real and imaginary parts, or leave them to "
+                "another optimizer by optax.partition"
             )
+        if discovery.keys_of(path) not in named:
+            at, found = _first_other(params, path)
+            raise ValueError(
+                f"params{at} is a {found}, not a dictionary: params{where} is no "
+                "array in nested dictionaries; pass parameters as Flax makes them, "
+                "those of several models in one dictionary"
+            )
+    paths = [at.path for at in locations]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            f"params has several dictionaries of the path {twice[0]!r}, because a key "
+            "contains a slash; rename the key"
+        )
     if not locations:
         raise ValueError(
             f"params={type(params).__name__} holds no arrays; pass parameters as Flax "
             "makes them, for example model.init(...)['params']"
         )
+
+
+def _first_other(params: Params, path: tuple[Any, ...]) -> tuple[str, str]:
+    """The first container on a path that is no mapping: where it is, and its type."""
+    node = params
+    for i, entry in enumerate(path):
+        if not isinstance(node, Mapping):
+            return jax.tree_util.keystr(path[:i]), type(node).__name__
+        node = node[getattr(entry, "key", None)]
+    return jax.tree_util.keystr(path), type(node).__name__
 
 
 def _require_unmarked(layers: Mapping[str, Layer]) -> None:
@@ -432,17 +377,3 @@ def _require_unmarked(layers: Mapping[str, Layer]) -> None:
             "parameters that the loss does not use, or pass strict=False to accept "
             "diagonal blocks"
         )
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Returns a function's name, for messages."""
-    return getattr(function, "__name__", repr(function))
-
-
-def _sizes(layer: Layer) -> str:
-    copies = "×".join(map(str, layer.tapped.copies))
-    # (1, 1) is the number of rows, which is no statistic.
-    shapes = [
-        "×".join(map(str, s.shape)) for s in layer.block.sums if s.shape != (1, 1)
-    ]
-    return " + ".join(shapes) + (f" (× {copies})" if copies else "")

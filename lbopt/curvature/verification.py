@@ -12,8 +12,9 @@
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,9 @@ import jax.numpy as jnp
 
 from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
-from lbopt.curvature import capture
+from lbopt.curvature import capture, derivatives
+from lbopt.curvature import locations as places
+from lbopt.curvature.observation import eval_shape
 
 _WAY_OUT = "leave this layer to another optimizer, by optax.partition"
 
@@ -31,6 +34,7 @@ def verify(
     params: Params,
     args: Sequence[Any],
     tapped: Mapping[str, capture.Tapped],
+    accepted: capture.Accepted,
     batch_size: int | None,
 ) -> None:
     """Runs one batch and checks every tapped layer.
@@ -40,6 +44,7 @@ def verify(
       params: the parameters, arrays.
       args: the loss's other arguments.
       tapped: the layers by path.
+      accepted: trees mapped from the parameters that count as the parameters.
       batch_size: number of examples in the batch, if known.
 
     Raises:
@@ -51,9 +56,8 @@ def verify(
             "arrays, or verify=False"
         )
     whole = list(tapped.values())
-    sums = _differentiate(
-        loss, params, args, whole, [_flags(layer, False) for layer in whole]
-    )[1]
+    run = _Run(loss, params, args, accepted)
+    sums = run.differentiate(whole, [_flags(layer, False) for layer in whole])[1]
     for path, total in zip(tapped, sums, strict=True):
         if any(bool(jnp.any(x != 0)) for x in total):
             raise ValueError(
@@ -63,11 +67,11 @@ def verify(
                 "instead of a norm of each array"
             )
     # All layers in one run; one by one only to name the culprits.
-    if not _arrive_whole(loss, params, args, whole, set(range(len(whole)))):
+    if not _arrive_whole(run, whole, set(range(len(whole)))):
         changed = [
             path
             for number, path in enumerate(tapped)
-            if not _arrive_whole(loss, params, args, whole, {number})
+            if not _arrive_whole(run, whole, {number})
         ]
         raise ValueError(
             f"layers {changed}: something between params and the layer changes its "
@@ -78,18 +82,117 @@ def verify(
     # One example, or a batch of unknown size, has no second batch to compare with.
     if batch_size is not None and batch_size > 1:
         batches.append(_first_half_doubled(args, batch_size))
-    runs = [_gradients(loss, params, batch, twins) for batch in batches]
+    runs = [_gradients(run._replace(args=batch), twins) for batch in batches]
     for path in tapped:
         _compare(path, [run[path] for run in runs])
 
 
-def _arrive_whole(loss, params, args, tapped, numbers) -> bool:
+class _Run(NamedTuple):
+    """A loss, and what it is called with."""
+
+    loss: Callable[..., Any]
+    params: Params
+    args: Sequence[Any]
+    accepted: capture.Accepted
+
+    def probes(
+        self, tapped: Sequence[capture.Tapped], due: Sequence[Any]
+    ) -> capture.Probes:
+        """Makes probes for one trace."""
+        return capture.make_probes(tapped, due, accepted=self.accepted)
+
+    def tapped_loss(
+        self, probes: capture.Probes, params: Params, arrays: capture.ProbeArrays
+    ) -> Array:
+        """Evaluates the loss with taps."""
+        whole = probes.insert(params, arrays)
+        with nn.intercept_methods(probes.interceptor(whole, arrays)):
+            return self.loss(whole, *self.args)
+
+    def differentiate(
+        self, tapped: Sequence[capture.Tapped], due: Sequence[Any]
+    ) -> tuple[Params, list[Any]]:
+        """Returns the gradient and each layer's sums."""
+        probes = self.probes(tapped, due)
+        grads, taken = jax.grad(
+            functools.partial(self.tapped_loss, probes), argnums=(0, 1)
+        )(self.params, probes.arrays())
+        probes.require_all_reached()
+        return grads, probes.sums(taken)
+
+
+def require_same_loss(
+    loss: Callable[..., Any],
+    params: Params,
+    args: Sequence[Any],
+    tapped: Mapping[str, capture.Tapped],
+    accepted: capture.Accepted,
+) -> None:
+    """Compares a loss with itself as lbopt evaluates it.
+
+    The two are the same unless probes lie in the tree that the loss is called with.  A
+    gradient that reaches a probe past its layer is found abstractly; other dependence
+    on the tree by one evaluation, of arrays.
+
+    Args:
+      loss: the scalar loss.
+      params: the parameters.
+      args: the loss's other arguments.
+      tapped: the layers by path.
+      accepted: trees mapped from the parameters that count as the parameters.
+
+    Raises:
+      ValueError: if they differ.
+    """
+    carried = [layer for layer in tapped.values() if layer.route == "params"]
+    if not carried:
+        return
+    probes = capture.make_probes(carried, [None for _ in carried], accepted=accepted)
+    arrays = probes.arrays()
+    read: set[int] = set()
+
+    def noted(params: Params, arrays: capture.ProbeArrays, args: Any) -> Array:
+        watched = [
+            {
+                n: derivatives.on_cotangent(x, lambda _, i=i: read.add(i))
+                for n, x in own.items()
+            }
+            for i, own in enumerate(arrays)
+        ]
+        return loss(probes.insert(params, watched), *args)
+
+    eval_shape(jax.grad(noted, argnums=1), params, arrays, args)
+    differs = bool(read)
+    leaves = jax.tree.leaves((params, args))
+    if not differs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        run = _Run(loss, params, args, accepted)
+        whole = list(tapped.values())
+        probes = run.probes(whole, [_flags(layer, True) for layer in whole])
+        pair = loss(params, *args), run.tapped_loss(probes, params, probes.arrays())
+        # The same operations in the same order, but for rounding of a compiled part.
+        differs = not bool(jnp.allclose(*pair, rtol=1e-3, atol=1e-5, equal_nan=True))
+    if differs:
+        raise ValueError(
+            "loss_fn reads arrays that lbopt adds to params for the layers "
+            f"{[layer.location.path for layer in carried]}, whose parameters a "
+            "transform of JAX's own takes along (jax.jit, jax.checkpoint, jax.vmap, "
+            "jax.lax.scan); use lbopt.plain(params) where the loss does anything but "
+            "call the model with params (norms, penalties, gradients by them)"
+        )
+
+
+def _arrive_whole(
+    run: _Run, tapped: Sequence[capture.Tapped], numbers: Collection[int]
+) -> bool:
     """Tests whether probes of ones still are ones inside the given layers."""
-    probes = capture.make_probes(tapped, [None for _ in tapped])
+    probes = run.probes(tapped, [None for _ in tapped])
+    arrays = probes.arrays(1.0)
+    whole = probes.insert(run.params, arrays)
+    taps = probes.interceptor(whole, arrays)
 
     def interceptor(next_fun, args, kwargs, context):
+        found = taps.find(context)
         outputs = next_fun(*args, **kwargs)
-        found = probes.find(context)
         if found is None or found[0] not in numbers:
             return outputs
         arrived = [jnp.all(found[2][name] == 1) for name in probes.names(found[0])]
@@ -97,7 +200,7 @@ def _arrive_whole(loss, params, args, tapped, numbers) -> bool:
         return jnp.where(jnp.all(jnp.stack(arrived)), outputs, jnp.nan)
 
     with nn.intercept_methods(interceptor):
-        return bool(jnp.isfinite(loss(probes.insert(params, 1.0), *args)))
+        return bool(jnp.isfinite(run.loss(whole, *run.args)))
 
 
 def _first_half_doubled(args: Sequence[Any], batch_size: int) -> Sequence[Any]:
@@ -112,13 +215,13 @@ def _first_half_doubled(args: Sequence[Any], batch_size: int) -> Sequence[Any]:
     return jax.tree.map(double, args)
 
 
-def _gradients(loss, params, args, twins) -> dict[str, Any]:
+def _gradients(run: _Run, twins: Mapping[str, capture.Tapped]) -> dict[str, Any]:
     """Returns each layer's gradients by name: captured, autodiff's, rounding unit."""
     due = [True for _ in twins]  # a twin has no flags
-    grads, captured = _differentiate(loss, params, args, list(twins.values()), due)
+    grads, captured = run.differentiate(list(twins.values()), due)
     pairs = {}
     for (path, twin), own in zip(twins.items(), captured, strict=True):
-        whole = capture.lookup(grads, twin.location)
+        whole = places.lookup(grads, twin.location)
         epsilon = float(jnp.max(own.epsilon))
         pairs[path] = {
             name: (
@@ -129,18 +232,6 @@ def _gradients(loss, params, args, twins) -> dict[str, Any]:
             for i, name in enumerate(twin.location.names)
         }
     return pairs
-
-
-def _differentiate(loss, params, args, tapped, due):
-    probes = capture.make_probes(tapped, due)
-
-    def tapped_loss(p):
-        with nn.intercept_methods(probes.interceptor):
-            return loss(p, *args)
-
-    grads = jax.grad(tapped_loss)(probes.insert(params))
-    probes.require_all_reached()
-    return probes.remove(grads)
 
 
 def _flags(layer: capture.Tapped, value: bool) -> Any:
@@ -159,7 +250,7 @@ def _gradient_twin(layer: capture.Tapped, params: Params) -> capture.Tapped:
     Returns:
       The twin; its last sum is the rounding unit of the layer's outputs, per call.
     """
-    arrays = capture.lookup(params, layer.location)
+    arrays = places.lookup(params, layer.location)
     names = layer.location.names
     # Probes named like the arrays would be normalised by nn.WeightNorm, too, which
     # chooses arrays by name.

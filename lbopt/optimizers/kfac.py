@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 
 from lbopt import checks
@@ -212,4 +213,10 @@ def _add(value: ScalarOrSchedule, constant: Scalar) -> ScalarOrSchedule:
     if not callable(value):
         return value + constant
     schedule: Callable[[Any], Any] = value
-    return lambda count: schedule(count) + constant
+
+    def total(count: Any) -> Any:
+        first = jnp.asarray(schedule(count))
+        # The sum with β would hide a λ that is not positive from scale_by_kfac.
+        return jnp.where(first > 0, first + constant, first)
+
+    return total

@@ -2,7 +2,7 @@
 
 import optax
 
-from lbopt._typing import Count, Scalar, ScalarOrSchedule
+from lbopt._typing import AxisName, Count, Scalar, ScalarOrSchedule
 from lbopt.transforms.nlcg import Beta, Preconditioner, scale_by_nlcg
 from lbopt.transforms.step_control import StepControl
 
@@ -14,7 +14,7 @@ def nlcg(
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
     control_period: Count = 5,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditioned nonlinear conjugate gradients for large batches.
 

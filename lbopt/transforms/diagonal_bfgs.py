@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lbopt._typing import Array, Params, Updates
+from lbopt.norms import inner, precise
 
 EPS = 1e-8
 """ε of the released code."""
@@ -81,14 +82,13 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
         t, y = precise(displacement), precise(change)
         ht = jax.tree.map(jnp.multiply, state.h, t)
         # Over all arrays together: h is the diagonal of one matrix.
-        yt: Any = optax.tree.vdot(y, t)
-        tbt: Any = optax.tree.vdot(t, ht)
+        yt, tbt = inner(y, t), inner(t, ht)
         curved = (yt >= EPS) & (tbt >= EPS)
 
         def renewed(h: Array, ht: Array, y: Array) -> Array:
             # diag(B t tᵀ B) / tᵀBt and diag(y yᵀ) / yᵀt, with ε as in the code.
-            lost = (jnp.square(ht) + EPS) / (tbt + EPS)
-            gained = (jnp.square(y) + EPS) / (yt + EPS)
+            lost = (jnp.square(ht) + EPS) / jnp.where(curved, tbt + EPS, 1)
+            gained = (jnp.square(y) + EPS) / jnp.where(curved, yt + EPS, 1)
             new = jnp.abs(h - lost + gained)
             # Without curvature along t the update is not defined (or divides by ε).
             return jnp.where(curved & jnp.isfinite(new), new, h)
@@ -103,10 +103,3 @@ def scale_by_diagonal_bfgs() -> optax.GradientTransformationExtraArgs:
         return updates, DiagonalBfgsState(optax.safe_increment(state.count), h)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def precise(tree: Any) -> Any:
-    """Returns a tree in float32 or better, as differences of its arrays need it."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
-    )

@@ -1,9 +1,11 @@
 r"""Eigenvalues of the curvature, averaged from second moments between eigenbases.
 
-.. math:: s \leftarrow s + \frac{1 - \beta}{1 - \beta^k} (s_{\text{batch}} - s)
+.. math:: s \leftarrow (1 - w_k) s + w_k s_{\text{batch}}, \qquad
+          w_k = \frac{1 - \beta}{1 - \beta^k}
 
 after k statistics, in the bases in effect; when these change, s is transformed to the
-new ones (``curvature.eigen_moments``).  Until the first statistic s holds the
+new ones.  It is averaged over eigenvectors of equal eigenvalues, which are arbitrary
+(``curvature.eigen_moments``).  Until the first statistic s holds the
 eigenvalues :math:`d_A d_G^\top` of the Kronecker product.
 """
 
@@ -21,7 +23,7 @@ from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer
 from lbopt.in_place import update_if
 from lbopt.sharding import Owners
-from lbopt.transforms import renewal
+from lbopt.transforms import renewal, statistics
 from lbopt.transforms.kfac_state import KfacState
 
 
@@ -68,8 +70,8 @@ def average(
     squares: Mapping[str, Array],
     factor_decay: Scalar,
     axis: Axis,
-) -> KfacState:
-    """Folds the second moments that are due and finite into their averages.
+) -> tuple[KfacState, dict[str, Array]]:
+    """Folds the second moments that are due, finite and not empty into their averages.
 
     Args:
       layers: the layers by path.
@@ -79,32 +81,42 @@ def average(
       axis: the devices.
 
     Returns:
-      The state; moments that are not finite are counted in ``rejected``.
+      The state; moments that are not finite are counted in ``rejected``.  And by path
+      which moments were due and all zeros, of no row: they stay due.
     """
     due = {path: moments.due for path, moments in state.moments.items()}
     if not due:
-        return state
+        return state, {}
 
-    def renew(old: dict[str, Moments]) -> dict[str, Moments]:
+    def renew(old: Any) -> Any:
         means = collectives.mean(dict(squares), axis)
-        return {path: renewed(*one, means[path]) for path, one in old.items()}
+        found = {path: renewed(path, one, means[path]) for path, one in old[0].items()}
+        moments = {path: one for path, (one, _) in found.items()}
+        return moments, {path: empty for path, (_, empty) in found.items()}
 
-    def renewed(s: Array, renewals: Array, due: Array, mean: Array) -> Moments:
-        accepted = due & linalg.all_finite(mean)
+    def renewed(path: str, old: Moments, mean: Array) -> tuple[Moments, Array]:
+        s, renewals, due = old
+        empty = due & ~jnp.any(mean != 0)
         # Debiased, so that the first second moments replace d_A d_Gᵀ altogether.
-        weight = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
-        after = s + (weight * (mean - s)).astype(s.dtype)
-        return Moments(jnp.where(accepted, after, s), renewals + accepted, due)
+        weight = statistics.weight(factor_decay, renewals)
+        accepted = due & ~empty & linalg.all_finite(mean) & (weight > 0)
+        kinds, bases = layers[path].block.factors, state.inverses[path]
+        mean = eigen_moments.pooled(kinds, bases, mean)
+        after = statistics.averaged(s, mean, weight, accepted)
+        return Moments(after, renewals + accepted, due), empty
 
     # One condition for all layers, because one collective carries all means.
-    after = update_if(jnp.any(jnp.stack(list(due.values()))), renew, state.moments)
-    # A statistic that was due and not counted as a renewal was not finite.
+    start = (state.moments, {path: jnp.zeros([], bool) for path in due})
+    after, empty = update_if(jnp.any(jnp.stack(list(due.values()))), renew, start)
+    # A statistic that was due and not counted as a renewal was empty or not finite.
     refused = {
-        path: due[path] & (after[path].renewals == state.moments[path].renewals)
+        path: due[path]
+        & ~empty[path]
+        & (after[path].renewals == state.moments[path].renewals)
         for path in due
     }
     counts = jnp.stack([jnp.asarray(refused.get(path, False)) for path in layers])
-    return state._replace(moments=after, rejected=state.rejected + counts)
+    return state._replace(moments=after, rejected=state.rejected + counts), empty
 
 
 def carry(
@@ -138,10 +150,15 @@ def carry(
         old, new = before.inverses[path], state.inverses[path]
 
         def first(_: Array, layer: Layer = layer, new: Any = new) -> Array:
-            return eigen_moments.kronecker_eigenvalues(layer.block.factors, new)
+            kinds = layer.block.factors
+            s = eigen_moments.kronecker_eigenvalues(kinds, new)
+            return eigen_moments.pooled(kinds, new, s)
 
-        def rotate(s: Array, old: Any = old, new: Any = new) -> Array:
-            return eigen_moments.carried(s, old, new)
+        def rotate(
+            s: Array, layer: Layer = layer, old: Any = old, new: Any = new
+        ) -> Array:
+            s = eigen_moments.carried(s, old, new)
+            return eigen_moments.pooled(layer.block.factors, new, s)
 
         s = state.moments[path].s
         # The first complete bases: identities before them hold no moments to rotate.
@@ -152,7 +169,11 @@ def carry(
 
 
 def scheduled(
-    layers: Mapping[str, Layer], owners: Owners, state: KfacState, stats_period: Any
+    layers: Mapping[str, Layer],
+    owners: Owners,
+    state: KfacState,
+    stats_period: Any,
+    empty: Mapping[str, Array],
 ) -> KfacState:
     """Sets which moments are due at the coming step: none before the first bases."""
     if not state.moments:
@@ -162,7 +183,9 @@ def scheduled(
     known = dict(zip(layers, renewal.all_inverted(layers, owners, state), strict=True))
     return state._replace(
         moments={
-            path: one._replace(due=known[path] & (on_time | (one.renewals == 0)))
+            path: one._replace(
+                due=known[path] & (on_time | (one.renewals == 0) | empty[path])
+            )
             for path, one in state.moments.items()
         }
     )

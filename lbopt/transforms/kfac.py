@@ -9,15 +9,16 @@ gradient (``natural_gradient``, ``placement``).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Bool
 
-from lbopt import sharding
+from lbopt import checks, explicit_axes, sharding
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import refresh as clocks
@@ -27,7 +28,7 @@ from lbopt.sharding import Owners, Sharded
 from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
 from lbopt.transforms.kfac_state import KfacState, plain
 from lbopt.transforms.natural_gradient import insert, precondition
-from lbopt.transforms.statistics import Findings, Running, fold
+from lbopt.transforms.statistics import Findings, Running, fold, weight
 
 
 def scale_by_kfac(
@@ -44,15 +45,19 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of the layers' damped curvature.
 
-    .. math:: A \leftarrow A + \frac{1 - \beta}{1 - \beta^k} (A_{\text{batch}} - A)
+    .. math:: A \leftarrow (1 - w_k) A + w_k A_{\text{batch}}, \qquad
+              w_k = \frac{1 - \beta}{1 - \beta^k}
 
     is the running average after k statistics (debiased: the first is taken whole), and
     likewise for every other statistic; the natural gradient is as in the module's
     equation, with the trace-norm π of ``linalg.pi_damping``.
 
-    A statistic that is not finite leaves its average unchanged; an inverse that is not
-    finite leaves the old inverse in effect, and the layer's damping grows tenfold until
-    one is.  ``rejected`` counts both.
+    A statistic that is all zeros is of no row, as where ``nn.switch`` left a layer out:
+    it is no statistic, and stays due.  One that is not finite leaves its average
+    unchanged.  An inverse that is not finite leaves the old inverse in effect, and the
+    layer's damping grows tenfold until one is.  A λ of a schedule or of
+    ``update(damping=)`` that is not positive and finite leaves the last one in effect
+    that was.  ``rejected`` counts all three by layer.
 
     With ``placement``, under ``jax.shard_map`` or ``jax.pmap`` over its axis, the
     gradients and statistics are those of each device's examples; the transformation
@@ -103,37 +108,47 @@ def scale_by_kfac(
     inverted, with π from the latest traces of both.
     """
     validation.check_settings(
-        layers,
-        damping,
-        norm_damping,
-        factor_decay,
-        periods,
-        placement,
-        block_size,
+        layers, damping, norm_damping, factor_decay, periods, placement, block_size
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
-    axis = Axis(placement.axis_name, int(placement.axis_size))
     known = sharding.configured(
         layers.preconditioned,
         block_size=block_size,
         corrected=eigenvalues == "corrected",
     )
-    adaptive = stale_threshold is not None
+    own = _Settings(
+        known, norm_damping, factor_decay, periods, stale_threshold, placement
+    )
+    axis = own.axis
 
-    def owners_of(present: Mapping[str, Layer]) -> Owners:
-        return _owners(present, axis, periods, placement)
+    # optax.tree_map_params asks for a state without saying which layers are masked:
+    # those of the last init are.
+    last = {"present": known}
 
     def init_fn(params: Params) -> KfacState:
-        present = validation.present_layers(known, params)
+        if validation.is_placeholder(params):
+            present = last["present"]
+        else:
+            present = last["present"] = validation.present_layers(known, params)
         state = kfac_state.init_state(
-            present, owners_of(present), axis, adaptive, bool(periods.delay)
+            present, own.owners(present), axis, own.adaptive, bool(periods.delay)
         )
+        first = damping(state.count) if callable(damping) else damping
+        state = state._replace(last_damping=jnp.array(first, float))  # may be donated
         if eigenvalues == "kronecker":
             return state
         return state._replace(
             moments=eigen_moments.init_moments(present, state.inverses)
         )
+
+    def placed(*args: Any) -> tuple[Updates, KfacState]:
+        # The updates are laid out as the gradients.
+        layouts = explicit_axes.specs_of(args[:2])
+        return explicit_axes.on_auto_axes(own.step, args, layouts)
+
+    # One program outside of jit too: there each loop would be compiled at every call.
+    compiled = jax.jit(placed)
 
     def update_fn(
         updates: Updates,
@@ -144,30 +159,74 @@ def scale_by_kfac(
         **extra_args: Any,
     ) -> tuple[Updates, KfacState]:
         del params
+        validation.require_no_multi_steps()
         axis.require()
-        # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
-        present = {path: known[path] for path in sorted(plain(state.factors))}
-        statistics, squares = validation.checked_statistics(
-            present, curvature, state.moments
-        )
+        kfac_state.require_state(state)
+        present = {path: known[path] for path in plain(state.factors)}
+        given = validation.checked_statistics(present, curvature, state.moments)
+        validation.check_gradients(present, updates)
         validation.check_shares(present, plain(state.factors), axis)
-        owners = owners_of(present)
+        value = _damping_now(state, extra_args.get("damping", damping))
+        args = (updates, state, given, value)
+        if axis.name is None:
+            validation.require_same_on_devices((updates, given))
+        return (placed if _is_traced(args) else compiled)(*args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Settings(NamedTuple):
+    """The arguments of ``scale_by_kfac`` that an update needs."""
+
+    known: Mapping[str, Layer]
+    norm_damping: Scalar
+    factor_decay: Scalar
+    periods: Periods
+    stale_threshold: Scalar | None
+    placement: Placement
+
+    @property
+    def axis(self) -> Axis:
+        """The devices."""
+        return Axis(self.placement.axis_name, int(self.placement.axis_size))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the refresh is adaptive."""
+        return self.stale_threshold is not None
+
+    def owners(self, present: Mapping[str, Layer]) -> Owners:
+        """Assigns the units of layers to devices."""
+        return _owners(present, self.axis, self.periods, self.placement)
+
+    def step(
+        self, updates: Updates, state: KfacState, given: tuple[Any, Any], damping: Any
+    ) -> tuple[Updates, KfacState]:
+        """One update, given the statistics and squares of the batch and λ."""
+        axis, periods, adaptive = self.axis, self.periods, self.adaptive
+        statistics, squares = given
+        # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
+        present = {path: self.known[path] for path in sorted(plain(state.factors))}
+        owners = self.owners(present)
         due = state.refresh.due  # at this step; _clocks sets that of the next
         state, findings = _average(
-            present, state, statistics, factor_decay, stale_threshold, axis
+            present, state, statistics, self.factor_decay, self.stale_threshold, axis
         )
-        state = eigen_moments.average(present, state, squares, factor_decay, axis)
+        state, empty = eigen_moments.average(
+            present, state, squares, self.factor_decay, axis
+        )
         scheduled = _units_due(owners, state, findings, periods, adaptive)
-        value = extra_args.get("damping", damping)
-        value = value(state.count) if callable(value) else value
-        amounts = renewal.amounts(present, state, value, norm_damping)
+        state = _with_damping(state, damping)
+        amounts = renewal.amounts(present, state, state.last_damping, self.norm_damping)
         before = state  # whose bases the moments are in
         state, inverted = renewal.invert(
             present, owners, state, scheduled, amounts, axis, periods.delay
         )
         state = eigen_moments.carry(present, owners, before, state, inverted.accepted)
         updates, natural = precondition(present, owners, state, updates, axis)
-        state = eigen_moments.scheduled(present, owners, state, periods.statistics)
+        state = eigen_moments.scheduled(
+            present, owners, state, periods.statistics, empty
+        )
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=amounts.astype(state.damping.dtype),
@@ -178,7 +237,10 @@ def scale_by_kfac(
         )
         return insert(present, updates, natural), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+def _is_traced(tree: Any) -> bool:
+    """Whether a tree holds arrays of a function that is being traced."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _owners(
@@ -193,6 +255,22 @@ def _owners(
     period: Any = periods.inverses if periods.stagger else 1
     units = sharding.units_of(layers)
     return sharding.owners_of(units, axis.size, period=period, gathered=gathered)
+
+
+def _damping_now(state: KfacState, damping: Any) -> Any:
+    """Returns λ of this step."""
+    if callable(damping):
+        return damping(state.count)
+    # Of ``update(damping=)`` as of the setting: refused here if its value is known.
+    own = "leave it out of update for the optimizer's own"
+    checks.positive("damping", damping, own)
+    return damping
+
+
+def _with_damping(state: KfacState, damping: Any) -> KfacState:
+    """Returns the state with λ of this step, or with the last sound one."""
+    value, sound = renewal.sound_damping(damping, state.last_damping)
+    return state._replace(last_damping=value, rejected=state.rejected + ~sound)
 
 
 def _units_due(
@@ -220,8 +298,7 @@ def _average(
 ) -> tuple[KfacState, Findings]:
     """Folds the statistics that are due and finite into the factors of the state."""
     due, renewals = state.refresh.due, state.refresh.renewals
-    # Debiased: (1 − β) / (1 − βᵏ) is 1 at the first statistic, k = 1.
-    weights = (1 - factor_decay) / (1 - factor_decay ** (renewals + 1.0))
+    weights = weight(factor_decay, renewals)
     kinds = kfac_state.kinds(layers)
     factors, tree = jax.tree.flatten(plain(state.factors))
     before = jax.tree.leaves(plain(state.before))
@@ -264,7 +341,8 @@ def _average(
         factors=rebuilt([r.factor for r in running]),
         before=rebuilt([r.before for r in running]) if before else (),
         traces=jax.tree.unflatten(tree, [r.traces for r in running]),
-        rejected=state.rejected + kfac_state.by_layer(due & ~findings.accepted, layers),
+        rejected=state.rejected
+        + kfac_state.by_layer(due & ~findings.accepted & ~findings.empty, layers),
         refresh=state.refresh._replace(
             renewals=renewals + findings.accepted,
             statistic_step=jnp.where(
@@ -282,7 +360,8 @@ def _clocks(
     refresh, coming = state.refresh, state.count + 1
     never = refresh.renewals == 0  # such a statistic is due at once
     if not adaptive:
-        return refresh._replace(due=clocks.is_due(coming, stats_period) | never)
+        due = clocks.is_due(coming, stats_period) | never | findings.empty
+        return refresh._replace(due=due)
     accepted, last = findings.accepted, refresh.interval
     interval = clocks.next_interval(
         findings.similar, findings.similar_before, last, refresh.previous_interval
@@ -291,6 +370,6 @@ def _clocks(
     return refresh._replace(
         interval=interval,
         previous_interval=jnp.where(accepted, last, refresh.previous_interval),
-        # After a statistic that was refused this still holds: it stays due.
+        # After one that was refused or empty this still holds: it stays due.
         due=(coming >= refresh.statistic_step + interval) | never,
     )

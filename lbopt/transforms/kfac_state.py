@@ -71,8 +71,11 @@ class KfacState(NamedTuple):
       moments: the corrected eigenvalues by layer; see ``transforms.eigen_moments``.
       damping: the number added to each unit's diagonal if it was due at the last step,
         ``[units]``.
+      last_damping: λ of the last step; of the last before it at which it was positive
+        and finite, if it was not.
       boost: the factor on each layer's damping; 1 unless its last inverse failed.
-      rejected: the number of each layer's statistics and inverses that were not finite.
+      rejected: the number of each layer's statistics and inverses that were not finite,
+        and of steps whose λ was not positive and finite.
       report: work and communication of the last update.
     """
 
@@ -86,6 +89,7 @@ class KfacState(NamedTuple):
     pending: Any
     moments: Any
     damping: Any
+    last_damping: Any
     boost: Any
     rejected: Any
     report: Any
@@ -159,6 +163,7 @@ def init_state(
         pending=pending,
         moments={},  # scale_by_kfac adds them if eigenvalues are corrected
         damping=jnp.zeros(len(owners.units), dtype),
+        last_damping=jnp.zeros([]),  # scale_by_kfac knows the first
         boost=jnp.ones(len(layers)),
         rejected=jnp.zeros(len(layers), jnp.int32),
         report=Report(
@@ -196,11 +201,22 @@ def curvature_state(opt_state: OptState) -> KfacState:
     """
     found = curvature_states(opt_state)
     if len(found) != 1:
+        way_out = "pass the state of a chain with one lbopt.scale_by_kfac"
         raise ValueError(
             f"opt_state={type(opt_state).__name__} must hold one curvature transform, "
-            f"not {len(found)}; pass the state of a chain with one lbopt.scale_by_kfac"
+            f"not {len(found)}; {clocks.lost_types(opt_state) or way_out}"
         )
     return found[0]
+
+
+def require_state(state: Any) -> None:
+    """Raises ValueError unless a state is of type ``KfacState``."""
+    if not is_curvature_state(state):
+        way_out = clocks.lost_types(state) or "pass what init or the last update gave"
+        raise ValueError(
+            f"state={type(state).__name__} must be the state of scale_by_kfac; "
+            f"{way_out}"
+        )
 
 
 def curvature_states(tree: Any) -> list[KfacState]:

@@ -9,6 +9,7 @@ from jax.tree_util import tree_map_with_path
 
 from lbopt import checks
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt.norms import precise_dtype, squared_norm
 from lbopt.parameter_paths import matching
 
 
@@ -91,12 +92,15 @@ def scale_by_lars(
     check_settings(weight_decay, trust_coefficient)
     checks.not_negative("least_rms", least_rms, "0 for the paper's ratio")
     if clip is not None:
-        checks.positive("clip", clip, "pass the learning rate or None", schedule=True)
+        # Schedules, and arrays of optax.inject_hyperparams, may begin at zero.
+        varies = callable(clip) or isinstance(clip, jax.Array)
+        check = checks.not_negative if varies else checks.positive
+        check("clip", clip, "pass the learning rate or None", schedule=True)
     skipped = matching("skip", skip)
 
     def init_fn(params: Params) -> LarsState:
         skipped.require(params)
-        ratios = jax.tree.map(lambda w: jnp.ones([], _precise(w)), params)
+        ratios = jax.tree.map(lambda w: jnp.ones([], precise_dtype(w)), params)
         return LarsState(jnp.zeros([], jnp.int32), ratios)
 
     def update_fn(
@@ -116,8 +120,8 @@ def scale_by_lars(
 
         def ratio(path: Any, g: Array, w: Array) -> Array:
             if skipped(path):
-                return jnp.ones([], _precise(w))
-            g_norm, w_norm = _norm(g), _norm(w)
+                return jnp.ones([], precise_dtype(w))
+            g_norm, w_norm = (jnp.sqrt(squared_norm(x)) for x in (g, w))
             size = jnp.maximum(w_norm, least_rms * w.size**0.5)
             moves = (g_norm > 0) & (size > 0)  # otherwise λ is 1, as in Caffe
             length = jnp.where(moves, g_norm + weight_decay * w_norm, 1)
@@ -126,7 +130,7 @@ def scale_by_lars(
                 # min(γ, λ) / γ, because γ is applied later; 1 also for γ = 0.
                 shorter = gamma > adapted
                 adapted = jnp.where(shorter, adapted / jnp.where(shorter, gamma, 1), 1)
-            return jnp.where(moves, adapted, 1).astype(_precise(w))
+            return jnp.where(moves, adapted, 1).astype(precise_dtype(w))
 
         def scaled(path: Any, g: Array, w: Array, ratio: Array) -> Array:
             if skipped(path):
@@ -139,15 +143,6 @@ def scale_by_lars(
         return updates, LarsState(optax.safe_increment(state.count), ratios)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _precise(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _norm(x: Array) -> Array:
-    # Sums of squares overflow in float16, and stop growing early in bfloat16.
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_precise(x)))))
 
 
 def check_settings(weight_decay: Any, trust_coefficient: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lbopt import sharding
 from lbopt._typing import Array, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import capture, locations
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners
 from lbopt.transforms import kfac_state
@@ -66,7 +66,7 @@ def _natural(
 def _gradients(layer: Layer, updates: Updates) -> dict[str, Array]:
     """Returns one layer's gradients, copies first, in the dtype of its curvature."""
     location, axes = layer.tapped.location, layer.tapped.axes
-    arrays = capture.lookup(updates, location)
+    arrays = locations.lookup(updates, location)
     dtype = layer.block.sums[0].dtype
     return {
         name: capture.copies_first(arrays[name], axes).astype(dtype)
@@ -79,7 +79,7 @@ def _as_parameters(
 ) -> dict[str, Array]:
     """Returns one layer's arrays with the axes and dtypes of its gradients."""
     location, axes = layer.tapped.location, layer.tapped.axes
-    arrays = capture.lookup(updates, location)
+    arrays = locations.lookup(updates, location)
     return {
         name: capture.copies_back(natural[name], axes).astype(arrays[name].dtype)
         for name in location.names
@@ -96,4 +96,4 @@ def insert(
     replaced: dict[tuple, dict[str, Array]] = {}
     for path, layer in layers.items():
         replaced.setdefault(layer.tapped.location.keys, {}).update(natural[path])
-    return capture.insert(updates, replaced)
+    return locations.insert(updates, replaced)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from lbopt import checks, collectives
-from lbopt._typing import Count, Params, Scalar, ScalarOrSchedule, Updates
+from lbopt._typing import AxisName, Count, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
+from lbopt.norms import inner, precise
 from lbopt.transforms import step_control as control
 from lbopt.transforms.conjugate_beta import EPS, RULES, Products, Rule
-from lbopt.transforms.diagonal_bfgs import precise, scale_by_diagonal_bfgs
+from lbopt.transforms.diagonal_bfgs import scale_by_diagonal_bfgs
 from lbopt.transforms.step_control import StepControl
 
 Beta: TypeAlias = Literal[
@@ -62,7 +63,7 @@ def scale_by_nlcg(
     preconditioner: Preconditioner = "bfgs",
     step_control: StepControl | None = "step",
     control_period: Count = 5,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps along conjugate directions of all parameters together.
 
@@ -226,7 +227,7 @@ def _products(
     z: Updates,
 ) -> Products:
     """Returns the inner products that the rule needs."""
-    dot, d = optax.tree.vdot, state.direction
+    dot, d = inner, state.direction
     both = rule.keeps_gradient and rule.keeps_residual  # Hager-Zhang
     p = Products(gz=dot(g, z), gz_before=state.delta)
     if rule.keeps_residual:

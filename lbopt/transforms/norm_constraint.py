@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbopt import checks
-from lbopt._typing import Params, ScalarOrSchedule, Updates
+from lbopt import checks, norms
+from lbopt._typing import AxisName, Params, ScalarOrSchedule, Updates
+from lbopt.curvature.refresh import lost_types
+from lbopt.transforms import validation
 
 
 class ClipByKlState(NamedTuple):
@@ -29,7 +31,7 @@ def clip_by_kl(
     c: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales a preconditioned gradient so that its squared length in F̂ is at most c.
 
@@ -54,7 +56,8 @@ def clip_by_kl(
       A transformation with the extra arguments of ``inner``.
 
     Raises:
-      ValueError: if c is not positive.
+      ValueError: if c is not positive, or the rate negative; at ``update`` with
+        parameters, for gradients of other shapes than theirs.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt, optax
@@ -65,9 +68,15 @@ def clip_by_kl(
       [1.2, 1.6]
 
     Source: Ba, Grosse & Martens 2017, §5.  The paper leaves open an inner product that
-    is not positive; the scale is then 1.
+    is not positive; the scale is then 1.  It is 0 where a schedule's c is not positive.
     """
     checks.positive("c", c, "leave clip_by_kl out for no bound", schedule=True)
+    checks.not_negative(
+        "learning_rate",
+        learning_rate,
+        "pass that of the later transform",
+        schedule=True,
+    )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> ClipByKlState:
@@ -79,6 +88,14 @@ def clip_by_kl(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipByKlState]:
+        if params is not None:
+            validation.check_like(params, updates)
+        if not isinstance(state, ClipByKlState):
+            way_out = lost_types(state) or "pass what init or the last update gave"
+            raise ValueError(
+                f"state={type(state).__name__} must be the state of clip_by_kl; "
+                f"{way_out}"
+            )
         natural, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
@@ -86,11 +103,13 @@ def clip_by_kl(
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         bound = c(state.count) if callable(c) else c
         # Linear in the gradient, so that averaging products averages gradients.
-        product = optax.tree.vdot(natural, updates)
+        product = norms.inner(natural, updates)
         if axis_name is not None:
             product = jax.lax.pmean(product, axis_name)
         length = jnp.square(eta) * product
         sound = length > 0  # F̂ is positive definite, but other preconditioners are not
+        # No step is within a bound below zero, nor known to be within one of NaN.
+        bound = jnp.where(bound > 0, bound, 0)
         scale = jnp.minimum(
             1.0, jnp.where(sound, jnp.sqrt(bound / jnp.where(sound, length, 1)), 1.0)
         )

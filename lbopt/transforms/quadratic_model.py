@@ -13,9 +13,9 @@ import optax
 from jaxtyping import Float
 
 from lbopt import checks, collectives
-from lbopt._typing import Array, Count, Params, Scalar, Updates
+from lbopt._typing import Array, AxisName, Count, Params, Scalar, Updates
 from lbopt.collectives import Axis
-from lbopt.transforms.diagonal_bfgs import precise
+from lbopt.norms import inner, precise, squared_norm
 
 # Directions count as parallel if the squared sine between them, which is a difference
 # of rounded numbers, is below so many ε.
@@ -58,7 +58,7 @@ def scale_by_quadratic_model(
     weight_decay: Scalar = 0.0,
     momentum: bool = True,
     damping_period: Count = 5,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps to the minimum of a quadratic model in two directions.
 
@@ -161,7 +161,7 @@ def scale_by_quadratic_model(
         """Returns the gradient with the penalty, the loss, and if both are finite."""
         g, loss = collectives.mean((precise(updates), value), axis)
         g = jax.tree.map(lambda g, p: g + weight_decay * p, g, precise(params))
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(g, squared=True))
+        finite = jnp.isfinite(loss) & jnp.isfinite(squared_norm(g))
         return jax.tree.map(lambda g: jnp.where(finite, g, 0), g), loss, finite
 
     def rise(value_fn: Any, params: Params, step: Updates, loss: Any) -> Array:
@@ -227,7 +227,7 @@ def scale_by_quadratic_model(
 def _half_square_change(w: Updates, d: Updates) -> Any:
     """Returns ½‖w + d‖² − ½‖w‖²."""
     # Not as that difference, which would lose digits for a small d.
-    return optax.tree.vdot(w, d) + optax.tree.norm(d, squared=True) / 2
+    return inner(w, d) + squared_norm(d) / 2
 
 
 def _chosen(flag: Array, new: Any, old: Any) -> Any:
@@ -242,7 +242,7 @@ def _solved(
 ) -> tuple[Array, Array, Array]:
     """Returns α and μ, the change that the model predicts, and if all is finite."""
     c = products + damping * _with_each_other(directions)
-    slopes = jnp.stack([optax.tree.vdot(g, v) for v in directions])
+    slopes = jnp.stack([inner(g, v) for v in directions])
     lengths = _minimum(c, slopes)
     predicted = jnp.vdot(slopes, lengths) / 2  # M(δ) − M(0) at the minimum
     return lengths, predicted, jnp.all(jnp.isfinite(c)) & jnp.isfinite(predicted)
@@ -250,7 +250,7 @@ def _solved(
 
 def _with_each_other(vectors: Sequence[Updates]) -> Float[Array, "k k"]:
     """Returns the inner products of every pair."""
-    rows = [[optax.tree.vdot(u, v) for v in vectors] for u in vectors]
+    rows = [[inner(u, v) for v in vectors] for u in vectors]
     return jnp.stack([jnp.stack(row) for row in rows])
 
 

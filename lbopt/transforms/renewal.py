@@ -20,6 +20,22 @@ from lbopt.transforms.kfac_state import KfacState, plain
 _DAMPING_GROWTH = 10.0
 
 
+def sound_damping(value: Any, last: Float[Array, ""]) -> tuple[Array, Array]:
+    """Returns λ of this step, and whether it is one.
+
+    Args:
+      value: λ of a schedule or of the caller.
+      last: the last sound λ, which stays in effect if this one is not positive and
+        finite: with no damping at all, every inverse would fail.
+
+    Returns:
+      λ in the dtype of the last one, and a flag.
+    """
+    value = jnp.asarray(value).astype(last.dtype)
+    sound = (value > 0) & jnp.isfinite(value)
+    return jnp.where(sound, value, last), sound
+
+
 def amounts(
     layers: Mapping[str, Layer], state: KfacState, value: Any, norm_damping: Scalar
 ) -> Float[Array, " units"]:

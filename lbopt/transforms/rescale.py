@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from lbopt._typing import Array, Params, Updates
-from lbopt.curvature import capture
+from lbopt.curvature import locations
 from lbopt.curvature.registry import Layer, Layers
-from lbopt.transforms.validation import check_layers
+from lbopt.transforms.validation import check_layers, is_placeholder
 
 _KERNEL = "kernel"
 # The authors' code divides by ‖w + u‖ + 1e-9; the paper has no ε.
@@ -90,7 +90,8 @@ def rescale_weights(
         )
 
     def init_fn(params: Params) -> optax.EmptyState:
-        _present(kernels, params)
+        if not is_placeholder(params):
+            _present(kernels, params)
         return optax.EmptyState()
 
     def update_fn(
@@ -108,10 +109,10 @@ def rescale_weights(
         replaced: dict[tuple[Any, ...], dict[str, Array]] = {}
         for path, w in _present(kernels, params).items():
             location = kernels[path].layer.tapped.location
-            u = capture.lookup(updates, location)[_KERNEL]
+            u = locations.lookup(updates, location)[_KERNEL]
             u = _rescaled(kernels[path], w, u, shrink_only)
             replaced[location.keys] = {_KERNEL: u}
-        return capture.insert(updates, replaced), state
+        return locations.insert(updates, replaced), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -150,7 +151,7 @@ def _present(kernels: Mapping[str, _Kernel], params: Params) -> dict[str, Any]:
     present = {}
     for path, kernel in kernels.items():
         try:
-            arrays = capture.lookup(params, kernel.layer.tapped.location)
+            arrays = locations.lookup(params, kernel.layer.tapped.location)
             masked = isinstance(arrays, optax.MaskedNode)
             w = arrays if masked else arrays[_KERNEL]
         except (KeyError, TypeError) as error:

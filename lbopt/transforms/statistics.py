@@ -1,9 +1,12 @@
 r"""From statistics to factors: reduce-scatter, running average, and similarity.
 
-.. math:: X \leftarrow X + \frac{1 - \beta}{1 - \beta^k} (X_{\text{batch}} - X)
+.. math:: X \leftarrow (1 - w_k) X + w_k X_{\text{batch}}, \qquad
+          w_k = \frac{1 - \beta}{1 - \beta^k}
 
 after k statistics (debiased: the first is taken whole).  Each device computes its own
-share of the numbers; a statistic that is not due is neither read nor sent.
+share of the numbers; a statistic that is not due is neither read nor sent.  One that is
+all zeros is of no row, as of a layer under ``nn.switch`` that did not run: it is left
+out, and stays due.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from lbopt import collectives
 from lbopt._typing import Array, Scalar
@@ -38,12 +41,14 @@ class Findings(NamedTuple):
     """Flags of the statistics, ``[statistics]``; False for those that were not due.
 
     Attributes:
-      accepted: whether it was due and finite.
+      accepted: whether it was due, finite, and not empty.
+      empty: whether it was due and all zeros: it is of no row, and counts as none.
       similar: whether it is similar to the last, X ~ X₋₁.
       similar_before: whether it is similar to the one before, X ~ X₋₂.
     """
 
     accepted: Any
+    empty: Any
     similar: Any
     similar_before: Any
 
@@ -57,7 +62,7 @@ def fold(
     stale_threshold: Scalar | None,
     axis: Axis,
 ) -> tuple[list[Running], Findings]:
-    """Folds the statistics that are due and finite into the factors.
+    """Folds the statistics that are due, finite and not empty into the factors.
 
     Args:
       kinds: the kind of each factor.
@@ -80,14 +85,13 @@ def fold(
     after: list[Running] = []
     found: list[Findings] = []
     for group in groups:
-        nothing = jnp.zeros(len(group), bool)
 
         def renew(old: Any, group: list[int] = group) -> Any:
             rows = [packed[i]() for i in group]  # [copies, size]
             shares = collectives.scatter_mean(rows, axis)  # [copies, share]
             sums = _sums([kinds[i] for i in group], old[0], shares, joint, axis)
             ids = jnp.asarray(group)
-            findings = _findings(sums, due[ids], stale_threshold)
+            findings = _findings(sums, due[ids], weights[ids], stale_threshold)
             folded = [
                 _folded(*one, findings.accepted[k], weights[i])
                 for k, (i, one) in enumerate(
@@ -96,11 +100,53 @@ def fold(
             ]
             return folded, findings
 
-        start = ([running[i] for i in group], Findings(nothing, nothing, nothing))
+        start = ([running[i] for i in group], _nothing(len(group)))
         folded, findings = update_if(jnp.any(due[jnp.asarray(group)]), renew, start)
         after += folded
         found.append(findings)
     return after, jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+
+def weight(decay: Scalar, seen: Int[Array, "*s"]) -> Float[Array, "*s"]:
+    r"""Returns the weight of a new statistic, :math:`(1 - \beta) / (1 - \beta^k)`.
+
+    Args:
+      decay: β.
+      seen: k − 1, the number of statistics before it.
+
+    Returns:
+      The weight; 0 if β does not lie in [0, 1), and then no statistic is accepted.
+    """
+    # A traced decay cannot be refused at the door; what is averaged with it can.
+    sound = (jnp.asarray(decay) >= 0) & (jnp.asarray(decay) < 1)
+    decay = jnp.where(sound, decay, 0)
+    # The first weight by name: (1 − β) / (1 − β¹) is 1 only up to rounding.
+    weight = jnp.where(seen == 0, 1, (1 - decay) / (1 - decay ** (seen + 1.0)))
+    return jnp.where(sound, weight, 0)
+
+
+def averaged(
+    before: Array, now: Array, weight: Array, accepted: Bool[Array, ""]
+) -> Array:
+    """Returns the running average with a new statistic, if that is accepted.
+
+    Args:
+      before: the average.
+      now: the statistic.
+      weight: its weight; 1 replaces the average by it, whatever their sizes.
+      accepted: whether it counts.
+
+    Returns:
+      The average, in its own dtype.
+    """
+    # Not before + w (now − before), which for w = 1 keeps the rounding of a larger
+    # average: after a statistic 1e8 times larger nothing of the new one is left.
+    new = (1 - weight) * before + weight * now
+    return jnp.where(accepted, new.astype(before.dtype), before)
+
+
+def _nothing(statistics: int) -> Findings:
+    return Findings(*[jnp.zeros(statistics, bool)] * len(Findings._fields))
 
 
 class _Sums(NamedTuple):
@@ -145,12 +191,15 @@ def _sums(
 
 
 def _findings(
-    sums: Sequence[_Sums], due: Array, stale_threshold: Scalar | None
+    sums: Sequence[_Sums], due: Array, weights: Array, stale_threshold: Scalar | None
 ) -> Findings:
-    accepted = due & (jnp.stack([s.bad for s in sums]) == 0)
+    finite = due & (jnp.stack([s.bad for s in sums]) == 0)
+    # The trace of a positive semi-definite matrix is zero only if all of it is.
+    empty = finite & (jnp.stack([jnp.sum(s.traces) for s in sums]) == 0)
+    accepted = finite & ~empty & (weights > 0)
     if stale_threshold is None:
         unknown = jnp.zeros_like(accepted)
-        return Findings(accepted, unknown, unknown)
+        return Findings(accepted, empty, unknown, unknown)
     changes = jnp.stack([s.changes for s in sums])
 
     def similar(change: Array, size: Array) -> Array:
@@ -159,6 +208,7 @@ def _findings(
 
     return Findings(
         accepted,
+        empty,
         accepted & similar(changes[:, 0], changes[:, 1]),
         accepted & similar(changes[:, 2], changes[:, 3]),
     )
@@ -167,11 +217,11 @@ def _findings(
 def _folded(
     old: Running, new: Array, sums: _Sums, accepted: Array, weight: Array
 ) -> Running:
-    def average(before: Array, now: Array) -> Array:
-        change = (weight * (now - before)).astype(before.dtype)
-        return jnp.where(accepted, before + change, before)
-
     before = old.before
     if not isinstance(before, tuple):  # () if the refresh is periodic
         before = jnp.where(accepted, old.factor, before)
-    return Running(average(old.factor, new), before, average(old.traces, sums.traces))
+    factor, traces = (
+        averaged(*pair, weight, accepted)
+        for pair in ((old.factor, new), (old.traces, sums.traces))
+    )
+    return Running(factor, before, traces)

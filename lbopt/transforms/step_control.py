@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from lbopt._typing import Array, Count, Scalar
@@ -57,7 +58,7 @@ def update(
     ``"step"`` compares E with E at the last decision, every ``period`` steps;
     ``"online"`` compares the loss with E at every step.  If the ratio is below 1.01, b
     grows by 5 % (2 %) up to 1; above, b shrinks and a part of the last step is undone,
-    more for larger rises.
+    more for larger rises.  A loss that is not finite changes nothing.
 
     Args:
       mode: ``"step"`` or ``"online"``.
@@ -80,11 +81,12 @@ def update(
     )
     if mode == "step":
         decides = ~first & (count % period == 0)
-        # The reference is 0 before the first loss; dividing by it would give NaN.
-        ratio = average / jnp.where(decides, state.reference, 1)
-        reference = jnp.where(first | decides, average, state.reference)
+        last = state.reference
+        reference = jnp.where(first | decides, average, last)
+        ratio = average / jnp.where(decides & (last > 0), last, 1)
+        decides &= last > 0  # of a loss of zero nothing can be told
     else:
-        decides, reference = ~first, average
+        decides, reference = ~first & (average > 0), average
         ratio = loss / jnp.where(decides, average, 1)
     limits, factors, shares = (
         jnp.asarray(x, ratio.dtype) for x in zip(*_RISES, strict=True)
@@ -98,4 +100,8 @@ def update(
     grown = jnp.minimum(_GROWTH[mode] * b, 1)
     b = jnp.where(rises, shrunk, jnp.where(grows, grown, b)).astype(b.dtype)
     undone = jnp.where(rises, shares[row], 0)
-    return StepControlState(b, average, reference), undone
+    # The average would never forget a loss that is not finite.
+    finite = jnp.isfinite(loss)
+    after = StepControlState(b, average, reference)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    return after, jnp.where(finite, undone, 0)

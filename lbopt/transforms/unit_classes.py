@@ -110,7 +110,10 @@ def _queue_of(units: UnitClass, due: Bool[Array, " class"]) -> Queue:
 
 def repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
     """Runs ``body(0, …)`` to ``body(count - 1, …)`` with a traced count."""
-    return jax.lax.fori_loop(jnp.zeros_like(count), count, body, start)
+    # Under jax.disable_jit the counter is a Python number.
+    return jax.lax.fori_loop(
+        jnp.zeros_like(count), count, lambda k, x: body(jnp.asarray(k), x), start
+    )
 
 
 def replace_sound(

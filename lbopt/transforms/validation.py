@@ -1,19 +1,30 @@
 """Checks of the curvature transform's settings and arrays, before compilation."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
 from lbopt import checks
-from lbopt._typing import Array, Params
+from lbopt._typing import Array, Params, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import capture
+from lbopt.curvature import locations
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
+
+MULTI_STEPS = (
+    "optax.MultiSteps around a curvature transform would combine the mean gradient of "
+    "all micro-batches with the statistics of the last; use "
+    "lbopt.training.make_train_step(accumulate=...), which takes the means of both, or "
+    "average gradients and curvature yourself and call update once"
+)
+"""The refusal of ``optax.MultiSteps``."""
 
 
 def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Layer]:
@@ -33,7 +44,7 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
     for path, layer in layers.items():
         location = layer.tapped.location
         try:
-            arrays = capture.lookup(params, location)
+            arrays = locations.lookup(params, location)
             if isinstance(arrays, optax.MaskedNode):  # the whole module is masked
                 continue
             leaves = [arrays[name] for name in location.names]
@@ -67,6 +78,100 @@ def present_layers(layers: Mapping[str, Layer], params: Params) -> dict[str, Lay
     return present
 
 
+def check_gradients(layers: Mapping[str, Layer], updates: Updates) -> None:
+    """Raises ValueError unless gradients have the shapes of the layers' arrays.
+
+    Args:
+      layers: the optimizer's layers by path.
+      updates: the gradients.
+
+    Raises:
+      ValueError: naming the array and both shapes.
+    """
+    for path, layer in layers.items():
+        location = layer.tapped.location
+        try:
+            arrays = locations.lookup(updates, location)
+            shapes = {name: jnp.shape(arrays[name]) for name in location.names}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"updates must hold the arrays {list(location.names)} of layer "
+                f"{path!r}; pass gradients with the structure of the parameters"
+            ) from error
+        for name, shape in shapes.items():
+            if shape != tuple(layer.shapes[name]):
+                raise ValueError(
+                    f"updates[{path!r}][{name!r}] has shape {list(shape)} where layers "
+                    f"has {list(layer.shapes[name])}; pass the gradient of these "
+                    "parameters"
+                )
+
+
+def check_like(params: Params, updates: Updates) -> None:
+    """Raises ValueError unless gradients have the structure and shapes of parameters.
+
+    Raises:
+      ValueError: naming the first array that differs.
+    """
+    wanted, given = (
+        {
+            jax.tree_util.keystr(path): list(jnp.shape(x))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (params, updates)
+    )
+    for path in sorted(wanted.keys() | given.keys()):
+        if wanted.get(path) != given.get(path):
+            raise ValueError(
+                f"updates{path} has shape {given.get(path)} where params has "
+                f"{wanted.get(path)} (None: no array); pass the gradient of these "
+                "parameters"
+            )
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether ``params`` stands for parameters of any structure, without arrays."""
+    # optax.tree_map_params calls init with such a node, whose type is private.
+    none = isinstance(params, Mapping | optax.MaskedNode) or params is None
+    return not none and not jax.tree.leaves(params)
+
+
+def require_same_on_devices(tree: Any) -> None:
+    """Raises ValueError for arrays that are each device's own.
+
+    Args:
+      tree: gradients and statistics, under ``shard_map`` without ``placement``.
+
+    Raises:
+      ValueError: naming the array; with ``check_vma=False`` JAX does not know them.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual not in kinds or AxisType.Explicit in kinds:
+        return
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.typeof(x) != jax.typeof(jnp.zeros(x.shape, x.dtype)):
+            raise ValueError(
+                f"the array at {jax.tree_util.keystr(path)} of gradients and curvature "
+                "is each device's own under jax.shard_map; average it with "
+                "jax.lax.pmean, or make the optimizer with placement= and map with "
+                "check_vma=False"
+            )
+
+
+def require_no_multi_steps() -> None:
+    """Raises ValueError if ``optax.MultiSteps`` calls the update.
+
+    Raises:
+      ValueError: naming ``accumulate=``.
+    """
+    # It passes a transformation no word of its own; only its call tells.
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+            raise ValueError(MULTI_STEPS)
+        frame = frame.f_back
+
+
 def checked_statistics(
     layers: Mapping[str, Layer],
     curvature: Mapping[str, Any] | None,
@@ -89,7 +194,10 @@ def checked_statistics(
         raise ValueError(
             "scale_by_kfac.update needs curvature=, the third result of "
             "lbopt.value_grad_and_curvature(loss_fn, layers); pass it through "
-            "tx.update(grads, state, params, curvature=curvature)"
+            "tx.update(grads, state, params, curvature=curvature).  Flax's "
+            "TrainState.apply_gradients and some wrappers (optax.lookahead, "
+            "optax.contrib.sam) pass no such argument on: see "
+            "docs/how_to/from_your_optax_loop.md"
         )
     checked, squares = {}, {}
     for path, layer in layers.items():

@@ -106,8 +106,8 @@ def _from_weights(
 
     def init_fn(params: Params) -> VelocityState:
         rate = _rate_at(learning_rate, 0)
-        # A traced rate cannot be checked; at zero its momentum is not finite.
-        if not isinstance(rate, jax.core.Tracer) and not rate > 0:
+        # A traced rate cannot be checked; after one of zero there is no momentum.
+        if not isinstance(rate, jax.core.Tracer) and not 0 < rate < jnp.inf:
             raise ValueError(
                 f"learning_rate is {rate} at step 0 and must be positive there, "
                 "because the momentum is in proportion to its first value; start the "
@@ -129,7 +129,10 @@ def _from_weights(
                 "call tx.update(grads, state, params)"
             )
         eta = _rate_at(learning_rate, state.count)
-        m = momentum * (eta / state.initial_rate)
+        known = state.initial_rate > 0  # as ``init`` requires of all but traced ones
+        m = momentum * jnp.where(
+            known, eta / jnp.where(known, state.initial_rate, 1), 0
+        )
         moved = state.count > 0  # before that there are no previous parameters
 
         def step(p: Array, w: Array, previous: Array) -> Array:
@@ -162,8 +165,8 @@ def _from_buffer(
     ) -> tuple[Updates, VelocityBufferState]:
         del params, extra_args
         eta = _rate_at(learning_rate, state.count)
-        # A growing rate has the full momentum; the guard keeps 0 / 0 out.
-        shrinks = eta < state.previous_rate
+        # A growing rate has the full momentum; the guard keeps division by 0 out.
+        shrinks = (eta < state.previous_rate) & (state.previous_rate > 0)
         m = momentum * jnp.where(
             shrinks, eta / jnp.where(shrinks, state.previous_rate, 1), 1
         )
@@ -188,8 +191,10 @@ def _zero() -> Array:
 
 
 def _check(learning_rate: Any, momentum: Any, variant: Any) -> None:
-    checks.positive(
-        "learning_rate", learning_rate, "the step is subtracted", schedule=True
-    )
+    # Schedules, and arrays of optax.inject_hyperparams, may begin at zero in the
+    # released code's form; ``init`` refuses it for the paper's.
+    varies = callable(learning_rate) or isinstance(learning_rate, jax.Array)
+    check = checks.not_negative if varies else checks.positive
+    check("learning_rate", learning_rate, "the step is subtracted", schedule=True)
     checks.below_one("momentum", momentum, "0 for none")
     checks.one_of("variant", variant, ["paper", "code"])

@@ -76,9 +76,13 @@ def test_statistics_are_at_least_float32(param, statistics):
 
 def test_rows_are_counted_in_every_lane_of_a_vmap():
     x = jnp.array([[1.0, 2.0], [jnp.nan, 3.0], [4.0, jnp.inf]])
-    assert float(block.count_rows(5, x).reshape(())) == 5
-    counts = jax.vmap(lambda lane: block.count_rows(5, lane), out_axes=0)(x)
+    assert float(block.count_rows(5, x, jnp.float32).reshape(())) == 5
+    counts = jax.vmap(lambda lane: block.count_rows(5, lane, jnp.float32), out_axes=0)(
+        x
+    )
     np.testing.assert_array_equal(counts, np.full((3, 1, 1), 5.0))
     # Without data the result would not be mapped, and a sum over lanes would miss it.
-    jaxpr = jax.make_jaxpr(jax.vmap(lambda lane: block.count_rows(5, lane)))(x)
+    jaxpr = jax.make_jaxpr(
+        jax.vmap(lambda lane: block.count_rows(5, lane, jnp.float32))
+    )(x)
     assert jaxpr.jaxpr.outvars[0].aval.shape == (3, 1, 1)

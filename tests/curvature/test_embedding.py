@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import lbopt
+from lbopt.curvature import embedding
 from tests import oracles
 from tests.oracles import error, quick_jit
 
@@ -97,3 +98,18 @@ def test_factors_of_each_role(lookup, attend):
     assert error(statistics.g, g) < ROUNDING
     expected = oracles.natural_gradient(np.diag(a), g, damping, grads["embedding"])
     assert error(natural["embedding"], expected) < ROUNDING
+
+
+@pytest.mark.parametrize(("lookups", "queries"), [(1, 0), (0, 1), (0, 0), (2, 3)])
+def test_a_role_that_is_not_played_adds_nothing(lookups, queries):
+    rng = np.random.default_rng(0)
+    a1, a2 = (k * rng.uniform(1, 2, WORDS) for k in (lookups, queries))
+    g1, g2 = (k * np.eye(WIDTH) for k in (lookups, queries))
+    none = np.zeros((1, 1))
+    sums = embedding.EmbedSums(a1, g1, none, a2, g2, none)
+    with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
+        found = embedding._sum_of_roles(jax.tree.map(jnp.asarray, sums))
+    both = lookups and queries
+    c = np.sqrt(a1.sum() * np.trace(g2) / (a2.sum() * np.trace(g1))) if both else 1
+    np.testing.assert_allclose(found.a, a1 + c * a2, rtol=ROUNDING)
+    np.testing.assert_allclose(found.g, g1 + g2 / c, rtol=ROUNDING)

@@ -507,7 +507,9 @@ def test_a_layer_used_several_times_is_expand_over_its_uses(layer, shape):
     def one_by_one(params, x):
         return sum(at_once(params, x[:, use]) for use in range(3))
 
-    found = [Problem(f, params, (x,)).captured() for f in (one_by_one, at_once)]
+    # A sum over examples, divided by a number of its own.
+    problems = [Problem(f, params, (x,)) for f in (one_by_one, at_once)]
+    found = [p.captured(p.trace(batch_size=BATCH)) for p in problems]
     for own, expected in zip(*(f["layers_0"] for f in found), strict=True):
         assert_close(own, expected)
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import lbopt
@@ -65,13 +66,24 @@ def test_likelihood_is_called_outside_transforms(transform, fisher):
         problem.evaluate(fisher=fisher, rng=jax.random.key(0))
 
 
-def test_the_number_of_terms_is_stated_once():
-    problem = problem_with(lambda f: lbopt.likelihood(f, "categorical", terms=4))
-    with pytest.raises(ValueError, match=r"stated as \[4, 8\]; state it once"):
-        problem.evaluate(batch_size=BATCH)
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ({"terms": jnp.float32(2)}, r"terms is an array.*pass weights= too"),
+        ({"terms": 0}, "terms=0 must be a whole number"),
+        (
+            {"weights": jnp.ones(3)},
+            r"weights have shape \[3\], but the outputs have \[2, 3\]",
+        ),
+        ({"weights": jnp.ones([])}, r"weights have shape \[\]"),
+    ],
+)
+def test_statements_that_do_not_fit_the_outputs(statement, message):
+    with pytest.raises(ValueError, match=message):
+        lbopt.likelihood(jnp.ones((2, 3)), "categorical", **statement)
 
 
-def test_a_loss_without_a_batch_needs_its_size():
+def test_a_loss_without_arguments_has_the_batch_of_its_outputs():
     x, y = inputs(), labels()
     problem = classify(Mlp())
 
@@ -79,6 +91,4 @@ def test_a_loss_without_a_batch_needs_its_size():
         return problem.loss_fn(params, x, y)
 
     closed = Problem(loss_fn, problem.params, ())
-    with pytest.raises(ValueError, match=r"state it by batch_size="):
-        closed.evaluate()
-    assert_close(closed.evaluate(batch_size=BATCH), problem.evaluate())
+    assert_close(closed.evaluate(), problem.evaluate())

@@ -67,8 +67,9 @@ def test_the_table():
     assert "no layer with a rule reads it" in rows["gate"]
     assert "the loss does not use it" in rows["unused/kernel"]
     total = sum(x.state_bytes() for x in layers.preconditioned.values())
-    assert lines[-2].split()[:2] == [str(len(layers)), "layers"]
-    assert f"{total} B" in lines[-2]
+    assert lines[-3].split()[:2] == [str(len(layers)), "layers"]
+    assert f"{total} B" in lines[-3]
+    assert lines[-2] == "terms: 8, mean over axis 0 of likelihood's outputs"
     assert lines[-1].startswith("! 3 without a block of their own")
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gzip
+import json
 import os
 import pathlib
 import re
@@ -14,9 +16,11 @@ import pytest
 
 from experiments import (
     classifier,
+    compilation_cache,
     imagenet_resnet50,
     loop,
     metrics,
+    optimizers,
     settings,
 )
 from experiments.data import pipeline
@@ -203,6 +207,13 @@ def test_label_smoothing_is_in_the_training_loss(config):
         (["--dataset", "strokes/21"], "configs.*'21'"),
         (["--dataset", "no_such"], "dataset.*'no_such'"),
         (["--model", "resnet9"], "resnet9"),
+        (
+            ["--optimizer", "sgd", "--kfac.damping", ".1"],
+            "kfac.damping is not read by optimizer=sgd; leave it out, or pass "
+            "--optimizer kfac",
+        ),
+        (["--sp_ngd.rescale=None"], "sp_ngd.rescale=None is not read by optimizer=kf"),
+        (["--optimizer", "sgd", "--fisher", "sampled"], "fisher is not read by opti"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_compiled(
@@ -221,6 +232,82 @@ def test_bad_settings_are_refused_before_anything_is_compiled(
     assert re.search(message, text.replace("│ ", ""))
     assert stopped.value.code not in (0, None)
     assert not directory.exists(), "a refused run claims no directory"
+
+
+def test_the_demo_refuses_what_neither_of_its_runs_reads(flags, tmp_path):
+    with pytest.raises(SystemExit, match="is not read by optimizer=sgd and sp_ngd"):
+        imagenet_resnet50.main(
+            ["demo", *flags, "--kfac.damping", ".1", "--directory", str(tmp_path)]
+        )
+
+
+def test_a_run_is_traced_and_names_the_layer_of_a_bad_batch(
+    config, tmp_path, monkeypatch, capsys
+):
+    take = pipeline.TrainingBatches.__next__
+
+    def spoiled(batches):
+        number, batch = batches.get_state(), take(batches)
+        image = batch["image"] * (np.nan if number == 4 else 1)
+        return {**batch, "image": image.astype(batch["image"].dtype)}
+
+    monkeypatch.setattr(pipeline.TrainingBatches, "__next__", spoiled)
+    run = loop.prepare(dataclasses.replace(config, directory=tmp_path, profile=True))
+    loop.train(run)
+    train = [
+        r
+        for r in metrics.read_json_lines(tmp_path / "metrics.jsonl")
+        if r["kind"] == "train"
+    ]
+    assert [r["skipped"] for r in train] == [0, 0, 0, 0, 1, 1]
+    # The layers that see the images' numbers; the first in the table has them too.
+    named = [r.get("layer_not_finite") for r in train]
+    path = next(iter(run.program.layers))
+    assert named == [None] * 4 + [path, None]
+    assert f"step 5/6  numbers that are not finite in layer {path}" in (
+        capsys.readouterr().err
+    )
+    assert f"{path} (step 5)" in (tmp_path / "report.md").read_text()
+    # The rate rises in one step, then falls; a step that is skipped does not count.
+    schedule = optimizers.build_schedule(run.config, run.data, 0.03)
+    rates = [float(schedule(count)) for count in (0, 1, 2, 3, 4, 4)]
+    assert [r["learning_rate"] for r in train] == pytest.approx(rates, rel=1e-5)
+    assert all(0 < r["kl_scale"] <= 1 for r in train)
+    assert train[4]["grad_norm"] is None
+    traces = list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
+    assert len(traces) == 1
+    with gzip.open(traces[0], "rt") as file:
+        events = json.load(file)
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    steps = [e for e in events if e.get("name") == "step"]
+    assert len(steps) == 3
+
+
+def test_compiled_programs_are_kept_beside_the_runs(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(compilation_cache, "share_programs", places.append)
+
+    def prepare(config):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    directory = ["--directory", str(tmp_path / "runs" / "a")]
+    for flags in (directory, [], [*directory, "--no-compilation-cache"]):
+        with pytest.raises(SystemExit, match="far enough"):
+            imagenet_resnet50.main(flags)
+    assert places == [tmp_path / "runs", pathlib.Path("runs")]
+
+
+@pytest.mark.parametrize("before", [None, "of the user's"])
+def test_a_directory_of_the_users_own_is_kept(tmp_path, before):
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.share_programs(tmp_path)
+        now = jax.config.values["jax_compilation_cache_dir"]
+        assert now == (before or str(tmp_path / "compiled"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_the_demo_refuses_bad_settings_of_its_second_run_before_the_first(

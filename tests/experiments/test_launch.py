@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,27 +164,47 @@ def test_open_mpi_and_a_lost_process(tmp_path, env):
         check_command_line(words, "/runs/mpirun")
 
 
-def test_other_failures_of_a_job_of_slurm_wait_for_somebody(tmp_path, env):
-    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\nexit 69\n")
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        *((69, None, True), (134, 0, True), (137, 19, True), (75, 500, True)),
+        *((69, 20, False), (1, None, False), (139, None, False)),
+    ],
+)
+def test_which_ends_of_a_job_of_slurm_begin_again(tmp_path, env, code, restarts, again):
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     job = {"SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "1"}
+    if restarts is not None:
+        job["SLURM_RESTART_COUNT"] = str(restarts)
     command = ["bash", str(LAUNCH / "slurm.sh"), "kfac"]
-    assert run(command, tmp_path, env | job) == (cluster.ExitCode.UNAVAILABLE, "")
+    said = "scontrol requeue 77\n" if again else ""
+    assert run(command, tmp_path, env | job) == (code, said)
 
 
 def test_tpu_pod(tmp_path, env):
-    """The command that each host is sent, run by a shell of its own."""
+    """The command that each host is sent, by a shell that does not wait for its end."""
     python = tmp_path / "lbopt" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
+        f"#!{sys.executable}\nimport json, os, sys, time\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\n"
+        "print(json.dumps(sys.argv[1:]), os.getpid(), os.getsid(0))\n"
     )
     python.chmod(0o755)
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), "kfac", "--kfac.damping", "1e-3"]
     pod = {"HOME": str(tmp_path), "TPU": "pod", "ZONE": "here"}
-    code, said = run(command, tmp_path, env | pod)
-    assert code == 0
-    [words] = command_lines(said)
+    assert run(command, tmp_path, env | pod) == (0, "")
+    home = tmp_path / "lbopt"
+    (home / "go").touch()  # the connection is closed by now, and the process goes on
+    for _ in range(1000):
+        if said := (home / "tpu_pod.log").read_text():
+            break
+        time.sleep(0.02)
+    words, _, ids = said.rpartition("] ")
+    words = json.loads(f"{words}]")
     assert check_command_line(words, "/runs/pod").kfac.damping == 1e-3
+    pid = (home / "tpu_pod.pid").read_text().strip()
+    assert ids.split() == [pid, pid], "a session of its own"
 
 
 def test_kubernetes():

@@ -356,6 +356,42 @@ def test_records_of_several_steps(tmp_path, clock, capsys):
     assert "train loss 3.500" in capsys.readouterr().err
 
 
+def test_the_first_layer_that_is_not_finite_is_told_and_recorded(tmp_path, capsys):
+    found = [  # position, skipped
+        *((-1, 0), (2, 1), (2, 2)),  # one message for steps in a row
+        *((-1, 2), (-1, 3), (-1, 3)),  # a loss that is not finite by itself
+        *((1, 3), (0, 3)),  # a statistic that was rejected in a sound step
+    ]
+    of_steps = [
+        SAME | {"first_not_finite": first, "skipped": skipped}
+        for first, skipped in found
+    ]
+    with reporter(tmp_path, layers=("stem", "body", "head")) as run:
+        for i in (0, 3, 6):
+            run.train(i + len(of_steps[i : i + 3]), of_steps[i : i + 3])
+        run.test(8, SAME)
+    train = records(tmp_path, "train")
+    assert [r["first_not_finite"] for r in train] == [2, -1, 1]
+    assert [r.get("layer_not_finite") for r in train] == ["head", None, "body"]
+    assert "train/layer_not_finite" not in read_scalars(tmp_path)
+    told = [(r["step"], r["message"]) for r in records(tmp_path, "event")]
+    assert told == [
+        (2, "numbers that are not finite in layer head; the step is skipped"),
+        (5, "numbers that are not finite in the loss or a gradient; the step is "
+            "skipped"),
+        (7, "numbers that are not finite in layer body"),
+    ]  # fmt: skip
+    assert told[0][1] in capsys.readouterr().err
+
+
+def test_steps_skipped_before_a_run_resumed_are_not_told_again(tmp_path):
+    with reporter(tmp_path, start_step=4) as run:
+        run.train(5, [SAME | {"skipped": 2}])
+        run.train(6, [SAME | {"skipped": 3}])
+    steps = [r["step"] for r in records(tmp_path, "event") if "finite" in r["message"]]
+    assert steps == [6]
+
+
 def test_a_step_lasts_until_its_metrics_are_read(tmp_path, clock):
     class Slow:
         """A number that the device has after three seconds."""

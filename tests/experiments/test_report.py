@@ -185,6 +185,21 @@ def test_a_number_that_was_not_finite_is_no_obstacle(copy):
     assert found["best test accuracy"] == "50.0% (step 30)"
 
 
+def test_the_first_layer_that_was_not_finite_is_named(copy):
+    named = {7: "stage2/Conv_0", 10: "head"}
+
+    def change(record):
+        if record["kind"] == "train" and record["step"] in named:
+            record["layer_not_finite"] = named[record["step"]]
+        return record
+
+    spoil(copy, change)
+    found = rows(report.write(copy).read_text())
+    assert found["first layer with numbers that were not finite"] == [
+        "stage2/Conv_0 (step 7)"
+    ]
+
+
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_a_run_too_young_for_a_report_is_refused(copy, kind):
     spoil(copy, lambda record: record if record["kind"] != kind else None)

@@ -166,3 +166,35 @@ def test_a_published_run_that_is_made_longer_asks_for_the_end_of_its_decay(
         imagenet_resnet50.main(arguments)
     text = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "sp_ngd.decay_end=53.0 must be at least epochs=60" in text
+
+
+IGNORED = [
+    ({"optimizer": "sgd"}, "kfac.damping"),
+    ({"optimizer": "kfac"}, "sgd.momentum"),
+    ({"optimizer": "sp_ngd"}, "kfac.damping"),
+    ({"optimizer": "lars"}, "kfac.damping"),
+    ({"optimizer": "lars", "lars": Lars(after_kfac=True)}, "kfac.momentum"),
+    ({"optimizer": "nlcg", "nlcg": Nlcg(preconditioner="kfac")}, "kfac.kl_clip"),
+    ({"optimizer": "sgd"}, "fisher"),
+    ({"optimizer": "rmsprop"}, "placement"),
+    ({"optimizer": "nlcg"}, "statistics_fraction"),
+    ({**SP_NGD}, "schedule"),
+]
+READ = [
+    ({"optimizer": "kfac"}, "kfac.damping"),
+    ({"optimizer": "lars", "lars": Lars(after_kfac=True)}, "kfac.damping"),
+    ({"optimizer": "nlcg", "nlcg": Nlcg(preconditioner="kfac")}, "kfac.inverse_period"),
+    ({"optimizer": "sgd"}, "recipe.image_size"),
+    ({"optimizer": "sgd"}, "schedule"),
+    ({**SP_NGD}, "placement"),
+]
+
+
+@pytest.mark.parametrize(("settings", "name"), IGNORED)
+def test_settings_that_the_optimizer_does_not_read(settings, name):
+    assert Config(**settings).ignores(name)
+
+
+@pytest.mark.parametrize(("settings", "name"), READ)
+def test_settings_that_the_optimizer_reads(settings, name):
+    assert not Config(**settings).ignores(name)

@@ -19,6 +19,7 @@ from tests.problems import (
     all_finite,
     assert_close,
     assert_equal,
+    assert_near_largest,
     classify,
     inputs,
 )
@@ -165,6 +166,34 @@ def test_until_there_are_bases_gradients_pass():
     updates, after = setting.update(grads, state, bad)
     assert_equal(updates, grads)
     assert_equal(after.moments, state.moments)
+
+
+def test_the_order_of_the_examples_does_not_matter():
+    # More inputs and units than examples: both factors have null spaces, whose
+    # eigenvectors follow the rounding, and so the order in which examples are summed.
+    x = inputs(features=3 * BATCH)
+    problem = classify(Mlp(width=2 * BATCH), x)
+    layers = problem.trace()
+    tx = lbopt.scale_by_kfac(
+        layers, damping=DAMPING, eigenvalues="corrected", periods=lbopt.Periods(1, 2)
+    )
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+
+    @quick_jit
+    def step(params, state, x, y):
+        _, grads, curvature = f(params, x, y, due=lbopt.refresh(state))
+        updates, state = tx.update(grads, state, curvature=curvature)
+        return jax.tree.map(lambda p, u: p - 0.1 * u, params, updates), state
+
+    def after(order):
+        params, state = problem.params, tx.init(problem.params)
+        for seed in range(5):
+            x = inputs(seed, features=3 * BATCH)[order]
+            params, state = step(params, state, x, problem.args[1][order])
+        return params
+
+    here, there = after(jnp.arange(BATCH)), after(jnp.arange(BATCH)[::-1])
+    assert_near_largest(there, here, 1e-3)
 
 
 # ------------------------------------------------------------------ bad numbers

@@ -54,6 +54,29 @@ def test_schedules_are_asked_for_the_step():
     np.testing.assert_allclose(state.scale, 2 / (0.5 * 50), rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan])
+def test_a_bound_that_has_become_none_admits_no_step(bad):
+    bound = lambda step: jnp.where(step < 1, 1.0, bad)
+    tx = lbopt.clip_by_kl(optax.identity(), bound, RATE)
+    grads = {"w": jnp.array([3.0, 4.0])}
+    updates, state = tx.update(grads, tx.init(grads))
+    assert state.scale > 0
+    updates, state = tx.update(grads, state)
+    assert state.scale == 0
+    assert_equal(updates, {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_the_length_of_a_narrow_step_does_not_overflow(dtype):
+    tx = lbopt.clip_by_kl(optax.identity(), BOUND, RATE)
+    grads = {"w": jnp.array([300.0, 400.0], dtype), "v": jnp.full(4096, 2.0, dtype)}
+    updates, state = tx.update(grads, tx.init(grads))
+    squares = sum((np.asarray(g, np.float64) ** 2).sum() for g in grads.values())
+    scale = np.sqrt(BOUND / (RATE**2 * squares))
+    np.testing.assert_allclose(state.scale, scale, rtol=1e-5)
+    assert updates["w"].dtype == dtype
+
+
 def test_a_product_that_is_not_positive_is_not_clipped():
     for factor in (0.0, -1.0):
         tx = lbopt.clip_by_kl(optax.scale(factor), BOUND, RATE)
@@ -68,3 +91,5 @@ def test_the_bound_is_positive(c):
     message = r"c=\S+ must be positive; leave clip_by_kl out"
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(lbopt.clip_by_kl)(optax.identity(), c, RATE)
+    with pytest.raises(ValueError, match=r"learning_rate=\S+ must be 0 or positive"):
+        lbopt.clip_by_kl(optax.identity(), BOUND, -RATE)

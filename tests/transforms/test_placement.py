@@ -8,14 +8,21 @@ from jax.sharding import PartitionSpec
 
 from lbopt import sharding
 from lbopt.collectives import Axis
-from lbopt.curvature import capture, diagonal, kronecker, linear_maps, unit_wise
+from lbopt.curvature import (
+    capture,
+    diagonal,
+    kronecker,
+    linear_maps,
+    locations,
+    unit_wise,
+)
 from lbopt.curvature.registry import Layer
 from lbopt.transforms import kfac_state, owner_buffers
 from lbopt.transforms.placement import precondition_on_owners
 
 
 def layer(path, block, shapes):
-    location = capture.Location((path,), tuple(shapes))
+    location = locations.Location((path,), tuple(shapes))
     return Layer(
         path=path,
         module="test",

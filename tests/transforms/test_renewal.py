@@ -2,13 +2,16 @@
 
 import functools
 
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lbopt
+from tests.oracles import quick_jit
 from tests.problems import Mlp, assert_close, assert_equal, classify, inputs
 from tests.transforms.test_kfac import assert_natural
 
@@ -113,10 +116,14 @@ def test_factors_that_stand_still_make_any_delay_the_same():
 @pytest.mark.parametrize("delay", [0, 2])
 def test_an_inverse_that_is_not_finite_is_refused_when_it_comes(delay):
     course = changing()
-    damping = [DAMPING] * STEPS
-    damping[3] = np.nan
-    periods = lbopt.Periods(inverses=3, delay=delay)
-    results = course.states(damping=damping, periods=periods)
+    options = {"periods": lbopt.Periods(inverses=3, delay=delay)}
+    sound = course.states(given=course.given[:4], **options)
+    # Averages far from positive definite at step 3 alone.
+    broken = jax.tree.map(lambda x: -1e3 * x, sound[2][1].factors)
+    start = sound[2][1]._replace(factors=broken)
+    results = sound[:3] + course.states(start, course.given[3:4], **options)
+    start = results[3][1]._replace(factors=sound[3][1].factors)
+    results += course.states(start, course.given[4:], **options)
     states = [state for _, state in results]
     comes = 3 + delay
     assert not states[comes - 1].rejected.any()
@@ -127,6 +134,75 @@ def test_an_inverse_that_is_not_finite_is_refused_when_it_comes(delay):
     given, found = course.given[-1][0], results[-1][0]
     assert_natural(found, given, course.averages[6], 10 * DAMPING, **EXACT)
     assert states[-1].boost.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -DAMPING, 0.0])
+def test_a_damping_that_is_none_leaves_the_last_one_in_effect(bad):
+    course = changing()
+    given = course.given[:5]
+    damping = [DAMPING, 3 * DAMPING, bad, bad, 2 * DAMPING]
+    results = course.states(given=given, damping=damping)
+    kept = [DAMPING, 3 * DAMPING, 3 * DAMPING, 3 * DAMPING, 2 * DAMPING]
+    for t, (updates, state) in enumerate(results):
+        assert_natural(updates, given[t][0], course.averages[t], kept[t], **EXACT)
+        assert state.last_damping == kept[t]
+        assert state.rejected.tolist() == [max(0, min(t - 1, 2))] * 2
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 5 * DAMPING])
+def test_a_schedule_that_falls_below_zero_stays_at_its_last_damping(weight_decay):
+    course = changing()
+    schedule = optax.linear_schedule(DAMPING, -DAMPING, transition_steps=3)
+    params, layers = course.problem.params, course.layers
+    tx = lbopt.kfac(1.0, layers, damping=schedule, weight_decay=weight_decay)
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, c: tx.update(g, s, params, curvature=c)[1])
+    found = []
+    for grads, curvature in course.given[:4]:
+        state = update(grads, state, curvature)
+        own = lbopt.curvature_state(state)
+        found.append((float(own.last_damping), own.rejected.tolist()))
+    positive = [DAMPING + weight_decay, DAMPING / 3 + weight_decay]
+    np.testing.assert_allclose([x for x, _ in found[:2]], positive, rtol=1e-6)
+    assert found[2:] == [(found[1][0], [1, 1]), (found[1][0], [2, 2])]
+
+
+def test_a_damping_out_of_range_is_refused_where_it_is_known():
+    course = changing()
+    with pytest.raises(ValueError, match=r"damping\(0\)=.* must be positive; 1e-3 is"):
+        lbopt.scale_by_kfac(course.layers, damping=lambda step: -1.0 * step)
+    tx = lbopt.scale_by_kfac(course.layers)
+    state, (grads, curvature) = tx.init(course.problem.params), course.given[0]
+    for bad in (-1.0, None, "1e-3", jnp.asarray(jnp.nan)):
+        with pytest.raises(ValueError, match=r"damping=.*; leave it out of update"):
+            tx.update(grads, state, curvature=curvature, damping=bad)
+
+
+class Normed(nn.Module):
+    """A dense layer and a norm layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="norm", param_dtype=jnp.float64)(x)
+        return nn.Dense(3, name="dense", param_dtype=jnp.float64)(x)
+
+
+def test_norm_layers_are_damped_by_their_multiple():
+    problem = classify(Normed(), inputs(0).astype(jnp.float64))
+    layers = problem.trace()
+    assert [layers[path].block.kind for path in layers] == ["unit_wise", "kronecker"]
+    tx = lbopt.scale_by_kfac(layers, damping=DAMPING, norm_damping=16.0)
+    _, grads, curvature = problem.evaluate(layers)
+    state = tx.init(problem.params)
+    update = quick_jit(lambda g, s, c: tx.update(g, s, curvature=c)[0])
+    updates = update(grads, state, curvature)
+    blocks = np.asarray(curvature["norm"].f)  # of scale and bias of each channel
+    g = np.stack([grads["norm"][name] for name in ("scale", "bias")], -1)
+    natural = np.linalg.solve(blocks + 16 * DAMPING * np.eye(2), g[..., None])[..., 0]
+    found = np.stack([updates["norm"][name] for name in ("scale", "bias")], -1)
+    np.testing.assert_allclose(found, natural, rtol=1e-9)
+    dense = {"dense": (curvature["dense"].a, curvature["dense"].g)}
+    assert_natural({"dense": updates["dense"]}, grads, dense, DAMPING, **EXACT)
 
 
 def test_sleep_while_inverses_are_under_way():

@@ -1,19 +1,29 @@
 """Folding statistics into factors, against averages and norms of whole matrices."""
 
+import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbopt import linalg
+import lbopt
+from lbopt import Periods, linalg
 from lbopt.collectives import Axis
 from lbopt.curvature import factor
-from lbopt.transforms.statistics import Running, fold
+from lbopt.transforms.statistics import Running, fold, weight
 from tests.devices import AXIS, on_devices, shares
 from tests.oracles import quick_jit
-from tests.problems import assert_close
+from tests.problems import (
+    BATCH,
+    CLASSES,
+    assert_close,
+    cross_entropy,
+    inputs,
+    labels,
+)
 
 # Float32 sums of a few dozen numbers.
 ROUNDING = 1e-5
@@ -167,6 +177,58 @@ def test_what_is_not_due_or_not_finite_is_left_out(devices, alpha, number):
             assert_close(np.asarray(one.factor), mean, rtol=ROUNDING)
 
 
+@everywhere
+def test_a_weight_of_one_replaces_whatever_was_there(devices):
+    _, new = drawn(1, devices or 1)
+    huge = [x.at[:].set(1e30) for x in drawn(0)[1]]
+    running = [r._replace(traces=r.traces + 1e30) for r in start(huge)]
+    after, _ = folded(devices, running, new)
+    for one, mine, kind in zip(after, new, KINDS, strict=True):
+        mean = np.mean(mine, 0)
+        assert_close(np.asarray(one.factor), mean, rtol=ROUNDING)
+        on_diagonal = np.asarray(kind.multiplicity()) == 1
+        assert_close(one.traces, mean[:, on_diagonal].sum(-1), rtol=ROUNDING)
+
+
+@everywhere
+@pytest.mark.parametrize("alpha", [None, 0.1])
+def test_a_statistic_of_no_row_is_none(devices, alpha):
+    _, old = drawn(0)
+    _, new = drawn(1, devices or 1)
+    new[0] = jnp.zeros_like(new[0])  # on all devices, in all copies
+    new[1] = new[1].at[0].set(0)  # on one device of several, or the only copy
+    new[4] = new[4].at[:, 0].set(0)  # in one copy of two
+    empty = [True, devices is None, False, False, False]
+    running = start(old, None if alpha is None else drawn(2)[1])
+    after, findings = folded(devices, running, new, alpha=alpha)
+    assert findings.empty.tolist() == empty
+    assert findings.accepted.tolist() == [not one for one in empty]
+    for before, one, left_out in zip(running, after, empty, strict=True):
+        if left_out:
+            jax.tree.map(np.testing.assert_array_equal, one, before)
+        else:
+            assert (one.factor != before.factor).any()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+def test_weights_are_those_of_a_debiased_average(decay):
+    found = np.asarray(weight(decay, jnp.arange(4)))
+    assert found[0] == 1
+    sums = [sum(decay**j for j in range(k)) for k in range(1, 5)]
+    np.testing.assert_allclose(found, 1 / np.asarray(sums), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.5, -0.1, np.nan])
+def test_a_decay_out_of_range_has_no_weight(decay):
+    seen = jnp.arange(3)
+    weights = jax.jit(weight)(decay, seen)
+    assert weights.tolist() == [0, 0, 0]
+    _, old = drawn(0)
+    after, findings = folded(None, start(old), drawn(1)[1], weights=weights[0])
+    assert not findings.accepted.any()
+    jax.tree.map(np.testing.assert_array_equal, after, start(old))
+
+
 def test_nothing_due():
     _, old = drawn(0)
     bad = [x * jnp.nan for x in old]
@@ -226,9 +288,81 @@ def test_missing_and_zero_history_is_not_similar(devices):
     packed = [jnp.repeat(x, devices or 1, 0) for x in new]
     for running, last in ((start(zeros, new), False), (start(new, zeros), True)):
         _, findings = folded(devices, running, packed, alpha=0.1)
+        assert not findings.empty.any()
         assert findings.similar.tolist() == [last] * len(CASES)
         assert findings.similar_before.tolist() == [not last] * len(CASES)
     nothing = [jnp.zeros_like(x) for x in packed]
     _, findings = folded(devices, start(zeros, zeros), nothing, alpha=0.1)
     assert not findings.similar.any()
     assert not findings.similar_before.any()
+
+
+# ------------------------------------------------------- a layer that does not run
+
+
+class Heads(nn.Module):
+    """Three heads, of which one runs in a step."""
+
+    def setup(self):
+        self.heads = [nn.Dense(CLASSES) for _ in range(3)]
+
+    def __call__(self, x, number):
+        if self.is_initializing():
+            return [head(x) for head in self.heads]
+        run = [lambda mdl, x, i=i: mdl.heads[i](x) for i in range(3)]
+        return nn.switch(number, run, self, x)
+
+
+@functools.cache
+def heads():
+    """The parameters, and gradients and curvature by state and number of a head."""
+    model, x, y = Heads(), inputs(), labels()
+    params = model.init(jax.random.key(1), x, 0)["params"]
+
+    def loss_fn(params, x, y, number):
+        return cross_entropy(model.apply({"params": params}, x, number), y)
+
+    layers = lbopt.trace_layers(loss_fn, params, x, y, jnp.asarray(0))
+    f = lbopt.value_grad_and_curvature(loss_fn, layers)
+    return params, layers, lambda params, number, due: f(params, x, y, number, due=due)
+
+
+@pytest.mark.parametrize(
+    ("options", "renewals", "squares"),
+    [
+        ({}, [3, 3, 2], []),
+        # Due at 0 and 4, and until then seen: at 0 and 6, at 1 and 4, at 2 and 5.
+        ({"periods": Periods(4), "eigenvalues": "corrected"}, [2, 2, 2], [2, 1, 1]),
+        ({"stale_threshold": 0.0, "factor_decay": 0.0}, [3, 3, 2], []),
+    ],
+    ids=["kfac", "ekfac", "sp_ngd"],
+)
+def test_a_head_that_runs_in_some_steps_has_its_own_statistics(
+    options, renewals, squares
+):
+    params, layers, evaluate = heads()
+    tx = lbopt.scale_by_kfac(layers, **options)
+
+    @quick_jit
+    def step(state, number):
+        _, grads, curvature = evaluate(params, number, due=lbopt.refresh(state))
+        return tx.update(grads, state, curvature=curvature)
+
+    def updates_of(numbers):
+        state = tx.init(params)
+        for number in numbers:
+            updates, state = step(state, jnp.asarray(number))
+        return updates, lbopt.curvature_state(state)
+
+    mixed, state = updates_of([0, 1, 2, 0, 1, 2, 0, 1])
+    alone, _ = updates_of([1] * 8)
+    # The same batch throughout: the averages are the statistics themselves, up to the
+    # rounding of inverses of conditions up to 1e3.
+    assert_close(mixed, alone, rtol=1e-4, atol=1e-4)
+    assert not state.rejected.any()
+    assert state.refresh.renewals[::2].tolist() == renewals
+    assert [int(one.renewals) for one in state.moments.values()] == squares
+    rows = np.c_[inputs(), np.ones(BATCH)]
+    for factors in state.factors.values():
+        a = linalg.unpack(factors.a)
+        assert_close(np.asarray(a), rows.T @ rows / BATCH)

@@ -5,6 +5,7 @@ import pytest
 
 from lbopt.transforms import step_control
 from lbopt.transforms.step_control import StepControlState
+from tests.problems import assert_equal
 
 # nlcg.md section 2: a ratio of losses, what b is multiplied by, the share undone.
 ROWS = [
@@ -101,3 +102,12 @@ def test_the_step_control_decides_at_multiples_of_the_period_only():
     # A jump at a decision itself is seen at once.
     jump = run("step", [1.0, 1.0, 1.0, 9.0], period=3)
     assert jump[-1] == (0.5, pytest.approx(0.9))
+
+
+@both_modes
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_is_forgotten(mode, bad):
+    state = decided(mode, 1.2)[0]
+    after, undone = step_control.update(mode, 5, state, bad, jnp.asarray(15))
+    assert_equal(after, state)
+    assert undone == 0

@@ -1,0 +1,146 @@
+"""A user's loss function, and the batch among its arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lbopt._typing import Array
+
+
+def without_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """Returns the scalar loss function behind a jitted loss or one with aux."""
+    loss_fn = unjitted(loss_fn)
+
+    def loss(*args: Any, **kwargs: Any) -> Array:
+        return split_aux(loss_fn(*args, **kwargs), has_aux, loss_fn)[0]
+
+    return loss
+
+
+def unjitted(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function inside ``jax.jit``, or ``loss_fn`` itself."""
+    # likelihood cannot hand outputs out of an inner jit.
+    while isinstance(loss_fn, jax.stages.Wrapped):
+        # inspect.unwrap would also remove other decorators, which belong to the loss.
+        loss_fn = vars(loss_fn)["__wrapped__"]
+    return loss_fn
+
+
+def split_aux(
+    result: Any, has_aux: bool, loss_fn: Callable[..., Any]
+) -> tuple[Array, Any]:
+    """Checks a loss function's result and returns it as ``(loss, aux)``.
+
+    Args:
+      result: the loss, or ``(loss, aux)``.
+      has_aux: whether it is ``(loss, aux)``.
+      loss_fn: the function, for the message.
+
+    Returns:
+      The loss as an array, and aux or None.
+
+    Raises:
+      ValueError: if the result has another form or the loss is not one real number.
+    """
+    # As in jax.value_and_grad, but said before autodiff fails on it.
+    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if has_aux is not is_pair:
+        kind = "a pair" if is_pair else f"a {type(result).__name__}"
+        raise ValueError(
+            f"loss_fn={name_of(loss_fn)} returns {kind}, but has_aux={has_aux}; "
+            "return (loss, aux) with has_aux=True, the loss alone otherwise"
+        )
+    pair: Any = result if has_aux else (result, None)
+    loss, aux = pair
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(
+            f"loss_fn={name_of(loss_fn)} returns "
+            f"{jnp.result_type(loss)}{list(jnp.shape(loss))}; the loss is one real "
+            "number, a mean over the batch"
+        )
+    return jnp.asarray(loss), aux
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Returns a function's name, for messages."""
+    return getattr(function, "__name__", repr(function))
+
+
+def with_keywords(
+    loss: Callable[..., Array], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Callable[..., Array], Sequence[Any]]:
+    """Returns a loss of positional arguments alone, and these arguments.
+
+    Args:
+      loss: the loss of the parameters and other arguments.
+      args: its positional arguments after the parameters.
+      kwargs: its keyword arguments.
+
+    Returns:
+      A loss whose last argument is the dictionary of keyword arguments, if there are
+      any, and its arguments.
+    """
+    if not kwargs:
+        return loss, args
+
+    def positional(params: Any, *args: Any) -> Array:
+        return loss(params, *args[:-1], **args[-1])
+
+    return positional, (*args, dict(kwargs))
+
+
+def infer_batch_size(args: Sequence[Any]) -> int | None:
+    """Infers the batch size from the loss's arguments.
+
+    An argument counts as a batch if it contains arrays and all of them have the same
+    leading size.  PRNG keys, scalars and nested mappings (a model's collections, such
+    as ``batch_stats``) do not count.
+
+    Args:
+      args: the loss's arguments after the parameters.
+
+    Returns:
+      The leading size, or None if no argument looks like a batch.
+
+    Raises:
+      ValueError: if two arguments look like batches of different sizes.
+    """
+    sizes: dict[int, int] = {}
+    for position, arg in enumerate(args):
+        leading = {
+            leaf.shape[0] for leaf in jax.tree.leaves(arg) if _is_batch_array(leaf)
+        }
+        if len(leading) == 1 and not _is_collection(arg):
+            sizes[position] = leading.pop()
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"argument {i + 1}: {n}" for i, n in sizes.items())
+        raise ValueError(
+            f"cannot tell the batch among the loss's arguments (leading sizes {listed})"
+            "; pass batch_size="
+        )
+    return next(iter(sizes.values()), None)
+
+
+def is_empty(args: Sequence[Any]) -> bool:
+    """Whether the arrays of one of a loss's arguments all hold no examples."""
+    sizes = [
+        {leaf.shape[0] for leaf in jax.tree.leaves(arg) if _is_batch_array(leaf)}
+        for arg in args
+    ]
+    return {0} in sizes
+
+
+def _is_collection(arg: Any) -> bool:
+    return isinstance(arg, Mapping) and any(
+        isinstance(child, Mapping) for child in arg.values()
+    )
+
+
+def _is_batch_array(leaf: Any) -> bool:
+    if not getattr(leaf, "shape", ()):
+        return False
+    # jax.random.PRNGKey returns a bare array, without a dtype of its own.
+    raw_key = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+    return not raw_key and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
