@@ -68,7 +68,7 @@ def test_exact_kfac_of_a_classifier_agrees_with_the_definition():
     batch = jnp.float32(x), jnp.asarray(y)
     layers = lbopt.trace_layers(loss_fn, params, *batch, strict=True)
     evaluate = lbopt.value_grad_and_curvature(loss_fn, layers, fisher="exact")
-    tx = lbopt.kfac(0.1, layers, damping=damping, momentum=None)
+    tx = lbopt.kfac(0.1, layers, damping=damping, momentum=None, kl_clip=None)
 
     @quick_jit
     def step(params):
