@@ -102,6 +102,16 @@ def _tested(
     own = experiment.leaves[number]
     if integral and not divides and (is_shape(own) or value not in np.asarray(own)):
         return None
+    # A factor that may be negative, such as an advantage, belongs to the term itself.
+    if (
+        not is_shape(own)
+        and leaf.dtype != jnp.bool_
+        and not integral
+        and jnp.any(own < 0)
+    ):
+        if divides:
+            raise unknown
+        return None
     # Twice the value is twice the weight, of numbers that are weights.
     doubled = None if leaf.dtype == jnp.bool_ else changed(2 * leaf[at])
     if doubled is not None and value == 0:

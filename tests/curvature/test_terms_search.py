@@ -321,3 +321,18 @@ def test_a_checkpointed_model_is_traced_again_and_again():
         oracles.error(apply(PARAMS, TOKENS[:3, :3]), logits(PARAMS, TOKENS[:3, :3]))
         == 0
     )
+
+
+def test_advantages_are_no_weights():
+    model, x = nn.Dense(3), jax.random.normal(jax.random.key(0), (4, 5))
+    params = {"top": model.init(jax.random.key(0), x)["params"]}
+    y, advantages = jnp.arange(4) % 3, jnp.array([1.0, -2.0, 0.5, -1.0])
+
+    def loss_fn(params, x, y, advantages):
+        return jnp.mean(xent(model.apply({"params": params["top"]}, x), y) * advantages)
+
+    layers = lbopt.trace_layers(loss_fn, params, x, y, advantages)
+    g = lbopt.value_grad_and_curvature(loss_fn, layers)(params, x, y, advantages)[2]
+    p = jax.nn.softmax(model.apply({"params": params["top"]}, x))
+    signals = (p - jax.nn.one_hot(y, 3)) * advantages[:, None]
+    assert oracles.error(g["top"].g, signals.T @ signals / 4) < 1e-5
