@@ -20,10 +20,10 @@ class Tokens(nn.Module):
 
     @nn.compact
     def __call__(self, words):
-        embed = nn.Embed(WORDS, 5)
-        x = nn.LayerNorm()(nn.tanh(nn.Dense(5)(embed(words))))
+        x = nn.Embed(WORDS, 5)(words)
+        x = nn.LayerNorm()(nn.tanh(nn.Dense(5)(x)))
         gain = self.param("gain", nn.initializers.ones, (5,))
-        return embed.attend(x * gain[None, None])
+        return nn.Dense(WORDS)(x * gain[None, None])
 
 
 def loss_fn(params, model_state, batch, rng):
