@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import processor
+from lbopt import tables
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 
@@ -133,20 +134,11 @@ def page(*parts: str | Sequence[Sequence[str]]) -> str:
     """Joins lines and tables into a text; a table is a sequence of rows of cells."""
     lines = [""]
     for part in parts:
-        lines += [part] if isinstance(part, str) else [*_aligned(part), ""]
+        if isinstance(part, str):
+            lines.append(part)
+        else:  # numbers after a first column of words
+            lines += [*tables.aligned(part, right=range(1, len(part[0]))), ""]
     return "\n".join(lines)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligns the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def course(losses: Sequence[float]) -> str:

@@ -38,6 +38,8 @@ PHASES = ("compile", "input", "step", "evaluate", "checkpoint", "report", "other
 _NOT_TRAINING = ("evaluate", "checkpoint")
 # A mean would hide that a step was skipped, or how old an inverse became.
 _LARGEST = ("skipped", "rejected", "boosted", "inverse_age_max")
+_JOINED = dict.fromkeys(_LARGEST, max) | {not_finite.METRIC: not_finite.first}
+"""The functions that make one number of several steps'; a mean where there is none."""
 # Their classes are created at import, where no type checker sees them.
 _EVENTS: Any = event_pb2
 _SUMMARIES: Any = summary_pb2
@@ -335,7 +337,10 @@ class Reporter:
             of_steps = [_numbers(of_step) for of_step in jax.device_get(list(metrics))]
         with self._clock.phase("report"):
             self._since_test += of_steps
-            values = {key: _joined(key, of_steps) for key in of_steps[-1]}
+            values = {
+                key: _JOINED.get(key, _mean)([m[key] for m in of_steps])
+                for key in of_steps[-1]
+            }
             for at, message in self._not_finite.messages(step, of_steps):
                 self.event(message, at)
             seconds, before = self._clock.training(), self._last
@@ -346,9 +351,8 @@ class Reporter:
                 self._images += images
                 self._busy += seconds - before
                 values["images_per_second"] = images / (seconds - before)
-            path = self._not_finite.path(values)
-            named = {"layer_not_finite": path} if path else {}
-            self._write("train", step, seconds, values | memory_use.read() | named)
+            values |= memory_use.read()
+            self._write("train", step, seconds, self._not_finite.named(values))
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, "
                 f"{self._speed()}",
@@ -431,14 +435,6 @@ class Reporter:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
-
-
-def _joined(key: str, of_steps: Sequence[Mapping[str, float]]) -> float:
-    """Returns one number for a metric of several steps."""
-    values = [of_step[key] for of_step in of_steps]
-    if key == not_finite.METRIC:  # a position, of which there is no mean
-        return next((position for position in values if position >= 0), -1.0)
-    return max(values) if key in _LARGEST else _mean(values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -6,6 +6,12 @@ METRIC = "first_not_finite"
 """The metric of ``lbopt.health`` that holds a layer's position."""
 
 
+def first(positions: Sequence[float]) -> float:
+    """Returns the first layer's position of several steps, −1 for none."""
+    # A position, of which there is no mean.
+    return next((position for position in positions if position >= 0), -1.0)
+
+
 class Watch:
     """Reads the metrics of steps for numbers that are not finite.
 
@@ -22,6 +28,11 @@ class Watch:
         """Returns the path of the layer that a step's metrics name, None for none."""
         position = int(values.get(METRIC, -1))
         return self._layers[position] if position >= 0 else None
+
+    def named(self, values: Mapping[str, float]) -> dict[str, float | str]:
+        """Adds the path of that layer, if there is one, as ``layer_not_finite``."""
+        path = self.path(values)
+        return {**values, **({"layer_not_finite": path} if path else {})}
 
     def messages(
         self, step: int, of_steps: Sequence[Mapping[str, float]]

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from lbopt import linalg, mesh_step
+from lbopt import linalg, mesh_step, tables
 from lbopt._typing import Array, Due, OptState, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import locations, refresh
@@ -192,14 +192,7 @@ class LayerReport(Mapping[str, LayerState]):
         for path, row in self.items():
             numbers = [_by_name(value) for value in row[2:]]
             lines.append((path, str(row.rejected), f"{row.boost:g}", *numbers))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(w) if i in (1, 2) else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return "\n".join(tables.aligned(lines, right=[1, 2]))
 
 
 def layer_report(opt_state: OptState, layers: Layers) -> LayerReport:

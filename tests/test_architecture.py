@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROWS = [
     ["_typing"],
     ["checks", "collectives", "explicit_axes", "in_place", "linalg"],
-    ["norms", "parameter_paths", "patches", "sizes"],
+    ["norms", "parameter_paths", "patches", "sizes", "tables"],
     ["curvature.factor"],
     ["curvature.block"],
     ["curvature.eigen_moments", "curvature.linear_maps"],

@@ -16,14 +16,14 @@ WORDS, STEPS = 7, 10
 
 
 class Tokens(nn.Module):
-    """An embedding, a dense layer, a norm layer and a parameter without a rule."""
+    """A tied embedding, a dense layer, a norm layer and a parameter without a rule."""
 
     @nn.compact
     def __call__(self, words):
-        x = nn.Embed(WORDS, 5)(words)
-        x = nn.LayerNorm()(nn.tanh(nn.Dense(5)(x)))
+        embed = nn.Embed(WORDS, 5)
+        x = nn.LayerNorm()(nn.tanh(nn.Dense(5)(embed(words))))
         gain = self.param("gain", nn.initializers.ones, (5,))
-        return nn.Dense(WORDS)(x * gain[None, None])
+        return embed.attend(x * gain[None, None])
 
 
 def loss_fn(params, model_state, batch, rng):

@@ -46,6 +46,11 @@ class Weighted(NamedTuple):
     weights: Array
 
 
+def spread(weights: Array, ndim: int) -> Array:
+    """Returns weights of leading axes with axes of size 1 for the others."""
+    return jnp.expand_dims(weights, range(weights.ndim, ndim))
+
+
 def unweighted(residual: Any) -> tuple[Any, Array | None]:
     """Splits a residual into the layer's input and the weights of its rows, if any."""
     return residual if isinstance(residual, Weighted) else (residual, None)
@@ -94,6 +99,8 @@ class CurvatureBlock(NamedTuple):
         into diagonal blocks; None if no factor can be cut.
       moments: the functions of the EKFAC form; None unless the block has exactly two
         factors, both symmetric.
+      linear: whether ``statistics`` is linear in the means; if not, it is given means
+        over all devices.
       row_weighted: whether ``estimate`` averages rows of the input, and takes a
         ``Weighted`` residual for a batch whose rows have weights.
     """
@@ -111,6 +118,7 @@ class CurvatureBlock(NamedTuple):
     precondition: Callable[[Inverses, Leaves], dict[str, Array]]
     cut: "Callable[[int | None], CurvatureBlock] | None" = None
     moments: EigenMoments | None = None
+    linear: bool = True
     row_weighted: bool = False
 
     def factor_shapes(self, leading: tuple[int, ...]) -> Factors:

@@ -160,7 +160,8 @@ class Probes(NamedTuple):
             raise ValueError(
                 f"layers {missing} did not run in this loss, although they ran when "
                 "trace_layers traced it; call trace_layers again with the loss, "
-                "parameters and arguments of the training run"
+                "parameters and arguments of the training run, lifted alike (nn.remat, "
+                "nn.scan, nn.vmap)"
             )
 
     def sums(self, taken: ProbeArrays) -> list[Any]:

@@ -71,7 +71,7 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         each = jnp.ones_like(g, shape=words.shape, dtype=dtype)
         rows: Any = words.size
         if weights:
-            each = _spread(weights[0], words.ndim) * each
+            each = block.spread(weights[0], words.ndim) * each
             rows = jnp.sum(each)
         counts = jnp.zeros_like(g, shape=(vocabulary,), dtype=dtype)
         # Flax returns NaN for an index out of range; no word's count may rise for it.
@@ -83,7 +83,9 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
     def queries(q: Array, *weights: Array) -> tuple[Array, Array]:
         rows: Any = math.prod(q.shape[:-1])
         if weights:
-            each = jnp.broadcast_to(_spread(weights[0], q.ndim), (*q.shape[:-1], 1))
+            each = jnp.broadcast_to(
+                block.spread(weights[0], q.ndim), (*q.shape[:-1], 1)
+            )
             rows = jnp.sum(each, dtype=dtype)
             q = jnp.where(each > 0, q.astype(dtype) * jnp.sqrt(each.astype(dtype)), 0)
         return outer(q), block.count_rows(rows, q, dtype)
@@ -132,12 +134,8 @@ def embed_block(vocabulary: int, features: int, dtype: Any) -> block.CurvatureBl
         statistics=_sum_of_roles,
         to_matrix=lambda leaves: leaves["embedding"],
         from_matrix=lambda matrix: {"embedding": matrix},
+        linear=False,  # c depends on the traces of both roles
     )
-
-
-def _spread(weights: Array, ndim: int) -> Array:
-    """Returns weights of leading axes with ones for the other axes."""
-    return jnp.expand_dims(weights, range(weights.ndim, ndim))
 
 
 def _sum_of_roles(means: EmbedSums) -> kronecker.KroneckerFactors:

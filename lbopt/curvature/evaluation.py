@@ -22,7 +22,6 @@ from lbopt.curvature.tapped_pass import (
     Evaluator,
     Fisher,
     make_evaluator,
-    spread,
     sums_of_model,
     tap,
     wanted_of,
@@ -125,7 +124,7 @@ def evaluate(
         sums = sums_of_model(evaluator, tapped, rng, terms, loss_scale)
     elif tapped.kept:
         # w g to √w g, because the products of signals have the weight once.
-        roots = spread(tapped.roots, by_output.ndim)
+        roots = blocks.spread(tapped.roots, by_output.ndim)
         signal = jnp.where(roots > 0, by_output / jnp.where(roots > 0, roots, 1), 0)
         again = tapped.pull(0, signal, square=False)[1]
         # Arrays without a tap have the loss's own gradient, as without weights.
@@ -141,15 +140,8 @@ def evaluate(
         value, grads = jax.tree.map(
             lambda x: jnp.where(share > 0, x, 0), (value * share, grads)
         )
-    as_array = jnp.float32
-    return Totals(
-        value,
-        tapped.aux,
-        grads if gradient else (),
-        sums,
-        jnp.asarray(share, as_array),
-        jnp.asarray(terms, as_array),
-    )
+    share, terms = (jnp.asarray(x, jnp.float32) for x in (share, terms))
+    return Totals(value, tapped.aux, grads if gradient else (), sums, share, terms)
 
 
 def finish(
@@ -192,9 +184,9 @@ def finish(
         sums = totals.sums[path]
         if layer.has_tap:
             counts = {f: over_devices(getattr(sums, f)) for f in _row_counts(sums)}
-            return block.statistics(
-                _mean(block, sums._replace(**counts), n, wanted[path])
-            )
+            sums = sums._replace(**counts)
+            whole = Axis(None, 1) if block.linear else axis
+            return block.statistics(_mean(block, sums, n, wanted[path], whole))
         if linear:
             # Added up over the whole batch before it is squared.
             total, due = sums.f, wanted[path].f
@@ -204,7 +196,7 @@ def finish(
                 return jnp.square(whole) * (parts * active)
 
             sums = sums._replace(f=blocks.when(due, square, total))
-        return block.statistics(_mean(block, sums, n, wanted[path]))
+        return block.statistics(_mean(block, sums, n, wanted[path], Axis(None, 1)))
 
     return {
         path: statistics(path, layer)
@@ -245,14 +237,17 @@ def _row_counts(sums: Any) -> list[str]:
     return [name for name in sums._fields if name.endswith("rows")]
 
 
-def _mean(block: blocks.CurvatureBlock, sums: Any, n: Any, due: Any) -> Any:
-    """Divides a layer's sums; if no statistic is due, they are not even read."""
+def _mean(block: blocks.CurvatureBlock, sums: Any, n: Any, due: Any, axis: Axis) -> Any:
+    """Divides a layer's sums, and means over an axis; reads nothing if none is due."""
+
+    def means(sums: Any) -> Any:
+        return collectives.mean(block.mean(sums, n), axis)
+
     flags = jax.tree.leaves(due)
     if all(isinstance(flag, bool) for flag in flags):
-        return block.mean(sums, n) if any(flags) else sums
+        return means(sums) if any(flags) else sums
     # In place: a plain cond would copy all statistics at steps that refresh none.
-    some = jnp.any(jnp.asarray(flags))
-    return update_if(some, lambda sums: block.mean(sums, n), sums)
+    return update_if(jnp.any(jnp.asarray(flags)), means, sums)
 
 
 def _divided(x: Array, scale: Any) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from lbopt import linalg
 from lbopt._typing import Array, Params
-from lbopt.curvature import loss
+from lbopt.curvature import block, loss
 from lbopt.curvature.likelihood import Outputs, listen, single_outputs
 from lbopt.curvature.terms import Terms, WeightsAt
 
@@ -95,8 +95,8 @@ def fisher_products(
     )
     weights, n = _terms_of(stated, outputs, terms, args)
     if weights is not None:
-        spread = jnp.expand_dims(weights, range(weights.ndim, outputs.ndim))
-        whole = jnp.broadcast_to(jnp.sqrt(spread), outputs.shape).reshape(1, -1)
+        spread = block.spread(jnp.sqrt(weights), outputs.ndim)
+        whole = jnp.broadcast_to(spread, outputs.shape).reshape(1, -1)
         roots = roots * whole.astype(roots.dtype)
     return linalg.matmul(roots, roots.T) / n
 

@@ -28,18 +28,14 @@ class Experiment(NamedTuple):
     """A loss's head, to be evaluated at sizes and values of choice.
 
     Attributes:
-      loss: the scalar loss of parameters and arguments.
       head: what an abstract trace saw.
-      params: the parameters, of which the head depends on penalties alone.
       leaves: the leaves of the arguments.
       tree: their structure.
       output: the name of the output.
       compiled: ``(output, all outputs, array leaves) -> `` the gradient by the output.
     """
 
-    loss: Callable[..., Array]
     head: Head
-    params: Any
     leaves: list[Any]
     tree: Any
     output: Name
@@ -111,7 +107,7 @@ class Experiment(NamedTuple):
         if self.shifted(leaf):
             whole[shared] = sizes[shared] + 1
         value = LABEL if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
-        return jnp.full(whole, value, leaf.dtype)
+        return jnp.full(whole, value, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
     def shifted(self, leaf: Any) -> bool:
         """Whether a leaf has one position more than the output along its last axis."""
@@ -143,7 +139,7 @@ def make_experiment(
         return replaced(head, outputs | {output: x}, loss)(whole, *args)
 
     compiled = jax.jit(jax.grad(by_output))
-    return Experiment(loss, head, params, leaves, tree, output, compiled)
+    return Experiment(head, leaves, tree, output, compiled)
 
 
 def terms_in(gradient: np.ndarray) -> np.ndarray:
@@ -161,7 +157,7 @@ def _concrete(x: Any) -> Any:
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), x.shape)
-    return jnp.ones(x.shape, x.dtype)
+    return jnp.ones(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _values(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

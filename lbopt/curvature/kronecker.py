@@ -178,6 +178,7 @@ def two_factor_block(
     to_matrix: Callable[[block.Leaves], Array],
     from_matrix: Callable[[Array], dict[str, Array]],
     sum_squares: Callable[..., Array] | None = None,
+    linear: bool = True,
 ) -> block.CurvatureBlock:
     r"""Completes a block of two factors: packing, damping and preconditioning.
 
@@ -193,6 +194,7 @@ def two_factor_block(
       to_matrix: ``leaves -> [*stack, in, out]``.
       from_matrix: the inverse of ``to_matrix``.
       sum_squares: as in ``EigenMoments``; None if A is a diagonal.
+      linear: as in ``CurvatureBlock``.
 
     Returns:
       The curvature block.
@@ -236,6 +238,7 @@ def two_factor_block(
             inverses=KroneckerInverses,
             precondition=precondition,
             cut=cut,
+            linear=linear,
             row_weighted=True,
             moments=None
             if sum_squares is None

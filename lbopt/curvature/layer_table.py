@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lbopt import sizes
+from lbopt import sizes, tables
 from lbopt.curvature import block as blocks
 from lbopt.curvature import capture
 from lbopt.curvature.terms import UNKNOWN, Terms
@@ -125,14 +125,7 @@ class Layers(Mapping[str, Layer]):
             )
         marked = sum(row[0] == "!" for row in rows)
         rows.append(("", f"{len(self)} layers", "", "", "", sizes.text_of(total), ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i == 5 else cell.ljust(w)  # bytes to the right
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = tables.aligned(rows, right=[5])  # bytes
         lines.append(f"terms: {self.terms.text}")
         if marked:
             lines.append(f"! {marked} without a block of their own (see why)")

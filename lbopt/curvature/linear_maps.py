@@ -212,8 +212,8 @@ def dense_linear(
         return moment_of(rows, homogeneous, dtype), math.prod(rows.shape[-3:-1])
 
     def row_weights(x: Array, weights: Array) -> Array:
-        spread = jnp.expand_dims(weights, range(weights.ndim, x.ndim))
-        return to_rows(jnp.broadcast_to(spread, x.shape))[..., :1]
+        each = jnp.broadcast_to(block.spread(weights, x.ndim), x.shape)
+        return to_rows(each)[..., :1]
 
     return SharedLinear(
         in_features=d_in,

@@ -132,9 +132,10 @@ def trace_layers(
         _require_unmarked(layers)
     # Unused layers do not run, and diagonal blocks are autodiff's own.
     tapped = {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
-    verification.require_same_loss(loss, params, args, tapped, found.accepted)
+    run = verification.Run(loss, params, args, found.accepted)
+    verification.require_same_loss(run, tapped)
     if verify:
-        verification.verify(loss, params, args, tapped, found.accepted, n)
+        verification.verify(run, tapped, n)
     return Layers(layers, terms, found.accepted)
 
 

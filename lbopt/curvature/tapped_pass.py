@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lbopt import checks
 from lbopt._typing import Array, Params
+from lbopt.curvature import block as blocks
 from lbopt.curvature import capture, eigen_moments, loss, rows, signals
 from lbopt.curvature import locations as places
 from lbopt.curvature.layer_table import Layer, Layers
@@ -249,14 +250,13 @@ def _preview(
         weights = terms.weights.read((*args, dict(kwargs)) if kwargs else args)
         stated = None
     else:
-        own = [(i, o) for i, o in enumerate(outputs) if o.weights is not None]
+        own = [o for o in outputs if o.weights is not None]
         if len(own) != 1:
             raise ValueError(
                 f"loss_fn={loss.name_of(evaluator.loss_fn)} states weights by "
                 f"lbopt.likelihood {len(own)} times; state them once"
             )
-        weights, stated = own[0][1].weights, own[0][1].terms
-        seen = [own[0][1].value]
+        weights, stated, seen = own[0].weights, own[0].terms, [own[0].value]
     if not seen:
         raise ValueError(
             f"loss_fn={loss.name_of(evaluator.loss_fn)} does not make the outputs that "
@@ -367,7 +367,7 @@ def sums_of_model(
         if loss_scale is not None:
             signal = signal * loss_scale
         if tapped.roots is not None:
-            signal = signal * spread(tapped.roots, signal.ndim)
+            signal = signal * blocks.spread(tapped.roots, signal.ndim)
         return tapped.pull(0, signal, square=exact)[1]
 
     if not exact:
@@ -377,11 +377,6 @@ def sums_of_model(
     known = evaluator.layers.preconditioned.values()
     one_by_one = not all(layer.has_tap for layer in known)
     return signals.summed_exactly(one, pull, one_by_one=one_by_one)
-
-
-def spread(weights: Array, ndim: int) -> Array:
-    """Weights of leading axes, with axes of size 1 for the others."""
-    return jnp.expand_dims(weights, range(weights.ndim, ndim))
 
 
 def wanted_of(

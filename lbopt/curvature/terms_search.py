@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lbopt._typing import Array
@@ -58,6 +59,8 @@ def find(
     if not names:
         return _assumed(head, batch_size)
     leaves, tree = jax.tree.flatten(tuple(args))
+    # NumPy's float64 becomes what JAX makes of it in the loss.
+    leaves = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in leaves]
     found = []
     for name in names:
         experiment = make_experiment(loss, head, params, leaves, tree, name)

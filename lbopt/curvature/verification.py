@@ -29,66 +29,15 @@ from lbopt.curvature.observation import eval_shape
 _WAY_OUT = "leave this layer to another optimizer, by optax.partition"
 
 
-def verify(
-    loss: Callable[..., Any],
-    params: Params,
-    args: Sequence[Any],
-    tapped: Mapping[str, capture.Tapped],
-    accepted: capture.Accepted,
-    batch_size: int | None,
-) -> None:
-    """Runs one batch and checks every tapped layer.
+class Run(NamedTuple):
+    """A loss, and what it is called with.
 
-    Args:
+    Attributes:
       loss: the scalar loss.
-      params: the parameters, arrays.
-      args: the loss's other arguments.
-      tapped: the layers by path.
+      params: the parameters.
+      args: its other arguments.
       accepted: trees mapped from the parameters that count as the parameters.
-      batch_size: number of examples in the batch, if known.
-
-    Raises:
-      ValueError: if a layer's statistics are wrong, naming the first such layer.
     """
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-        raise ValueError(
-            "verify=True runs the loss, but params holds jax.ShapeDtypeStruct; pass "
-            "arrays, or verify=False"
-        )
-    whole = list(tapped.values())
-    run = _Run(loss, params, args, accepted)
-    sums = run.differentiate(whole, [_flags(layer, False) for layer in whole])[1]
-    for path, total in zip(tapped, sums, strict=True):
-        if any(bool(jnp.any(x != 0)) for x in total):
-            raise ValueError(
-                f"layer {path!r}: its statistics are not zero when none is due, so "
-                "loss_fn reads the probes inside params; regularise with the "
-                "optimizer's weight_decay, or by a sum of squares over the parameters, "
-                "instead of a norm of each array"
-            )
-    # All layers in one run; one by one only to name the culprits.
-    if not _arrive_whole(run, whole, set(range(len(whole)))):
-        changed = [
-            path
-            for number, path in enumerate(tapped)
-            if not _arrive_whole(run, whole, {number})
-        ]
-        raise ValueError(
-            f"layers {changed}: something between params and the layer changes its "
-            f"parameters (nn.map_variables); {_WAY_OUT}"
-        )
-    twins = {path: _gradient_twin(layer, params) for path, layer in tapped.items()}
-    batches = [args]
-    # One example, or a batch of unknown size, has no second batch to compare with.
-    if batch_size is not None and batch_size > 1:
-        batches.append(_first_half_doubled(args, batch_size))
-    runs = [_gradients(run._replace(args=batch), twins) for batch in batches]
-    for path in tapped:
-        _compare(path, [run[path] for run in runs])
-
-
-class _Run(NamedTuple):
-    """A loss, and what it is called with."""
 
     loss: Callable[..., Any]
     params: Params
@@ -121,13 +70,56 @@ class _Run(NamedTuple):
         return grads, probes.sums(taken)
 
 
-def require_same_loss(
-    loss: Callable[..., Any],
-    params: Params,
-    args: Sequence[Any],
-    tapped: Mapping[str, capture.Tapped],
-    accepted: capture.Accepted,
+def verify(
+    run: Run, tapped: Mapping[str, capture.Tapped], batch_size: int | None
 ) -> None:
+    """Runs one batch and checks every tapped layer.
+
+    Args:
+      run: the loss; its parameters are arrays.
+      tapped: the layers by path.
+      batch_size: number of examples in the batch, if known.
+
+    Raises:
+      ValueError: if a layer's statistics are wrong, naming the first such layer.
+    """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(run.params)):
+        raise ValueError(
+            "verify=True runs the loss, but params holds jax.ShapeDtypeStruct; pass "
+            "arrays, or verify=False"
+        )
+    whole = list(tapped.values())
+    sums = run.differentiate(whole, [_flags(layer, False) for layer in whole])[1]
+    for path, total in zip(tapped, sums, strict=True):
+        if any(bool(jnp.any(x != 0)) for x in total):
+            raise ValueError(
+                f"layer {path!r}: its statistics are not zero when none is due, so "
+                "loss_fn reads the probes inside params; regularise with the "
+                "optimizer's weight_decay, or by a sum of squares over the parameters, "
+                "instead of a norm of each array"
+            )
+    # All layers in one run; one by one only to name the culprits.
+    if not _arrive_whole(run, whole, set(range(len(whole)))):
+        changed = [
+            path
+            for number, path in enumerate(tapped)
+            if not _arrive_whole(run, whole, {number})
+        ]
+        raise ValueError(
+            f"layers {changed}: something between params and the layer changes its "
+            f"parameters (nn.map_variables); {_WAY_OUT}"
+        )
+    twins = {path: _gradient_twin(layer, run.params) for path, layer in tapped.items()}
+    batches = [run.args]
+    # One example, or a batch of unknown size, has no second batch to compare with.
+    if batch_size is not None and batch_size > 1:
+        batches.append(_first_half_doubled(run.args, batch_size))
+    runs = [_gradients(run._replace(args=batch), twins) for batch in batches]
+    for path in tapped:
+        _compare(path, [run[path] for run in runs])
+
+
+def require_same_loss(run: Run, tapped: Mapping[str, capture.Tapped]) -> None:
     """Compares a loss with itself as lbopt evaluates it.
 
     The two are the same unless probes lie in the tree that the loss is called with.  A
@@ -135,11 +127,8 @@ def require_same_loss(
     on the tree by one evaluation, of arrays.
 
     Args:
-      loss: the scalar loss.
-      params: the parameters.
-      args: the loss's other arguments.
+      run: the loss.
       tapped: the layers by path.
-      accepted: trees mapped from the parameters that count as the parameters.
 
     Raises:
       ValueError: if they differ.
@@ -147,7 +136,7 @@ def require_same_loss(
     carried = [layer for layer in tapped.values() if layer.route == "params"]
     if not carried:
         return
-    probes = capture.make_probes(carried, [None for _ in carried], accepted=accepted)
+    probes = run.probes(carried, [None for _ in carried])
     arrays = probes.arrays()
     read: set[int] = set()
 
@@ -159,16 +148,16 @@ def require_same_loss(
             }
             for i, own in enumerate(arrays)
         ]
-        return loss(probes.insert(params, watched), *args)
+        return run.loss(probes.insert(params, watched), *args)
 
-    eval_shape(jax.grad(noted, argnums=1), params, arrays, args)
+    eval_shape(jax.grad(noted, argnums=1), run.params, arrays, run.args)
     differs = bool(read)
-    leaves = jax.tree.leaves((params, args))
+    leaves = jax.tree.leaves((run.params, run.args))
     if not differs and not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        run = _Run(loss, params, args, accepted)
         whole = list(tapped.values())
         probes = run.probes(whole, [_flags(layer, True) for layer in whole])
-        pair = loss(params, *args), run.tapped_loss(probes, params, probes.arrays())
+        plain = run.loss(run.params, *run.args)
+        pair = plain, run.tapped_loss(probes, run.params, probes.arrays())
         # The same operations in the same order, but for rounding of a compiled part.
         differs = not bool(jnp.allclose(*pair, rtol=1e-3, atol=1e-5, equal_nan=True))
     if differs:
@@ -182,7 +171,7 @@ def require_same_loss(
 
 
 def _arrive_whole(
-    run: _Run, tapped: Sequence[capture.Tapped], numbers: Collection[int]
+    run: Run, tapped: Sequence[capture.Tapped], numbers: Collection[int]
 ) -> bool:
     """Tests whether probes of ones still are ones inside the given layers."""
     probes = run.probes(tapped, [None for _ in tapped])
@@ -215,7 +204,7 @@ def _first_half_doubled(args: Sequence[Any], batch_size: int) -> Sequence[Any]:
     return jax.tree.map(double, args)
 
 
-def _gradients(run: _Run, twins: Mapping[str, capture.Tapped]) -> dict[str, Any]:
+def _gradients(run: Run, twins: Mapping[str, capture.Tapped]) -> dict[str, Any]:
     """Returns each layer's gradients by name: captured, autodiff's, rounding unit."""
     due = [True for _ in twins]  # a twin has no flags
     grads, captured = run.differentiate(list(twins.values()), due)

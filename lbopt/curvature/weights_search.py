@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,22 @@ def _may_weight(experiment: Experiment, leaf: Any) -> bool:
     return experiment.along(leaf) == len(leaf.shape) or experiment.shifted(leaf)
 
 
+class _Effect(NamedTuple):
+    """What a value of a leaf does to the term at its position.
+
+    Attributes:
+      leaf: the leaf as it is.
+      gone: the positions whose terms the value takes off the loss.
+      shift: positions between the leaf's and those of the terms.
+      divides: whether the other terms get what they had.
+    """
+
+    leaf: Any
+    gone: np.ndarray
+    shift: int
+    divides: bool
+
+
 def _tested(
     experiment: Experiment,
     number: int,
@@ -64,72 +80,106 @@ def _tested(
     small: tuple[int, ...],
     base: np.ndarray,
 ) -> WeightsAt | None:
-    """Tests whether a value of a leaf takes the term at its position off the loss."""
+    """Tests whether a leaf holds weights, or a value that marks padding."""
+    effect = _effect(experiment, number, value, small, base)
+    if effect is None:
+        return None
+    leaf, own = effect.leaf, experiment.leaves[number]
+    found = WeightsAt(
+        experiment.path(number),
+        None,
+        effect.shift,
+        small[leaf.ndim - 1] - (leaf.shape[-1] - effect.shift),
+        effect.divides,
+    )
+    if leaf.dtype == jnp.bool_:
+        return found
+    linear = value == 0 and _is_linear(experiment, number, effect, small, base)
+    if _integral(leaf):
+        # A label out of range may have no loss; it is padding if the batch has any.
+        known = not is_shape(own) and value in np.asarray(own)
+        if linear:
+            return found
+        return found._replace(sentinel=value) if effect.divides or known else None
+    # A factor that may be negative, such as an advantage, belongs to the term itself.
+    signed = not is_shape(own) and bool(jnp.any(own < 0))
+    if signed and not effect.divides:
+        return None
+    if signed or not linear:
+        raise _unknown(experiment, number)
+    return found
+
+
+def _effect(
+    experiment: Experiment,
+    number: int,
+    value: int,
+    small: tuple[int, ...],
+    base: np.ndarray,
+) -> _Effect | None:
+    """Sets a leaf to a value at one position; None if no term goes by it."""
     leaf = experiment.filled(number, small)
-    at = (1,) * leaf.ndim
-    before = terms_in(base)
-
-    def changed(value: Any) -> np.ndarray | None:
-        new = leaf.at[at].set(jnp.asarray(value, leaf.dtype))
-        try:
-            gradient = experiment.gradient(small, {number: new})
-        except Exception:  # the user's code may refuse the value
-            return None
-        return gradient if np.all(np.isfinite(gradient)) else None
-
-    gradient = changed(value)
+    gradient = _changed(experiment, number, leaf, value, small)
     if gradient is None:
         return None
     # Exactly zero: a term that is only made smaller is no padding.
-    after = terms_in(gradient)
+    before, after = terms_in(base), terms_in(gradient)
     gone = before & ~after
     if not np.any(gone):
         return None
-    name = path_text(experiment.path(number))
-    unknown = Contradicted(f"{name} takes part in it in a way that cannot be told")
-    shift = next((s for s in (0, 1) if _only(gone, before, at, s)), None)
-    if shift is None:
-        raise unknown
-    missing = small[leaf.ndim - 1] - (leaf.shape[-1] - shift)
-    left = (base != 0) & (after[..., None] if base.ndim > before.ndim else after)
+    shift = next((s for s in (0, 1) if _only(gone, before, leaf.ndim, s)), None)
+    left = (base != 0) & _along(after, base)
     ratios = gradient[left] / base[left]
-    shared = np.sum(before) / np.sum(after)
-    divides = bool(np.allclose(ratios, shared, rtol=TOLERANCE))
-    if not divides and not np.allclose(ratios, 1, rtol=TOLERANCE):
-        raise unknown
-    # A label out of range may have no loss; it is padding if the batch has any.
-    integral = jnp.issubdtype(leaf.dtype, jnp.integer)
-    own = experiment.leaves[number]
-    if integral and not divides and (is_shape(own) or value not in np.asarray(own)):
-        return None
-    # A factor that may be negative, such as an advantage, belongs to the term itself.
-    if (
-        not is_shape(own)
-        and leaf.dtype != jnp.bool_
-        and not integral
-        and jnp.any(own < 0)
-    ):
-        if divides:
-            raise unknown
-        return None
-    # Twice the value is twice the weight, of numbers that are weights.
-    doubled = None if leaf.dtype == jnp.bool_ else changed(2 * leaf[at])
-    if doubled is not None and value == 0:
-        total = np.sum(before) / (np.sum(before) + np.sum(gone)) if divides else 1
-        row = (base != 0) & (gone[..., None] if base.ndim > gone.ndim else gone)
-        if np.allclose(doubled[row] / base[row], 2 * total, rtol=TOLERANCE):
-            return WeightsAt(experiment.path(number), None, shift, missing, divides)
-    if leaf.dtype == jnp.bool_:
-        return WeightsAt(experiment.path(number), None, shift, missing, divides)
-    if not integral:
-        raise unknown
-    return WeightsAt(experiment.path(number), value, shift, missing, divides)
+    divides = bool(np.allclose(ratios, before.sum() / after.sum(), rtol=TOLERANCE))
+    if shift is None or not (divides or np.allclose(ratios, 1, rtol=TOLERANCE)):
+        raise _unknown(experiment, number)
+    return _Effect(leaf, gone, shift, divides)
 
 
-def _only(gone: np.ndarray, before: np.ndarray, at: tuple[int, ...], s: int) -> bool:
-    """Whether the terms that are gone are those at a position, shifted by s."""
+def _is_linear(
+    experiment: Experiment,
+    number: int,
+    effect: _Effect,
+    small: tuple[int, ...],
+    base: np.ndarray,
+) -> bool:
+    """Tests whether twice the value is twice the weight."""
+    twice = 2 * effect.leaf[(0,) * effect.leaf.ndim]
+    gradient = _changed(experiment, number, effect.leaf, twice, small)
+    if gradient is None:
+        return False
+    count, heavier = terms_in(base).sum(), effect.gone.sum()
+    shared = count / (count + heavier) if effect.divides else 1
+    terms = (base != 0) & _along(effect.gone, base)
+    return np.allclose(gradient[terms] / base[terms], 2 * shared, rtol=TOLERANCE)
+
+
+def _changed(
+    experiment: Experiment, number: int, leaf: Any, value: Any, small: tuple[int, ...]
+) -> np.ndarray | None:
+    """The gradient with another value at position 1 of each of a leaf's axes."""
+    new = leaf.at[(1,) * leaf.ndim].set(jnp.asarray(value, leaf.dtype))
+    try:
+        gradient = experiment.gradient(small, {number: new})
+    except Exception:  # the user's code may refuse the value
+        return None
+    return gradient if np.all(np.isfinite(gradient)) else None
+
+
+def _unknown(experiment: Experiment, number: int) -> Contradicted:
+    name = path_text(experiment.path(number))
+    return Contradicted(f"{name} takes part in it in a way that cannot be told")
+
+
+def _along(terms: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Flags of terms, with an axis of features if the gradient has one."""
+    return terms[..., None] if gradient.ndim > terms.ndim else terms
+
+
+def _only(gone: np.ndarray, before: np.ndarray, ndim: int, shift: int) -> bool:
+    """Whether the terms that are gone are those at position 1, less the shift."""
     expected = np.zeros_like(before)
-    expected[(*at[:-1], at[-1] - s)[: before.ndim]] = True
+    expected[(*(1,) * (ndim - 1), 1 - shift)[: before.ndim]] = True
     return bool(np.any(expected & before)) and np.array_equal(gone, expected & before)
 
 
@@ -171,25 +221,24 @@ def _check_slab(
     """Compares the terms found with those of a part of the batch."""
     gradient = experiment.gradient(sizes, changes)
     real = terms_in(np.nan_to_num(gradient, nan=0))
-    if isinstance(terms.weights, WeightsAt):
-        # A term without a weight must have no gradient.
-        leaves = [changes.get(i, x) for i, x in enumerate(experiment.leaves)]
-        args = jax.tree.unflatten(experiment.tree, leaves)
-        weights = np.asarray(terms.weights.read(args))
-        spread = weights.reshape(weights.shape + (1,) * (real.ndim - weights.ndim))
-        if np.any(real & ~np.broadcast_to(spread != 0, real.shape)):
-            raise Contradicted("its weights were not understood")
-        return
     expected = np.ones_like(real)
     for axis, offset in zip(terms.axes, terms.offsets, strict=True):
         if axis < real.ndim and offset:
             index = [slice(None)] * real.ndim
             index[axis] = slice(-offset, None)
             expected[tuple(index)] = False
-    if np.any(expected & ~real):
+    weights = np.ones(real.shape)
+    if isinstance(terms.weights, WeightsAt):
+        leaves = [changes.get(i, x) for i, x in enumerate(experiment.leaves)]
+        args = jax.tree.unflatten(experiment.tree, leaves)
+        own = np.asarray(terms.weights.read(args), np.float64)
+        weights *= own.reshape(own.shape + (1,) * (real.ndim - own.ndim))
+    # Another mask may hide beside the weights that were found.
+    if not np.array_equal(expected & (weights != 0), real):
         raise Contradicted("rows of this batch have no part in it, like padding")
-    if labelled:
-        _check_uniform(experiment.gradient(sizes, changes, alike=True)[real])
+    if labelled and np.any(real):
+        alike = experiment.gradient(sizes, changes, alike=True)
+        _check_uniform(alike[real] / _along(weights, alike)[real])
 
 
 def _slabs(experiment: Experiment, rank: int, whole: int) -> Iterator[dict[int, Any]]:

@@ -86,3 +86,8 @@ def test_rows_are_counted_in_every_lane_of_a_vmap():
         jax.vmap(lambda lane: block.count_rows(5, lane, jnp.float32))
     )(x)
     assert jaxpr.jaxpr.outvars[0].aval.shape == (3, 1, 1)
+
+
+def test_weights_are_spread_over_the_axes_after_theirs():
+    assert block.spread(jnp.ones((2, 3)), 4).shape == (2, 3, 1, 1)
+    assert block.spread(jnp.ones(2), 1).shape == (2,)

@@ -250,8 +250,3 @@ def test_a_mask_belongs_to_its_layers():
         tapped_pass.wanted_of(own, {"other": wanted["top"]})
     with pytest.raises(ValueError, match=r"due\['top'\] is a tuple, not a Kronecker"):
         tapped_pass.wanted_of(own, {"top": (True, True)})
-
-
-def test_weights_are_spread_over_the_axes_after_theirs():
-    assert tapped_pass.spread(jnp.ones((2, 3)), 4).shape == (2, 3, 1, 1)
-    assert tapped_pass.spread(jnp.ones(2), 1).shape == (2,)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -336,3 +337,27 @@ def test_advantages_are_no_weights():
     p = jax.nn.softmax(model.apply({"params": params["top"]}, x))
     signals = (p - jax.nn.one_hot(y, 3)) * advantages[:, None]
     assert oracles.error(g["top"].g, signals.T @ signals / 4) < 1e-5
+
+
+def test_a_second_mask_beside_the_weights_is_refused():
+    def loss_fn(params, tokens, labels, mask):
+        return masked(params, tokens, labels, mask & (labels != 4))
+
+    with pytest.raises(ValueError, match="rows of this batch have no part"):
+        lbopt.trace_layers(loss_fn, PARAMS, TOKENS, LABELS, jnp.ones((B, T), bool))
+
+
+def test_a_mask_of_ones_is_still_a_mask():
+    def loss_fn(params, tokens, labels, mask):
+        return jnp.mean(token_losses(params, tokens, labels) * mask)
+
+    mask = jnp.ones((B, T), int)
+    layers = lbopt.trace_layers(loss_fn, PARAMS, TOKENS, LABELS, mask)
+    assert layers.terms.text.endswith("weighted by argument 3")
+
+
+def test_arguments_of_numpy_are_those_that_the_loss_sees():
+    y = np.asarray(LABELS, np.int64)
+    w = np.ones((B, T), np.float64)  # a type that JAX does not have here
+    layers = lbopt.trace_layers(masked, PARAMS, np.asarray(TOKENS), y, w)
+    assert layers.terms.text.endswith("weighted by argument 3")

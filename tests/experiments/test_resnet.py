@@ -176,7 +176,7 @@ def float64():
 def test_remat_saves_memory_and_changes_no_number(float64):
     found, temporary = [], []
     for remat in (False, True):
-        model = TINY(stage_sizes=(2,), remat=remat, dtype=float64)
+        model = TINY(stage_sizes=(3,), remat=remat, dtype=float64)
         loss_fn, args, layers = problem(model, 16)
         evaluate = lbopt.value_grad_and_curvature(loss_fn, layers, has_aux=True)
         compiled = (
@@ -188,7 +188,7 @@ def test_remat_saves_memory_and_changes_no_number(float64):
         found.append((args[0], compiled(*args)))
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert_all_close(*found, 1e-12)
-    assert temporary[1] < 0.85 * temporary[0]
+    assert temporary[1] < 0.8 * temporary[0]
 
 
 @pytest.mark.parametrize("make", [TINY, TINY_PREACT], ids=["resnet", "preact_resnet"])
