@@ -184,7 +184,7 @@ def make_train_step(
       >>> train_step = training.make_train_step(loss_fn, tx, layers, mesh)
       >>> state, metrics = train_step(state, batch)
       >>> int(state.step), sorted(metrics)
-      (1, ['device_grad_norm', 'first_not_finite', 'loss', 'skipped'])
+      (1, ['device_grad_norm', 'first_not_finite', 'kl_scale', 'loss', 'skipped'])
     """
     axis = Axis(None, 1) if mesh is None else collectives.axis_of(mesh, axis_name)
     checks.whole("accumulate", accumulate, "1 evaluates a device's batch at once")
