@@ -212,3 +212,31 @@ def test_loss_scaling_does_not_scale_the_curvature(dtype):
     f = lbopt.value_grad_and_curvature(loss_fn, layers)
     scaled, plain = f(params, x, y, loss_scale=2.0**10), f(params, x, y)
     assert_same(scaled, plain, 1e-6 if dtype == jnp.float32 else 1e-2)
+
+
+def test_a_loss_without_a_mask_costs_the_products_of_its_statistics_alone():
+    n, sizes = 64, (32, 48, 16)
+    model = nn.Sequential([nn.Dense(sizes[1]), nn.relu, nn.Dense(sizes[2])])
+    x, y = jnp.ones((n, sizes[0])), jnp.arange(n) % sizes[2]
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def plain(params, x, y):
+        return jnp.mean(xent(model.apply({"params": params}, x), y))
+
+    def masked(params, x, y, w):
+        return weighted_mean(xent(model.apply({"params": params}, x), y), w)
+
+    def flops(function, *args):
+        return jax.jit(function).lower(params, *args).compile().cost_analysis()["flops"]
+
+    def added(loss_fn, *args):
+        layers = lbopt.trace_layers(loss_fn, params, *args)
+        evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
+        return flops(evaluate, *args) - flops(jax.value_and_grad(loss_fn), *args)
+
+    # 2 n d² for each factor; the last row of A, that of the bias, is a sum.
+    widths = [*sizes[:2], *sizes[1:]]
+    products = sum(2 * n * d * d for d in widths)
+    assert products <= added(plain, x, y) < 1.05 * products
+    w = jnp.ones(n)
+    assert added(masked, x, y, w) > 1.2 * products  # a backward pass more
