@@ -31,13 +31,13 @@ class Head(NamedTuple):
       structures: the trees that the outermost calls returned, as shapes.
       outputs: the shapes of the outputs that reach the loss's own code, by name.
       inner: for those inside a transform of the loss, the sizes of its ``vmap`` axes.
-      stated: what calls of ``likelihood`` state: ``"terms"`` or ``"weights"``.
+      stated: the calls of ``likelihood`` that state ``"terms"`` or ``"weights"``.
     """
 
     structures: list[Any]
     outputs: dict[Name, jax.ShapeDtypeStruct]
     inner: dict[Name, list[int]]
-    stated: set[str]
+    stated: dict[str, list[Name]]
 
 
 class Outermost:
@@ -81,7 +81,7 @@ def observe(
     Returns:
       The loss to trace, and what the last trace of it saw.
     """
-    head = Head([], {}, {}, set())
+    head = Head([], {}, {}, {})
     calls: list[int] = [0]
     trace: list[Any] = [None]
 
@@ -99,8 +99,9 @@ def observe(
         if order == LIKELIHOOD:
             names = [(LIKELIHOOD, calls[0])]
             calls[0] += 1
-            given = zip(("terms", "weights"), args[1:], strict=True)
-            head.stated.update(name for name, x in given if x is not None)
+            for what, x in zip(("terms", "weights"), args[1:], strict=True):
+                if x is not None:
+                    head.stated.setdefault(what, []).extend(names)
         else:
             head.structures.append(jax.tree.map(_shape, outputs))
             names = [(order, i) for i in range(len(leaves))]
