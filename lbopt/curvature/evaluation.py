@@ -18,7 +18,7 @@ from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
 from lbopt.curvature import block as blocks
 from lbopt.curvature import loss
-from lbopt.curvature.layer_table import Layer
+from lbopt.curvature.layer_table import Layer, Layers
 from lbopt.curvature.tapped_pass import (
     Evaluator,
     Fisher,
@@ -39,11 +39,23 @@ __all__ = [
     "evaluate",
     "finish",
     "make_evaluator",
+    "require_one_share",
     "times_share",
 ]
 
 Curvature: TypeAlias = dict[str, Any]
 """Each layer's statistics by path."""
+
+
+def require_one_share(layers: Layers) -> None:
+    """Raises ValueError if no one number is the share of a part of a batch."""
+    if layers.terms.others:
+        raise ValueError(
+            "lbopt.likelihood(..., weights=) states the weights of one output, and "
+            "others without them reach the loss, too, so parts of a batch (devices, "
+            "micro-batches) have different shares of the two; evaluate the whole batch "
+            "at once, or weight all outputs alike"
+        )
 
 
 class Totals(NamedTuple):

@@ -5,7 +5,7 @@ The outputs are the arrays that the outermost modules return, or the argument of
 a function of its outputs that costs nothing of the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array
+from lbopt.curvature.derivatives import on_cotangent
 from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.likelihood import Likelihood
+from lbopt.curvature.observation import eval_shape
 
 Name: TypeAlias = tuple[int, int]
 """An output: the order of the outermost call, and the leaf of what it returned.
@@ -153,6 +155,31 @@ def replaced(
             return loss(*args)
 
     return run
+
+
+def others_reach(
+    head: Head, loss: Callable[..., Array], params: Any, args: Sequence[Any]
+) -> bool:
+    """Whether outputs reach a loss past its calls of ``likelihood``.
+
+    Args:
+      head: what an abstract trace saw.
+      loss: the scalar loss.
+      params: its parameters, arrays or shapes.
+      args: its other arguments, arrays or shapes.
+
+    Returns:
+      Whether any does.
+    """
+    names = [n for n in head.outputs if n[0] != LIKELIHOOD and n not in head.inner]
+    reached: list[int] = []
+
+    def of_outputs(outputs: dict[Name, Array], params: Any, args: Any) -> Array:
+        watched = {n: on_cotangent(outputs[n], reached.append) for n in names}
+        return replaced(head, outputs | watched, loss)(params, *args)
+
+    eval_shape(jax.grad(of_outputs), head.outputs, params, tuple(args))
+    return bool(reached)
 
 
 def _shape(x: Any) -> Any:

@@ -59,7 +59,8 @@ def trace_layers(
       loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``, a mean over the
         batch; calls ``model.apply`` inside.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      *args: the loss's other arguments, of which one holds the batch.
+      *args: the loss's other arguments, of which one holds a batch like those of
+        training: a mark of padding or the weight of a class that it lacks is not found.
       has_aux: whether the loss returns ``(loss, aux)``.
       strict: whether to raise an error for parameters that have no block of their own
         or that the loss does not use; if False, the table marks them.
@@ -162,8 +163,11 @@ def _terms(
     if head.stated:
         text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
         outputs = tuple(head.stated.get("weights", ()))
-        weights = "likelihood" if outputs else None
-        return Terms(outputs, (), (), weights, None, examples, text), examples
+        terms = Terms(outputs, (), (), None, None, examples, text)
+        if outputs:
+            others = loss_head.others_reach(head, loss, params, args)
+            terms = terms._replace(weights="likelihood", others=others)
+        return terms, examples
     try:
         terms = terms_search.find(loss, params, args, head, examples)
     except terms_search.Unproved as reason:

@@ -74,6 +74,7 @@ class Terms(NamedTuple):
       size: the number of terms of the batch that was traced; None if unknown.
       examples: the number of examples of that batch; None if unknown.
       text: what the table of layers says of them.
+      others: whether outputs without the stated weights reach the loss, too.
     """
 
     outputs: tuple[Name, ...]
@@ -83,6 +84,7 @@ class Terms(NamedTuple):
     size: int | None
     examples: int | None
     text: str
+    others: bool = False
 
     def count(self, shape: tuple[int, ...], start: int = 0) -> int:
         """Returns the number of terms along the axes of the first output.

@@ -156,7 +156,10 @@ def test_another_head_keeps_its_signals_beside_stated_weights():
         first = lbopt.likelihood(first, "categorical", weights=weights)
         return mean(xent(first, y), weights) + jnp.mean(xent(second, y % 3))
 
-    _, found = trained(loss_fn, PARAMS_OF_TWO, X, Y)
+    layers, found = trained(loss_fn, PARAMS_OF_TWO, X, Y)
+    # The two means would have different shares of a device's part.
+    with pytest.raises(ValueError, match="others without them reach the loss, too"):
+        lbopt.value_grad_and_curvature(loss_fn, layers, axis_name="data")
     # Its signals are those of the loss; n is that of the stated head.
     x, y = X.reshape(-1, 4), Y.ravel() % 3
     signals = softmax_signals(PARAMS_OF_TWO, x, y, 1, two) / (B * T)
