@@ -29,7 +29,7 @@ class WeightsAt(NamedTuple):
     """
 
     path: tuple[Any, ...]
-    padding: int | None
+    padding: int | float | None
     below: bool
     shift: int
     missing: int
@@ -56,7 +56,9 @@ class WeightsAt(NamedTuple):
             )
         x = jnp.asarray(leaves[self.path])
         x = x.reshape(without_ones(x.shape))[..., self.shift :]
-        if self.padding is not None:
+        if self.padding is not None and math.isnan(self.padding):
+            x = ~jnp.isnan(x)
+        elif self.padding is not None:
             x = x > self.padding if self.below else x != self.padding
         edges = [(0, 0)] * (x.ndim - 1) + [(0, self.missing)]
         return jnp.pad(x, edges) if self.missing else x

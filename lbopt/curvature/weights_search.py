@@ -83,12 +83,12 @@ def find_weights(base: Base) -> WeightsAt | None:
     return found[0] if found else None
 
 
-def _values_of(experiment: Experiment, leaf: Any) -> list[int]:
+def _values_of(experiment: Experiment, leaf: Any) -> list[int | float]:
     """The values of a leaf that may mark padding, or be the weight of padding."""
     if leaf.dtype == jnp.bool_:
         return [int(not experiment.truth)]
     if not _integral(leaf):
-        return [0]
+        return [0, math.nan]
     own = [] if is_shape(leaf) else [int(leaf.min()), int(leaf.max())]
     least, most = np.iinfo(leaf.dtype).min, np.iinfo(leaf.dtype).max
     return [x for x in dict.fromkeys([*_SPECIAL, *own]) if least <= x <= most]
@@ -123,7 +123,7 @@ class _Effect(NamedTuple):
     divides: bool
 
 
-def _tested(base: Base, number: int, value: int) -> WeightsAt | None:
+def _tested(base: Base, number: int, value: int | float) -> WeightsAt | None:
     """Tests whether a leaf holds weights, or a value that marks padding."""
     effect = _effect(base, number, value)
     if effect is None:
@@ -145,11 +145,11 @@ def _tested(base: Base, number: int, value: int) -> WeightsAt | None:
         if signed and effect.divides:
             raise _unknown(base, number)
         return found
-    if not _integral(effect.leaf):
+    if not _integral(effect.leaf) and _scales(base, number):
         raise _unknown(base, number)
     # A label out of range may have no loss; it is padding if the batch has any.
     known = not is_shape(own) and value in np.asarray(own)
-    if not (effect.divides or known):
+    if not (effect.divides or known or math.isnan(value)):
         return None
     another = _effect(base, number, _ANOTHER) if value < 0 else None
     if another is not None and np.array_equal(another.gone, effect.gone):
@@ -157,7 +157,7 @@ def _tested(base: Base, number: int, value: int) -> WeightsAt | None:
     return found._replace(padding=value)
 
 
-def _effect(base: Base, number: int, value: int) -> _Effect | None:
+def _effect(base: Base, number: int, value: int | float) -> _Effect | None:
     """Sets a leaf to a value at one position; None if no term goes by it."""
     leaf = base.experiment.filled(number, base.sizes)
     core = without_ones(leaf.shape)
@@ -223,6 +223,14 @@ def _is_linear(base: Base, number: int, effect: _Effect) -> bool:
     terms = (base.gradient != 0) & _along(effect.gone, base.gradient)
     ratios = gradient[terms] / base.gradient[terms]
     return np.allclose(ratios, 2 * shared, rtol=TOLERANCE)
+
+
+def _scales(base: Base, number: int) -> bool:
+    """Whether other numbers in a leaf multiply the gradient, which no label does."""
+    whole = 2 * base.experiment.filled(number, base.sizes)
+    gradient = base.experiment.gradient(base.sizes, {number: whole})
+    ratios = gradient[base.gradient != 0] / base.gradient[base.gradient != 0]
+    return np.allclose(ratios, ratios[0], rtol=TOLERANCE)
 
 
 def _changed(base: Base, number: int, leaf: Any, value: Any) -> np.ndarray | None:

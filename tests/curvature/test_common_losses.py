@@ -208,6 +208,21 @@ def test_a_stated_number_keeps_the_weights_that_are_found():
     assert shifted.terms.text.endswith("weighted by argument 3")
 
 
+def test_missing_targets_are_padding():
+    def loss_fn(params, x, y):
+        real = ~jnp.isnan(y)
+        return mean((squares(params, x) - jnp.where(real, y, 0)) ** 2, real)
+
+    layers = lbopt.trace_layers(loss_fn, PARAMS_OF_ONE, X, TARGETS)
+    assert layers.terms.text.endswith("weighted by argument 2 != nan")
+    y = jnp.where(MASK, TARGETS, jnp.nan)
+    evaluate = lbopt.value_grad_and_curvature(loss_fn, layers)
+    found = evaluate(PARAMS_OF_ONE, X, y)[2]
+    x, w = X.reshape(-1, 4), MASK.ravel() * 1.0
+    signals = 2 * (squares(PARAMS_OF_ONE, x) - TARGETS.ravel())[:, None]
+    assert_statistics(found, PARAMS_OF_ONE, x, signals, w, jnp.sum(w))
+
+
 def binary(params, x, y):
     weights = jnp.where(y == 1, 3.0, 1.0)
     return mean(optax.sigmoid_binary_cross_entropy(squares(params, x), y), weights)
@@ -298,6 +313,11 @@ def test_weights_that_cannot_be_told_are_refused(loss_fn, params, args, reason):
                 optax.sigmoid_binary_cross_entropy(squares(p, x), y)
             ),
             (X[:, 0], (Y[:, 0] > 2) * 1.0),
+        ),
+        # Of signs as labels, 0 would have no gradient.
+        (
+            lambda p, x, y: jnp.mean(jnp.logaddexp(0, -y * squares(p, x))),
+            (X[:, 0], jnp.sign(TARGETS[:, 0])),
         ),
     ],
 )

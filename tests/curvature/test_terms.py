@@ -1,5 +1,7 @@
 """The terms of a loss as a record: their number, and where their weights are."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,7 @@ def test_leaves_are_named_as_users_count_them():
         (WeightsAt(TOKENS, 2, False, 1, 0, True), [[1, 0, 1], [1, 1, 1]]),
         # The output has a last position, whose target there is not.
         (WeightsAt(TOKENS, 2, False, 1, 1, True), [[1, 0, 1, 0], [1, 1, 1, 0]]),
+        (WeightsAt(NUMBERS, math.nan, False, 0, 0, True), [True, True]),
         # Smaller numbers than 2 mark padding, too.
         (WeightsAt(TOKENS, 2, True, 0, 0, True), [[0, 0, 0, 1], [1, 1, 1, 1]]),
         (WeightsAt(TOKENS, None, False, 1, 1, True), [[1, 2, 3, 0], [5, 6, 7, 0]]),
