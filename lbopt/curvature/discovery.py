@@ -18,12 +18,12 @@ from lbopt._typing import Array, Params
 from lbopt.curvature import arrivals, capture
 from lbopt.curvature import locations as places
 from lbopt.curvature.locations import Location
+from lbopt.curvature.loss import eval_shape
 from lbopt.curvature.observation import (
     Accepted,
     Observer,
     Sighting,
     Traced,
-    eval_shape,
     matching,
     observe,
 )

@@ -108,7 +108,9 @@ class Experiment(NamedTuple):
         # Tokens that are inputs and targets of the next position: one more of them.
         if self.shifted(leaf):
             whole[shared] = sizes[shared] + 1
-        value = LABEL if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
+        # Of two classes the second.
+        label = 1 if self.shape[1:] and self.shape[-1] == 2 else LABEL
+        value = label if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
         value = self.truth if leaf.dtype == jnp.bool_ else value
         return jnp.full(whole, value, jax.dtypes.canonicalize_dtype(leaf.dtype))
 

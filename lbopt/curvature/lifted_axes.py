@@ -10,10 +10,10 @@ from lbopt._typing import Array, Params
 from lbopt.curvature import arrivals, capture, tap_rules
 from lbopt.curvature import locations as places
 from lbopt.curvature.locations import MARKER
+from lbopt.curvature.loss import eval_shape
 from lbopt.curvature.observation import (
     Sighting,
     Traced,
-    eval_shape,
     trace_numbers,
 )
 

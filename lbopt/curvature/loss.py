@@ -144,3 +144,15 @@ def _is_batch_array(leaf: Any) -> bool:
     # jax.random.PRNGKey returns a bare array, without a dtype of its own.
     raw_key = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
     return not raw_key and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def eval_shape(function: Callable[..., Any], *operands: Any) -> None:
+    """Calls ``jax.eval_shape``, passing arguments that are not arrays unchanged."""
+    leaves, tree = jax.tree.flatten(operands)
+
+    def call(arrays: list[Any]) -> Any:
+        found = iter(arrays)
+        merged = [next(found) if hasattr(x, "shape") else x for x in leaves]
+        return function(*jax.tree.unflatten(tree, merged))
+
+    jax.eval_shape(call, [x for x in leaves if hasattr(x, "shape")])

@@ -17,7 +17,7 @@ from lbopt._typing import Array
 from lbopt.curvature.derivatives import on_cotangent
 from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.likelihood import Likelihood
-from lbopt.curvature.observation import eval_shape
+from lbopt.curvature.loss import eval_shape
 
 Name: TypeAlias = tuple[int, int]
 """An output: the order of the outermost call, and the leaf of what it returned.

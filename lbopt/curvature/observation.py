@@ -14,6 +14,7 @@ from lbopt.curvature import arrivals, capture, derivatives, flax_layers, tap_rul
 from lbopt.curvature import locations as places
 from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.locations import MARKER, Location
+from lbopt.curvature.loss import eval_shape
 
 _WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
 
@@ -263,18 +264,6 @@ def matching(traced: Traced, calls: Sequence[Call]) -> set[int]:
         if location.keys[len(location.keys) - len(call.path) :] == call.path
         and call.names <= set(location.names)
     }
-
-
-def eval_shape(function: Callable[..., Any], *operands: Any) -> None:
-    """Calls ``jax.eval_shape``, passing arguments that are not arrays unchanged."""
-    leaves, tree = jax.tree.flatten(operands)
-
-    def call(arrays: list[Any]) -> Any:
-        found = iter(arrays)
-        merged = [next(found) if hasattr(x, "shape") else x for x in leaves]
-        return function(*jax.tree.unflatten(tree, merged))
-
-    jax.eval_shape(call, [x for x in leaves if hasattr(x, "shape")])
 
 
 def _refuse_raw_transform(module: Any) -> None:

@@ -160,6 +160,8 @@ def _terms(
         raise ValueError(
             f"the batch of loss_fn={loss_name} holds no examples; pass at least one"
         )
+    if batch_size is not None and "terms" in head.stated:
+        return _stated(batch_size, args, ""), examples
     if head.stated:
         text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
         outputs = tuple(head.stated.get("weights", ()))

@@ -24,7 +24,7 @@ from lbopt._typing import Array, Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import capture, derivatives
 from lbopt.curvature import locations as places
-from lbopt.curvature.observation import eval_shape
+from lbopt.curvature.loss import eval_shape
 
 _WAY_OUT = "leave this layer to another optimizer, by optax.partition"
 
