@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lbopt._typing import Array
 
-CALL_KEYWORDS = ("rng", "due", "loss_scale")
+CALL_KEYWORDS: tuple[str, ...] = ("rng", "due", "loss_scale")
 """The keywords that the functions that evaluate curvature keep for themselves."""
 
 

@@ -120,7 +120,7 @@ def sp_ngd(
     return optax.chain(
         precondition,
         # Eq. 23; it applies the rate itself.
-        scale_by_velocity(learning_rate, momentum, variant=velocity),
+        scale_by_velocity(learning_rate, momentum, velocity=velocity),
         # Last, because Eq. 24 normalises w + u with the whole step u.
         optax.identity()
         if rescale is None

@@ -372,7 +372,7 @@ def test_a_key_that_would_not_reach_the_loss_is_refused_before_the_loss_runs():
             with pytest.raises(ValueError, match=f"rng=.* {message}"):
                 f(problem.params, *problem.args, rng=key)
     f = lbopt.value_grad_and_curvature(lambda *args, **kw: noisy(*args, **kw), layers)
-    with pytest.raises(ValueError, match="rng=.* would not reach"):
+    with pytest.raises(ValueError, match=r"rng=.* would not reach"):
         f(problem.params, *problem.args, rng=key)
 
 

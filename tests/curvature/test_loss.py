@@ -172,7 +172,12 @@ BY_POSITION = "pass it as one of the loss's positional arguments, or write a los
 @pytest.mark.parametrize(
     ("function", "args", "kept", "message"),
     [
-        (optional, "x", {"rng": "key"}, f"rng='key' .* loss_fn=optional; {BY_POSITION}"),
+        (
+            optional,
+            "x",
+            {"rng": "key"},
+            f"rng='key' .* loss_fn=optional; {BY_POSITION}",
+        ),
         (required, "x", {"rng": "key"}, "would not reach that of loss_fn=required"),
         (by_keyword, "x", {"rng": "key"}, "; write a loss that calls by_keyword with"),
         (jax.jit(optional), "x", {"rng": "key"}, "loss_fn=optional"),
