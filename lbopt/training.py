@@ -167,7 +167,8 @@ def make_train_step(
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
       it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
       size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, ``skipped``, and those of ``health.metrics``.
+      ``loss``, ``skipped``, the number of steps so far that changed nothing, and those
+      of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
