@@ -183,6 +183,8 @@ def _evaluator(
                 "of micro-batches on all devices together"
             )
         batch_size //= parts
+    if parts > 1:
+        evaluation.require_one_share(layers)
     return evaluation.make_evaluator(
         loss_fn, layers, has_aux=True, fisher=fisher, batch_size=batch_size
     )

@@ -1,6 +1,6 @@
 """Tells the layers of a loss that contains derivatives of the network.
 
-A tap is used up by the first differentiation of a layer's output.  Where a loss holds a
+A tap sees the first derivative of a layer's output only.  Where a loss holds a
 derivative of the network (by its inputs, or by the parameters), the gradient reaches
 the parameters through the second, and the tap sees nothing of it.
 """

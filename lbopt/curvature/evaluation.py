@@ -6,6 +6,7 @@ to those of the whole batch, however it was cut and however many of its rows are
 Only ``finish`` divides.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,7 +18,7 @@ from lbopt._typing import Array, Params
 from lbopt.collectives import Axis
 from lbopt.curvature import block as blocks
 from lbopt.curvature import loss
-from lbopt.curvature.layer_table import Layer
+from lbopt.curvature.layer_table import Layer, Layers
 from lbopt.curvature.tapped_pass import (
     Evaluator,
     Fisher,
@@ -38,11 +39,23 @@ __all__ = [
     "evaluate",
     "finish",
     "make_evaluator",
+    "require_one_share",
     "times_share",
 ]
 
 Curvature: TypeAlias = dict[str, Any]
 """Each layer's statistics by path."""
+
+
+def require_one_share(layers: Layers) -> None:
+    """Raises ValueError if no one number is the share of a part of a batch."""
+    if layers.terms.others:
+        raise ValueError(
+            "lbopt.likelihood(..., weights=) states the weights of one output, and "
+            "others without them reach the loss, too, so parts of a batch (devices, "
+            "micro-batches) have different shares of the two; evaluate the whole batch "
+            "at once, or weight all outputs alike"
+        )
 
 
 class Totals(NamedTuple):
@@ -119,14 +132,14 @@ def evaluate(
     scale = 1 if loss_scale is None else loss_scale
     # XLA drops unused results of two backward passes: the sums of the first, the
     # parameter gradient of the second.
-    grads, sums, by_output = tapped.pull(share * scale, None, square=False)
+    grads, sums, by_outputs = tapped.pull(share * scale, None, square=False)
     if fisher != "empirical":
         sums = sums_of_model(evaluator, tapped, rng, terms, loss_scale)
     elif tapped.kept:
-        # w g to √w g, because the products of signals have the weight once.
-        roots = blocks.spread(tapped.roots, by_output.ndim)
-        signal = jnp.where(roots > 0, by_output / jnp.where(roots > 0, roots, 1), 0)
-        again = tapped.pull(0, signal, square=False)[1]
+        # w g to √w g, because the products of signals have the weight once.  Added to
+        # the loss's own signals, which other outputs keep.
+        more = {n: _added(g, tapped.roots) for n, g in by_outputs.items()}
+        again = tapped.pull(share * scale, more, square=False)[1]
         # Arrays without a tap have the loss's own gradient, as without weights.
         sums = {p: x if layers[p].has_tap else sums[p] for p, x in again.items()}
     if loss_scale is not None:
@@ -248,6 +261,17 @@ def _mean(block: blocks.CurvatureBlock, sums: Any, n: Any, due: Any, axis: Axis)
         return means(sums) if any(flags) else sums
     # In place: a plain cond would copy all statistics at steps that refresh none.
     return update_if(jnp.any(jnp.asarray(flags)), means, sums)
+
+
+def _added(signal: Array, roots: Array) -> Array:
+    """Returns √w g − w g of a signal w g."""
+    size = math.prod(roots.shape)
+    if signal.shape[: roots.ndim] != roots.shape:
+        if not signal.shape or signal.shape[0] != size:
+            return jnp.zeros_like(signal)  # no terms of these weights
+        roots = roots.reshape(size)  # examples and positions in one axis
+    roots = blocks.spread(roots, signal.ndim)
+    return jnp.where(roots > 0, signal / jnp.where(roots > 0, roots, 1) - signal, 0)
 
 
 def _divided(x: Array, scale: Any) -> Array:

@@ -78,6 +78,8 @@ def value_grad_and_curvature(
     evaluator = evaluation.make_evaluator(
         loss_fn, layers, has_aux=has_aux, fisher=fisher, batch_size=batch_size
     )
+    if axis_name is not None:
+        evaluation.require_one_share(layers)
 
     def evaluate(
         params: Params,
@@ -146,6 +148,8 @@ def curvature_only(
     evaluator = evaluation.make_evaluator(
         loss_fn, layers, has_aux=has_aux, fisher=fisher, batch_size=batch_size
     )
+    if axis_name is not None:
+        evaluation.require_one_share(layers)
 
     def evaluate(
         params: Params,

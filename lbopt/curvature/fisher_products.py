@@ -112,10 +112,10 @@ def _terms_of(
         weights = jnp.asarray(weights, jnp.promote_types(weights.dtype, jnp.float32))
     if stated.terms is not None:
         return weights, stated.terms
+    if terms is not None and terms.outputs:
+        return weights, terms.divisor(outputs.shape, weights)
     if weights is not None:
         return weights, jnp.sum(weights)
-    if terms is not None and terms.output is not None:
-        return None, terms.count(outputs.shape)
     if outputs.ndim > 2:
         raise ValueError(
             f"the outputs {list(outputs.shape)} have more axes than one example's; "

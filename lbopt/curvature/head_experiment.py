@@ -33,6 +33,7 @@ class Experiment(NamedTuple):
       tree: their structure.
       output: the name of the output.
       compiled: ``(output, all outputs, array leaves) -> `` the gradient by the output.
+      truth: the value that booleans are filled with.
     """
 
     head: Head
@@ -40,6 +41,7 @@ class Experiment(NamedTuple):
     tree: Any
     output: Name
     compiled: Callable[..., Array]
+    truth: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,23 +52,23 @@ class Experiment(NamedTuple):
         self,
         sizes: tuple[int, ...],
         changes: Mapping[int, Any] | None = None,
-        alike: bool = False,
+        alike: float | None = None,
     ) -> np.ndarray:
         """Returns the gradient of the loss by its output.
 
         Args:
           sizes: the sizes of the output's axes.
           changes: leaves of the arguments by number.
-          alike: whether the outputs are the same at all positions.
+          alike: the value of the outputs at all positions; None for irregular ones.
 
         Returns:
           An array of these sizes.
         """
-        values = np.zeros if alike else _values
-        outputs = {
-            name: jnp.asarray(values(self._resized(shape, sizes), shape.dtype))
-            for name, shape in self.head.outputs.items()
-        }
+        outputs = {}
+        for name, shape in self.head.outputs.items():
+            own = self._resized(shape, sizes)
+            values = _values(own) if alike is None else np.full(own, alike)
+            outputs[name] = jnp.asarray(values.astype(shape.dtype))
         leaves = [
             self.filled(i, sizes) if changes is None or i not in changes else changes[i]
             for i in range(len(self.leaves))
@@ -107,6 +109,7 @@ class Experiment(NamedTuple):
         if self.shifted(leaf):
             whole[shared] = sizes[shared] + 1
         value = LABEL if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
+        value = self.truth if leaf.dtype == jnp.bool_ else value
         return jnp.full(whole, value, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
     def shifted(self, leaf: Any) -> bool:
@@ -142,9 +145,17 @@ def make_experiment(
     return Experiment(head, leaves, tree, output, compiled)
 
 
-def terms_in(gradient: np.ndarray) -> np.ndarray:
-    """Which positions have a gradient, without the axis of features if there is one."""
-    return np.any(gradient != 0, -1) if gradient.ndim > 1 else gradient != 0
+def terms_in(gradient: np.ndarray, events: bool) -> np.ndarray:
+    """Tells which positions have a gradient.
+
+    Args:
+      gradient: that by an output.
+      events: whether the last axis of the output holds the coordinates of one event.
+
+    Returns:
+      Booleans, without an axis of coordinates.
+    """
+    return np.any(gradient != 0, -1) if events else gradient != 0
 
 
 def is_shape(x: Any) -> bool:
@@ -160,9 +171,9 @@ def _concrete(x: Any) -> Any:
     return jnp.ones(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
-def _values(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _values(shape: tuple[int, ...]) -> np.ndarray:
     """Numbers of no regularity, such that a larger array continues a smaller one."""
     index = np.indices(shape, np.float64)
     steps = [np.sqrt(p) for p in (2.0, 3.0, 5.0, 7.0, 11.0, 13.0)]
     total = sum(step * i for step, i in zip(steps, index, strict=False))
-    return np.asarray(np.sin(37 * np.asarray(total) + 1), np.float32).astype(dtype)
+    return np.asarray(np.sin(37 * np.asarray(total) + 1), np.float32)

@@ -5,7 +5,7 @@ The outputs are the arrays that the outermost modules return, or the argument of
 a function of its outputs that costs nothing of the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from lbopt._typing import Array
+from lbopt.curvature.derivatives import on_cotangent
 from lbopt.curvature.lanes import note_lanes
 from lbopt.curvature.likelihood import Likelihood
+from lbopt.curvature.observation import eval_shape
 
 Name: TypeAlias = tuple[int, int]
 """An output: the order of the outermost call, and the leaf of what it returned.
@@ -31,13 +33,13 @@ class Head(NamedTuple):
       structures: the trees that the outermost calls returned, as shapes.
       outputs: the shapes of the outputs that reach the loss's own code, by name.
       inner: for those inside a transform of the loss, the sizes of its ``vmap`` axes.
-      stated: what calls of ``likelihood`` state: ``"terms"`` or ``"weights"``.
+      stated: the calls of ``likelihood`` that state ``"terms"`` or ``"weights"``.
     """
 
     structures: list[Any]
     outputs: dict[Name, jax.ShapeDtypeStruct]
     inner: dict[Name, list[int]]
-    stated: set[str]
+    stated: dict[str, list[Name]]
 
 
 class Outermost:
@@ -81,7 +83,7 @@ def observe(
     Returns:
       The loss to trace, and what the last trace of it saw.
     """
-    head = Head([], {}, {}, set())
+    head = Head([], {}, {}, {})
     calls: list[int] = [0]
     trace: list[Any] = [None]
 
@@ -99,8 +101,9 @@ def observe(
         if order == LIKELIHOOD:
             names = [(LIKELIHOOD, calls[0])]
             calls[0] += 1
-            given = zip(("terms", "weights"), args[1:], strict=True)
-            head.stated.update(name for name, x in given if x is not None)
+            for what, x in zip(("terms", "weights"), args[1:], strict=True):
+                if x is not None:
+                    head.stated.setdefault(what, []).extend(names)
         else:
             head.structures.append(jax.tree.map(_shape, outputs))
             names = [(order, i) for i in range(len(leaves))]
@@ -152,6 +155,31 @@ def replaced(
             return loss(*args)
 
     return run
+
+
+def others_reach(
+    head: Head, loss: Callable[..., Array], params: Any, args: Sequence[Any]
+) -> bool:
+    """Whether outputs reach a loss past its calls of ``likelihood``.
+
+    Args:
+      head: what an abstract trace saw.
+      loss: the scalar loss.
+      params: its parameters, arrays or shapes.
+      args: its other arguments, arrays or shapes.
+
+    Returns:
+      Whether any does.
+    """
+    names = [n for n in head.outputs if n[0] != LIKELIHOOD and n not in head.inner]
+    reached: list[int] = []
+
+    def of_outputs(outputs: dict[Name, Array], params: Any, args: Any) -> Array:
+        watched = {n: on_cotangent(outputs[n], reached.append) for n in names}
+        return replaced(head, outputs | watched, loss)(params, *args)
+
+    eval_shape(jax.grad(of_outputs), head.outputs, params, tuple(args))
+    return bool(reached)
 
 
 def _shape(x: Any) -> Any:

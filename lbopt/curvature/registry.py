@@ -34,7 +34,7 @@ from lbopt.curvature.loss import (
     without_aux,
 )
 from lbopt.curvature.observation import Sighting, Traced
-from lbopt.curvature.terms import Terms
+from lbopt.curvature.terms import Terms, WeightsAt
 
 __all__ = ["Layer", "Layers", "Sharing", "trace_layers"]
 
@@ -66,7 +66,8 @@ def trace_layers(
       loss_fn: ``loss_fn(params, *args) -> loss`` or ``(loss, aux)``, a mean over the
         batch; calls ``model.apply`` inside.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      *args: the loss's other arguments, of which one holds the batch.
+      *args: the loss's other arguments, of which one holds a batch like those of
+        training: a mark of padding or the weight of a class that it lacks is not found.
       has_aux: whether the loss returns ``(loss, aux)``.
       strict: whether to raise an error for parameters that have no block of their own
         or that the loss does not use; if False, the table marks them.
@@ -182,22 +183,51 @@ def _terms(
         raise ValueError(
             f"the batch of loss_fn={loss_name} holds no examples; pass at least one"
         )
-    if batch_size is not None:
-        text = f"{batch_size}, stated by batch_size="
-        terms = Terms(None, (), (), None, batch_size, examples, text)
-        return terms, examples or batch_size
     if head.stated:
         text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
-        weights = "likelihood" if "weights" in head.stated else None
-        return Terms(None, (), (), weights, None, examples, text), examples
+        outputs = tuple(head.stated.get("weights", ()))
+        terms = Terms(outputs, (), (), None, None, examples, text)
+        if outputs:
+            others = loss_head.others_reach(head, loss, params, args)
+            terms = terms._replace(weights="likelihood", others=others)
+        return terms, examples
     try:
-        return terms_search.find(loss, params, args, head, examples), examples
+        terms = terms_search.find(loss, params, args, head, examples)
     except terms_search.Unproved as reason:
-        raise ValueError(
-            f"cannot find the terms that loss_fn={loss_name} averages: {reason}. State "
+        if batch_size is not None:
+            contradicted = isinstance(reason, terms_search.Contradicted)
+            why = f" ({reason})" if contradicted else ""
+            return _stated(batch_size, args, why), examples
+        ways = (
             "them by batch_size= (their number in the batch), or by "
             "lbopt.likelihood(outputs, ..., terms=) or (..., weights=) in the loss"
+        )
+        if isinstance(reason, terms_search.Contradicted):
+            ways = (
+                "the weights of its terms by lbopt.likelihood(outputs, ..., weights=) "
+                "in the loss; batch_size= alone, for a loss without weights, would "
+                "leave padding in the statistics"
+            )
+        raise ValueError(
+            f"cannot find the terms that loss_fn={loss_name} averages: {reason}. State "
+            f"{ways}"
         ) from reason
+    if batch_size is None:
+        return terms, examples
+    if not isinstance(terms.weights, WeightsAt):
+        return _stated(batch_size, args, ""), examples
+    terms_search.require_sum(terms, args, batch_size, loss_name)
+    return terms, examples
+
+
+def _stated(batch_size: int, args: Sequence[Any], why: str) -> Terms:
+    """The terms of a stated number, in proportion to the batch of the arguments."""
+    try:
+        own = infer_batch_size(args)
+    except ValueError:  # several; evaluations have to state theirs
+        own = None
+    text = f"{batch_size}, stated by batch_size={why}"
+    return Terms((), (), (), None, batch_size, own, text)
 
 
 def _check_choices(weight_sharing: Any, norm_blocks: Any, batch_size: Any) -> None:

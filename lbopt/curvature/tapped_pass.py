@@ -1,7 +1,7 @@
 """One forward pass of a loss with every layer tapped, and its backward passes."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from lbopt.curvature import locations as places
 from lbopt.curvature.layer_table import Layer, Layers
 from lbopt.curvature.likelihood import Outputs, listen, single_outputs
 from lbopt.curvature.loss_head import LIKELIHOOD, Name, Outermost
-from lbopt.curvature.terms import Terms, WeightsAt
+from lbopt.curvature.terms import WeightsAt
 
 Fisher: TypeAlias = Literal["empirical", "sampled", "exact"]
 
@@ -93,10 +93,10 @@ class Tapped(NamedTuple):
     Attributes:
       value: the loss.
       aux: what it returns beside it.
-      pull: ``(cotangent of the loss, cotangent of the kept output, square)`` →
-        gradient, sums by path, and the gradient by the weighted output.
+      pull: ``(cotangent of the loss, those of the kept outputs, square)`` →
+        gradient, sums by path, and the gradients by the weighted outputs.
       outputs: the arguments of ``likelihood``.
-      kept: the output that signals are backpropagated from, if any are.
+      kept: the outputs that signals are backpropagated from, if any are.
       roots: square roots of the terms' weights; None if they have none.
       terms: the number of terms, or the sum of their weights.
       positions: the number of positions at which there may be terms.
@@ -132,32 +132,33 @@ def tap(
         layers.accepted,
     )
     look = _preview(evaluator, params, args, kwargs) if evaluator.weighted else None
-    bump: Any = ()
+    names = layers.terms.outputs
+    bumps: Any = {}
     # Roots of a mask are the mask: the loss's own signals serve.
     if look is not None and not look.is_mask and fisher == "empirical":
-        bump = jnp.zeros_like(look.output)
+        bumps = jax.tree.map(jnp.zeros_like, look.outputs)
     outputs: list[Outputs] = []
-    shapes: list[tuple[int, ...]] = []
+    shapes: dict[Name, tuple[int, ...]] = {}
 
     def tapped_loss(
-        p: Params, arrays: capture.ProbeArrays, bump: Any
-    ) -> tuple[tuple[Array, list[Array]], Any]:
+        p: Params, arrays: capture.ProbeArrays, bumps: Any
+    ) -> tuple[tuple[Array, Any], Any]:
         whole = probes.insert(p, arrays)
         taps = probes.interceptor(whole, arrays)
         if look is not None:
-            taps = taps._replace(weights=rows.RowWeights(look.weights, taps.arrivals))
-        kept: list[Array] = []
+            w = jnp.abs(look.weights)  # a term may have a negative factor
+            taps = taps._replace(weights=rows.RowWeights(w, taps.arrivals))
+        kept: Any = {}
 
-        def at_output(x: Array) -> Array:
-            shapes.append(x.shape)
-            if not isinstance(bump, tuple):
-                x = x + bump
-                kept.append(x)
+        def at_output(name: Name, x: Array) -> Array:
+            shapes[name] = x.shape
+            if name in bumps:
+                x = kept[name] = x + bumps[name]
             return x
 
         with (
             nn.intercept_methods(listen(outputs)),
-            nn.intercept_methods(Outermost(_at(_output_name(layers.terms), at_output))),
+            nn.intercept_methods(Outermost(_at(names, at_output))),
             nn.intercept_methods(taps),
         ):
             result = loss_fn(whole, *args, **kwargs)
@@ -171,19 +172,19 @@ def tap(
     # Under shard_map(check_vma=True) sums are the devices' own if gradients are.
     arrays = capture.vary_like(probes.arrays(), jax.tree.leaves(params)[0])
     (value, kept), pull_back, aux = jax.vjp(
-        tapped_loss, params, arrays, bump, has_aux=True
+        tapped_loss, params, arrays, bumps, has_aux=True
     )
     probes.require_all_reached()
 
     def pull(
-        by_loss: Any, signal: Any, square: bool
+        by_loss: Any, signals: Any, square: bool
     ) -> tuple[Params, dict[str, Any], Any]:
-        signals = [jnp.zeros_like(x) for x in kept]
-        if signal is not None:
-            signals[0] = signal.astype(kept[0].dtype)
+        if signals is None:
+            signals = jax.tree.map(jnp.zeros_like, kept)
+        signals = jax.tree.map(lambda s, x: s.astype(x.dtype), signals, kept)
         # Like the loss, so that it varies over the same mesh axes.
         by_loss = jnp.full_like(value, 1) * jnp.asarray(by_loss, value.dtype)
-        grads, taken, by_output = pull_back((by_loss, signals))
+        grads, taken, by_outputs = pull_back((by_loss, signals))
         sums = dict(zip([t.path for t in taps], probes.sums(taken), strict=True))
         for path, layer in used.items():
             if not layer.has_tap:
@@ -193,12 +194,13 @@ def tap(
                 if not square:
                     dtype = layer.block.sums.f.dtype
                     sums[path] = sums[path]._replace(f=own.astype(dtype))
-        return grads, sums, by_output
+        return grads, sums, by_outputs
 
-    # The shape is known once the loss has been traced.
-    positions = _positions(evaluator, shapes, args, kwargs)
-    terms = _count(evaluator, outputs, look, positions)
-    roots = None if look is None else jnp.sqrt(look.weights)
+    # The shapes are known once the loss has been traced.
+    shape = next((shapes[name] for name in names if name in shapes), None)
+    positions = _positions(evaluator, shape, args, kwargs)
+    terms = _count(evaluator, outputs, look, positions, shape)
+    roots = None if look is None else jnp.sqrt(jnp.abs(look.weights))
     return Tapped(value, aux, pull, outputs, kept, roots, terms, positions)
 
 
@@ -206,13 +208,13 @@ class _Preview(NamedTuple):
     """What a weighted loss says of its terms, without taps.
 
     Attributes:
-      output: the output along whose leading axes the weights lie.
+      outputs: the outputs along whose leading axes the weights lie.
       weights: the weights, of at least float32.
       is_mask: whether they are booleans.
       terms: the number that the loss divides by, if ``likelihood`` states one.
     """
 
-    output: Array
+    outputs: dict[Name, Array]
     weights: Array
     is_mask: bool
     terms: Any
@@ -221,8 +223,9 @@ class _Preview(NamedTuple):
 def share(evaluator: Evaluator, params: Params, args: Sequence[Any]) -> Array:
     """Returns the share of a part of a batch, as in ``Totals``, of a weighted loss."""
     look = _preview(evaluator, params, args, {})
-    positions = _positions(evaluator, [look.output.shape], args, {})
-    terms = _count(evaluator, [], look, positions)
+    shape = next(iter(look.outputs.values())).shape
+    positions = _positions(evaluator, shape, args, {})
+    terms = _count(evaluator, [], look, positions, shape)
     return jnp.asarray(terms / positions, jnp.float32)
 
 
@@ -235,28 +238,31 @@ def _preview(
     """Evaluates the loss for its weights; XLA drops what they do not depend on."""
     terms = evaluator.layers.terms
     outputs: list[Outputs] = []
-    seen: list[Array] = []
+    seen: dict[Name, Array] = {}
 
-    def note(x: Array) -> Array:
-        seen.append(x)
+    def note(name: Name, x: Array) -> Array:
+        seen[name] = x
         return x
 
     with (
         nn.intercept_methods(listen(outputs)),
-        nn.intercept_methods(Outermost(_at(_output_name(terms), note))),
+        nn.intercept_methods(Outermost(_at(terms.outputs, note))),
     ):
         evaluator.loss_fn(params, *args, **kwargs)
     if isinstance(terms.weights, WeightsAt):
         weights = terms.weights.read((*args, dict(kwargs)) if kwargs else args)
         stated = None
     else:
-        own = [o for o in outputs if o.weights is not None]
+        own = [
+            ((LIKELIHOOD, i), o) for i, o in enumerate(outputs) if o.weights is not None
+        ]
         if len(own) != 1:
             raise ValueError(
                 f"loss_fn={loss.name_of(evaluator.loss_fn)} states weights by "
                 f"lbopt.likelihood {len(own)} times; state them once"
             )
-        weights, stated, seen = own[0].weights, own[0].terms, [own[0].value]
+        ((name, one),) = own
+        weights, stated, seen = one.weights, one.terms, {name: one.value}
     if not seen:
         raise ValueError(
             f"loss_fn={loss.name_of(evaluator.loss_fn)} does not make the outputs that "
@@ -264,29 +270,25 @@ def _preview(
         )
     w = jnp.asarray(weights)
     own_dtype = jnp.promote_types(w.dtype, jnp.float32)
-    return _Preview(seen[0], w.astype(own_dtype), w.dtype == jnp.bool_, stated)
+    return _Preview(seen, w.astype(own_dtype), w.dtype == jnp.bool_, stated)
 
 
-def _output_name(terms: Terms) -> Name | None:
-    """The output whose shape gives the number of terms."""
-    return (LIKELIHOOD, 0) if terms.weights == "likelihood" else terms.output
-
-
-def _at(name: Name | None, treat: Callable[[Array], Array]) -> Callable[..., Any]:
-    """Returns a treatment for ``Outermost`` that treats one output."""
+def _at(
+    names: Collection[Name], treat: Callable[[Name, Array], Array]
+) -> Callable[..., Any]:
+    """Returns a treatment for ``Outermost`` that treats some outputs."""
     calls = itertools.count()
 
     def treat_all(order: int, args: tuple, call: Callable[[], Any]) -> Any:
         del args
         outputs = call()
-        number = next(calls) if order == LIKELIHOOD else None
-        if name is None or order != name[0]:
-            return outputs
         if order == LIKELIHOOD:
-            return treat(outputs) if number == name[1] else outputs
+            name = (order, next(calls))
+            return treat(name, outputs) if name in names else outputs
         leaves, tree = jax.tree.flatten(outputs)
-        if name[1] < len(leaves):
-            leaves[name[1]] = treat(leaves[name[1]])
+        for i, x in enumerate(leaves):
+            if (order, i) in names:
+                leaves[i] = treat((order, i), x)
         return jax.tree.unflatten(tree, leaves)
 
     return treat_all
@@ -294,7 +296,7 @@ def _at(name: Name | None, treat: Callable[[Array], Array]) -> Callable[..., Any
 
 def _positions(
     evaluator: Evaluator,
-    shapes: Sequence[tuple[int, ...]],
+    shape: tuple[int, ...] | None,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -302,10 +304,8 @@ def _positions(
     terms = evaluator.layers.terms
     if evaluator.batch_size is not None and not evaluator.weighted:
         return evaluator.batch_size
-    if terms.output is not None and shapes:
-        return terms.count(shapes[0])
-    if terms.weights == "likelihood":
-        return shapes[0][0]
+    if shape is not None:
+        return shape[0] if terms.weights == "likelihood" else terms.count(shape)
     examples = loss.infer_batch_size((*args, dict(kwargs)))
     if terms.size is not None and terms.examples not in (None, examples):
         # In proportion to the batch that the number was stated for.
@@ -324,21 +324,16 @@ def _count(
     outputs: Sequence[Outputs],
     look: _Preview | None,
     positions: int,
+    shape: tuple[int, ...] | None,
 ) -> Any:
     """The number of terms that the loss averages, or the sum of their weights."""
     if look is not None:
-        weights = evaluator.layers.terms.weights
         if evaluator.batch_size is not None:
             return evaluator.batch_size
         if look.terms is not None:
             return look.terms
-        total = jnp.sum(look.weights)
-        if not isinstance(weights, WeightsAt):
-            return total
-        # Each weight may be that of several terms.
-        return (
-            total * (positions // look.weights.size) if weights.divides else positions
-        )
+        assert shape is not None
+        return evaluator.layers.terms.divisor(shape, look.weights)
     stated = {o.terms for o in outputs if o.terms is not None}
     if evaluator.batch_size is not None:
         stated.add(int(evaluator.batch_size))
@@ -361,6 +356,8 @@ def sums_of_model(
         f"fisher={evaluator.fisher!r}",
     )._replace(value=tapped.kept[0])
 
+    zeros = [jnp.zeros_like(x) for x in tapped.kept[1:]]
+
     def pull(signal: Array) -> dict[str, Any]:
         # / n, because sums are those of a loss that averages n terms.
         signal = signal / terms
@@ -368,7 +365,7 @@ def sums_of_model(
             signal = signal * loss_scale
         if tapped.roots is not None:
             signal = signal * blocks.spread(tapped.roots, signal.ndim)
-        return tapped.pull(0, signal, square=exact)[1]
+        return tapped.pull(0, [signal, *zeros], square=exact)[1]
 
     if not exact:
         return pull(signals.sampled_signal(one, rng))

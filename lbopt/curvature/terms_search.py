@@ -5,6 +5,7 @@ outputs.  Along an axis that it averages over, twice the positions halve the gra
 each; an argument whose value takes a position's gradient away holds its weight.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,11 +22,17 @@ from lbopt.curvature.head_experiment import (
     Contradicted,
     Experiment,
     Unproved,
+    is_shape,
     make_experiment,
 )
-from lbopt.curvature.loss_head import LIKELIHOOD, Head
-from lbopt.curvature.terms import Terms, WeightsAt, path_text
-from lbopt.curvature.weights_search import check_batch, find_weights
+from lbopt.curvature.loss_head import LIKELIHOOD, Head, Name
+from lbopt.curvature.terms import Terms, WeightsAt, path_text, without_ones
+from lbopt.curvature.weights_search import (
+    Base,
+    check_batch,
+    find_weights,
+    may_mark_padding,
+)
 
 _PRIMES = (2, 3, 5, 7, 11)
 
@@ -44,7 +51,7 @@ def find(
       params: the parameters, arrays or shapes.
       args: its other arguments, arrays or shapes.
       head: what an abstract trace saw of its outputs.
-      batch_size: the number of examples, if it can be read off the arguments.
+      batch_size: the number of examples, if it can be read off.
 
     Returns:
       The terms.
@@ -56,11 +63,12 @@ def find(
     """
     names = [n for n in head.outputs if n[0] == LIKELIHOOD] or list(head.outputs)
     names = [n for n in names if head.outputs[n].shape and n not in head.inner]
-    if not names:
-        return _assumed(head, batch_size)
     leaves, tree = jax.tree.flatten(tuple(args))
     # NumPy's float64 becomes what JAX makes of it in the loss.
     leaves = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in leaves]
+    assumed = functools.partial(_assumed, head, names, batch_size, tuple(args))
+    if not names:
+        return assumed("its outputs stay inside a transform, such as jit or scan")
     found = []
     for name in names:
         experiment = make_experiment(loss, head, params, leaves, tree, name)
@@ -71,22 +79,67 @@ def find(
         except Unproved as reason:
             if len(head.outputs[name].shape) > 2 or len(names) > 1:
                 raise
-            return _assumed(head, batch_size, str(reason))
+            return assumed(str(reason))
         if terms is not None:
             found.append(terms)
     # One number serves all layers, whose gradients come from all outputs together.
-    sizes = {terms.size for terms in found}
-    if len(sizes) > 1:
-        raise Unproved(
-            "its outputs have different numbers of terms ("
-            + "; ".join(terms.text for terms in found)
-            + ")"
+    texts = "; ".join(terms.text for terms in found)
+    if len({terms.weights for terms in found}) > 1:
+        raise Contradicted(f"its outputs have terms of different weights ({texts})")
+    if len({terms.size for terms in found}) > 1:
+        raise Unproved(f"its outputs have different numbers of terms ({texts})")
+    if not found:
+        return assumed("no gradient reaches its outputs in an experiment")
+    text = found[0].text
+    if len(found) > 1:
+        text = text.replace("of the outputs", f"of each of {len(found)} outputs")
+    return found[0]._replace(outputs=tuple(t.outputs[0] for t in found), text=text)
+
+
+def require_sum(terms: Terms, args: Sequence[Any], stated: int, loss_name: str) -> None:
+    """Compares a stated number of terms with weights that were found.
+
+    Args:
+      terms: the terms, with weights among the arguments.
+      args: the loss's arguments, arrays or shapes.
+      stated: the number.
+      loss_name: the loss function's name, for the message.
+
+    Raises:
+      ValueError: if it is not what the loss divides by.
+    """
+    assert isinstance(terms.weights, WeightsAt)
+    assert terms.size is not None
+    leaf = dict(jax.tree_util.tree_leaves_with_path(tuple(args)))[terms.weights.path]
+    if is_shape(leaf):
+        return
+    weights = np.asarray(terms.weights.read(args), np.float64)
+    pairs = zip(terms.axes, terms.offsets, strict=True)
+    covered = [weights.shape[a] - o for a, o in pairs if a < weights.ndim]
+    n = terms.size
+    if terms.weights.divides:
+        n = weights.sum() * (terms.size // math.prod(covered))
+    if not np.isclose(n, stated, rtol=TOLERANCE):
+        raise ValueError(
+            f"batch_size={stated}, but loss_fn={loss_name} divides by {n:g}, for its "
+            f"terms are weighted by {path_text(terms.weights.path)}; leave batch_size= "
+            "out, or state both by lbopt.likelihood(outputs, ..., weights=, terms=)"
         )
-    return found[0] if found else _assumed(head, batch_size)
 
 
-def _assumed(head: Head, batch_size: int | None, reason: str = "") -> Terms:
+def _assumed(
+    head: Head,
+    names: Sequence[Name],
+    batch_size: int | None,
+    args: Sequence[Any],
+    reason: str,
+) -> Terms:
     """The batch size, where one example's outputs have no more than one axis."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if may_mark_padding(leaf):
+            raise Contradicted(
+                f"{reason}, so whether {path_text(path)} marks padding cannot be told"
+            )
     axes = [
         len(x.shape) - _has_examples(x.shape, head.inner.get(name), batch_size)
         for name, x in head.outputs.items()
@@ -96,11 +149,15 @@ def _assumed(head: Head, batch_size: int | None, reason: str = "") -> Terms:
             "its outputs have more axes than one example's, and what it does with them "
             "cannot be told"
         )
+    # The shape of an output inside a transform is that of one lane or step.
+    own = tuple(n for n in names if n not in head.inner)
+    sizes = {head.outputs[name].shape[0] for name in own}
+    if len(sizes) == 1:
+        text = f"{sizes.pop()}, assumed: a mean over the leading axis of the outputs"
+        return Terms(own, (0,), (0,), None, batch_size, None, f"{text} ({reason})")
     n = "?" if batch_size is None else batch_size
-    text = f"{n}, assumed: a mean over the leading axis of the batch"
-    if reason:
-        text += f" ({reason})"
-    return Terms(None, (), (), None, batch_size, batch_size, text)
+    text = f"{n}, assumed: a mean over the leading axis of the batch ({reason})"
+    return Terms((), (), (), None, batch_size, batch_size, text)
 
 
 def _has_examples(
@@ -122,35 +179,50 @@ def _find_along(experiment: Experiment) -> Terms | None:
     small = (*(SMALL for _ in shape[:-1]), shape[-1])
     if last == 0:
         small = (SMALL,)
-    try:
-        base = experiment.gradient(small)
-    except Exception as error:  # of any kind: it is the user's code that fails
-        raise Unproved(
-            f"it fails on a batch of another size ({type(error).__name__}: {error})"
-        ) from error
-    if not np.all(np.isfinite(base)):
-        raise Unproved("its gradient by the outputs is not finite")
-    if not np.any(base):
+    experiment, gradient = _base(experiment, small)
+    if not np.any(gradient):
         return None
     try:
-        axes, offsets = _averaged(experiment, small, base)
+        axes, offsets = _averaged(experiment, small, gradient)
     except Unproved:
         # Rows without a part in the loss may be why.
-        nothing = Terms(experiment.output, (), (), None, None, None, "")
-        check_batch(experiment, nothing, small)
+        nothing = Terms((experiment.output,), (), (), None, None, None, "")
+        check_batch(Base(experiment, small, gradient, last > 0), nothing)
         raise
-    weights = find_weights(experiment, small, base)
+    base = Base(experiment, small, gradient, last not in axes)
+    weights = find_weights(base)
     if weights is not None:
-        along = len(np.shape(experiment.leaf(weights.path)))
-        if set(range(along)) - set(axes):
+        leaf = experiment.leaf(weights.path)
+        if set(range(len(without_ones(np.shape(leaf))))) - set(axes):
             raise Unproved(
                 f"{path_text(weights.path)} weights positions that it does not average"
             )
     terms = Terms(
-        experiment.output, tuple(axes), tuple(offsets), weights, None, shape[0], ""
+        (experiment.output,), tuple(axes), tuple(offsets), weights, None, shape[0], ""
     )
-    check_batch(experiment, terms, small)
+    check_batch(base, terms)
     return terms._replace(size=terms.count(shape), text=_text(terms, experiment))
+
+
+def _base(
+    experiment: Experiment, small: tuple[int, ...]
+) -> tuple[Experiment, np.ndarray]:
+    """Returns the gradient at small sizes, with booleans that leave terms in it."""
+    try:
+        gradient = experiment.gradient(small)
+        if not (np.all(np.isfinite(gradient)) and np.any(gradient)):
+            # A boolean may mark padding, not what is real.
+            other = experiment._replace(truth=False)
+            inverse = other.gradient(small)
+            if np.all(np.isfinite(inverse)) and np.any(inverse):
+                return other, inverse
+    except Exception as error:  # of any kind: it is the user's code that fails
+        raise Unproved(
+            f"it fails on a batch of another size ({type(error).__name__}: {error})"
+        ) from error
+    if not np.all(np.isfinite(gradient)):
+        raise Unproved("its gradient by the outputs is not finite")
+    return experiment, gradient
 
 
 def _averaged(
@@ -179,13 +251,20 @@ def _averaged(
     last = len(small) - 1
     # The gradient of a softmax has no component along the sum of the logits.
     sums = np.abs(np.sum(base, -1))
-    if last == 0 or np.all(sums < TOLERANCE * np.max(np.abs(base))):
+    softmax = np.all(sums < TOLERANCE * np.max(np.abs(base)))
+    if last == 0 or small[last] == 1 or softmax:
+        return axes, offsets
+    # A position that uses one of its coordinates, such as the value of an action.
+    if np.all(np.sum(base != 0, -1) <= 1):
         return axes, offsets
     try:
         large = (*small[:last], 2 * small[last])
         more = _explained(experiment, small, base, large, [last])
-    except Exception:  # the coordinates of one event, such as the logits of classes
-        return axes, offsets
+    except Exception as error:  # of any kind: it is the user's code that fails
+        raise Unproved(
+            "whether it averages over the last axis of its outputs cannot be told, for "
+            f"it fails with more coordinates ({type(error).__name__}: {error})"
+        ) from error
     return axes + more[0], offsets + more[1]
 
 
@@ -245,6 +324,7 @@ def _text(terms: Terms, experiment: Experiment) -> str:
     text = f"{numbers}{axes} of {outputs}"
     if isinstance(terms.weights, WeightsAt):
         text += f", weighted by {path_text(terms.weights.path)}"
-        if terms.weights.sentinel is not None:
-            text += f" != {terms.weights.sentinel}"
+        if terms.weights.padding is not None:
+            sign = ">" if terms.weights.below else "!="
+            text += f" {sign} {terms.weights.padding}"
     return text

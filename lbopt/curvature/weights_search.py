@@ -10,33 +10,69 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbopt.curvature.head_experiment import (
-    SMALL,
     TOLERANCE,
     Contradicted,
     Experiment,
     is_shape,
     terms_in,
 )
-from lbopt.curvature.terms import Terms, WeightsAt, path_text
+from lbopt.curvature.terms import Terms, WeightsAt, path_text, without_ones
 
 _SPECIAL = (0, -1, -100, 255, 1)  # values of a label that mark padding
+_ANOTHER = -7  # no library's mark: it is padding where every negative label is
 _LARGEST = 2**25  # numbers that an experiment on a batch may have
 
 
-def find_weights(
-    experiment: Experiment, small: tuple[int, ...], base: np.ndarray
-) -> WeightsAt | None:
-    """Finds the argument that weights the terms of a loss."""
+def may_mark_padding(leaf: Any) -> bool:
+    """Whether a leaf of the arguments looks like a mask, or labels with padding."""
+    if not getattr(leaf, "shape", ()):
+        return False
+    if leaf.dtype == jnp.bool_:
+        return True
+    negative = jnp.issubdtype(leaf.dtype, jnp.signedinteger) and not is_shape(leaf)
+    return negative and bool(jnp.any(leaf < 0))
+
+
+class Base(NamedTuple):
+    """The loss's head at small sizes, to which experiments are compared.
+
+    Attributes:
+      experiment: the head.
+      sizes: the sizes of the output's axes.
+      gradient: the gradient by the output.
+      events: whether the last axis of the output holds the coordinates of one event,
+        over which the loss does not average.
+    """
+
+    experiment: Experiment
+    sizes: tuple[int, ...]
+    gradient: np.ndarray
+    events: bool
+
+    @property
+    def terms(self) -> np.ndarray:
+        """The positions that have a gradient."""
+        return terms_in(self.gradient, self.events)
+
+
+def find_weights(base: Base) -> WeightsAt | None:
+    """Finds the argument that weights the terms of a loss.
+
+    Args:
+      base: the loss's head.
+
+    Returns:
+      The argument; None if there is none.
+
+    Raises:
+      Contradicted: if several do, or one in a way that cannot be told.
+    """
     found = []
-    for number, leaf in enumerate(experiment.leaves):
-        if not _may_weight(experiment, leaf):
+    for number, leaf in enumerate(base.experiment.leaves):
+        if not _may_weight(base.experiment, leaf):
             continue
-        values = [0]
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            own = [] if is_shape(leaf) else [int(leaf.min()), int(leaf.max())]
-            values = list(dict.fromkeys([*_SPECIAL, *own]))
-        for value in values:
-            weights = _tested(experiment, number, value, small, base)
+        for value in _values_of(base.experiment, leaf):
+            weights = _tested(base, number, value)
             if weights is not None:
                 found.append(weights)
                 break
@@ -47,6 +83,17 @@ def find_weights(
     return found[0] if found else None
 
 
+def _values_of(experiment: Experiment, leaf: Any) -> list[int | float]:
+    """The values of a leaf that may mark padding, or be the weight of padding."""
+    if leaf.dtype == jnp.bool_:
+        return [int(not experiment.truth)]
+    if not _integral(leaf):
+        return [0, math.nan]
+    own = [] if is_shape(leaf) else [int(leaf.min()), int(leaf.max())]
+    least, most = np.iinfo(leaf.dtype).min, np.iinfo(leaf.dtype).max
+    return [x for x in dict.fromkeys([*_SPECIAL, *own]) if least <= x <= most]
+
+
 def _may_weight(experiment: Experiment, leaf: Any) -> bool:
     """Whether a leaf has one number for each position of the output."""
     if not getattr(leaf, "shape", ()) or not any(
@@ -54,7 +101,8 @@ def _may_weight(experiment: Experiment, leaf: Any) -> bool:
         for kind in (jnp.floating, jnp.integer, jnp.bool_)
     ):
         return False
-    return experiment.along(leaf) == len(leaf.shape) or experiment.shifted(leaf)
+    core = len(without_ones(leaf.shape))
+    return experiment.along(leaf) >= core or experiment.shifted(leaf)
 
 
 class _Effect(NamedTuple):
@@ -62,112 +110,142 @@ class _Effect(NamedTuple):
 
     Attributes:
       leaf: the leaf as it is.
+      core: its shape without last axes of size 1.
       gone: the positions whose terms the value takes off the loss.
       shift: positions between the leaf's and those of the terms.
       divides: whether the other terms get what they had.
     """
 
     leaf: Any
+    core: tuple[int, ...]
     gone: np.ndarray
     shift: int
     divides: bool
 
 
-def _tested(
-    experiment: Experiment,
-    number: int,
-    value: int,
-    small: tuple[int, ...],
-    base: np.ndarray,
-) -> WeightsAt | None:
+def _tested(base: Base, number: int, value: int | float) -> WeightsAt | None:
     """Tests whether a leaf holds weights, or a value that marks padding."""
-    effect = _effect(experiment, number, value, small, base)
+    effect = _effect(base, number, value)
     if effect is None:
         return None
-    leaf, own = effect.leaf, experiment.leaves[number]
+    core, own = effect.core, base.experiment.leaves[number]
     found = WeightsAt(
-        experiment.path(number),
+        base.experiment.path(number),
         None,
+        False,
         effect.shift,
-        small[leaf.ndim - 1] - (leaf.shape[-1] - effect.shift),
+        base.sizes[len(core) - 1] - (core[-1] - effect.shift),
         effect.divides,
     )
-    if leaf.dtype == jnp.bool_:
+    if effect.leaf.dtype == jnp.bool_:
+        return found if base.experiment.truth else found._replace(padding=1)
+    linear = value == 0 and _is_linear(base, number, effect)
+    if linear:
+        signed = not is_shape(own) and bool(jnp.any(own < 0))
+        if signed and effect.divides:
+            raise _unknown(base, number)
         return found
-    linear = value == 0 and _is_linear(experiment, number, effect, small, base)
-    if _integral(leaf):
-        # A label out of range may have no loss; it is padding if the batch has any.
-        known = not is_shape(own) and value in np.asarray(own)
-        if linear:
-            return found
-        return found._replace(sentinel=value) if effect.divides or known else None
-    # A factor that may be negative, such as an advantage, belongs to the term itself.
-    signed = not is_shape(own) and bool(jnp.any(own < 0))
-    if signed and not effect.divides:
+    if not _integral(effect.leaf) and _scales(base, number):
+        raise _unknown(base, number)
+    # A label out of range may have no loss; it is padding if the batch has any.
+    known = not is_shape(own) and value in np.asarray(own)
+    if not (effect.divides or known or math.isnan(value)):
         return None
-    if signed or not linear:
-        raise _unknown(experiment, number)
-    return found
+    another = _effect(base, number, _ANOTHER) if value < 0 else None
+    if another is not None and np.array_equal(another.gone, effect.gone):
+        return found._replace(padding=-1, below=True)
+    return found._replace(padding=value)
 
 
-def _effect(
-    experiment: Experiment,
-    number: int,
-    value: int,
-    small: tuple[int, ...],
-    base: np.ndarray,
-) -> _Effect | None:
+def _effect(base: Base, number: int, value: int | float) -> _Effect | None:
     """Sets a leaf to a value at one position; None if no term goes by it."""
-    leaf = experiment.filled(number, small)
-    gradient = _changed(experiment, number, leaf, value, small)
+    leaf = base.experiment.filled(number, base.sizes)
+    core = without_ones(leaf.shape)
+    gradient = _changed(base, number, leaf, value)
     if gradient is None:
         return None
     # Exactly zero: a term that is only made smaller is no padding.
-    before, after = terms_in(base), terms_in(gradient)
+    before, after = base.terms, terms_in(gradient, base.events)
     gone = before & ~after
     if not np.any(gone):
+        if _is_mask(base.experiment.leaves[number]):
+            _require_no_part(base, number, gradient)
         return None
-    shift = next((s for s in (0, 1) if _only(gone, before, leaf.ndim, s)), None)
-    left = (base != 0) & _along(after, base)
-    ratios = gradient[left] / base[left]
+    shift = next((s for s in (0, 1) if _only(gone, before, len(core), s)), None)
+    left = (base.gradient != 0) & _along(after, base.gradient)
+    ratios = gradient[left] / base.gradient[left]
     divides = bool(np.allclose(ratios, before.sum() / after.sum(), rtol=TOLERANCE))
     if shift is None or not (divides or np.allclose(ratios, 1, rtol=TOLERANCE)):
-        raise _unknown(experiment, number)
-    return _Effect(leaf, gone, shift, divides)
+        raise _unknown(base, number)
+    return _Effect(leaf, core, gone, shift, divides)
 
 
-def _is_linear(
-    experiment: Experiment,
-    number: int,
-    effect: _Effect,
-    small: tuple[int, ...],
-    base: np.ndarray,
-) -> bool:
+def _is_mask(leaf: Any) -> bool:
+    """Whether a leaf holds nothing but zeros and ones."""
+    if leaf.dtype == jnp.bool_:
+        return True
+    return not is_shape(leaf) and bool(jnp.all((leaf == 0) | (leaf == 1)))
+
+
+def _require_no_part(base: Base, number: int, gradient: np.ndarray) -> None:
+    """Raises Contradicted if what may be a mask has a part that is not explained.
+
+    Args:
+      base: the loss's head.
+      number: the leaf that was changed in the second example.
+      gradient: the gradient since.
+
+    Raises:
+      Contradicted: if it is the divisor's, or a coordinate of an event is gone.
+    """
+    others = np.arange(len(gradient)) != 1
+    size = np.max(np.abs(base.gradient))
+    # A label is nobody else's; the divisor of masked terms is everybody's.
+    shared = not np.allclose(
+        gradient[others], base.gradient[others], rtol=TOLERANCE, atol=TOLERANCE * size
+    )
+    lost, won = gradient == 0, base.gradient == 0
+    # Coordinates of an event that are masked one by one, such as missing targets.
+    partial = np.any(lost & ~won) and not np.any(won & ~lost)
+    if shared or partial:
+        reason = _unknown(base, number)
+        raise reason
+
+
+def _is_linear(base: Base, number: int, effect: _Effect) -> bool:
     """Tests whether twice the value is twice the weight."""
     twice = 2 * effect.leaf[(0,) * effect.leaf.ndim]
-    gradient = _changed(experiment, number, effect.leaf, twice, small)
+    gradient = _changed(base, number, effect.leaf, twice)
     if gradient is None:
         return False
-    count, heavier = terms_in(base).sum(), effect.gone.sum()
+    count, heavier = base.terms.sum(), effect.gone.sum()
     shared = count / (count + heavier) if effect.divides else 1
-    terms = (base != 0) & _along(effect.gone, base)
-    return np.allclose(gradient[terms] / base[terms], 2 * shared, rtol=TOLERANCE)
+    terms = (base.gradient != 0) & _along(effect.gone, base.gradient)
+    ratios = gradient[terms] / base.gradient[terms]
+    return np.allclose(ratios, 2 * shared, rtol=TOLERANCE)
 
 
-def _changed(
-    experiment: Experiment, number: int, leaf: Any, value: Any, small: tuple[int, ...]
-) -> np.ndarray | None:
+def _scales(base: Base, number: int) -> bool:
+    """Whether other numbers in a leaf multiply the gradient, which no label does."""
+    whole = 2 * base.experiment.filled(number, base.sizes)
+    gradient = base.experiment.gradient(base.sizes, {number: whole})
+    ratios = gradient[base.gradient != 0] / base.gradient[base.gradient != 0]
+    return np.allclose(ratios, ratios[0], rtol=TOLERANCE)
+
+
+def _changed(base: Base, number: int, leaf: Any, value: Any) -> np.ndarray | None:
     """The gradient with another value at position 1 of each of a leaf's axes."""
-    new = leaf.at[(1,) * leaf.ndim].set(jnp.asarray(value, leaf.dtype))
+    at = (1,) * len(without_ones(leaf.shape))
+    new = leaf.at[at].set(jnp.asarray(value, leaf.dtype))
     try:
-        gradient = experiment.gradient(small, {number: new})
+        gradient = base.experiment.gradient(base.sizes, {number: new})
     except Exception:  # the user's code may refuse the value
         return None
     return gradient if np.all(np.isfinite(gradient)) else None
 
 
-def _unknown(experiment: Experiment, number: int) -> Contradicted:
-    name = path_text(experiment.path(number))
+def _unknown(base: Base, number: int) -> Contradicted:
+    name = path_text(base.experiment.path(number))
     return Contradicted(f"{name} takes part in it in a way that cannot be told")
 
 
@@ -183,44 +261,39 @@ def _only(gone: np.ndarray, before: np.ndarray, ndim: int, shift: int) -> bool:
     return bool(np.any(expected & before)) and np.array_equal(gone, expected & before)
 
 
-def check_batch(experiment: Experiment, terms: Terms, small: tuple[int, ...]) -> None:
+def check_batch(base: Base, terms: Terms) -> None:
     """Compares the terms found with those of the batch at hand, axis by axis.
 
     Args:
-      experiment: the loss's head.
+      base: the loss's head.
       terms: the terms found.
-      small: the sizes that they were found at.
 
     Raises:
       Contradicted: if rows of the batch have no part in the loss, or another weight
         than others, for no reason that was found.
     """
+    experiment, small = base.experiment, base.sizes
     if any(map(is_shape, experiment.leaves)):
         return
-    labelled = any(
-        _may_weight(experiment, x) and _integral(x) for x in experiment.leaves
-    )
-    for axis in range(max(len(small) - 1, 1)):
+    leading = len(small) - base.events
+    for axis in range(leading):
         # Whole along this axis: a loss may count the real positions from its start.
         sizes = tuple(
             experiment.shape[i] if i == axis else size for i, size in enumerate(small)
         )
         if math.prod(sizes) > _LARGEST:
             continue
-        for changes in _slabs(experiment, len(small), axis):
-            _check_slab(experiment, terms, sizes, changes, labelled)
+        for changes in _slabs(experiment, sizes[:leading], axis):
+            _check_slab(base, terms, sizes, changes)
 
 
 def _check_slab(
-    experiment: Experiment,
-    terms: Terms,
-    sizes: tuple[int, ...],
-    changes: dict[int, Any],
-    labelled: bool,
+    base: Base, terms: Terms, sizes: tuple[int, ...], changes: dict[int, Any]
 ) -> None:
     """Compares the terms found with those of a part of the batch."""
+    experiment = base.experiment
     gradient = experiment.gradient(sizes, changes)
-    real = terms_in(np.nan_to_num(gradient, nan=0))
+    real = terms_in(np.nan_to_num(gradient, nan=0), base.events)
     expected = np.ones_like(real)
     for axis, offset in zip(terms.axes, terms.offsets, strict=True):
         if axis < real.ndim and offset:
@@ -236,17 +309,26 @@ def _check_slab(
     # Another mask may hide beside the weights that were found.
     if not np.array_equal(expected & (weights != 0), real):
         raise Contradicted("rows of this batch have no part in it, like padding")
-    if labelled and np.any(real):
-        alike = experiment.gradient(sizes, changes, alike=True)
-        _check_uniform(alike[real] / _along(weights, alike)[real])
+    if base.events and np.any(real):
+        labels = list(_labels(experiment, changes, real))
+        if labels:
+            rows = [
+                experiment.gradient(sizes, changes, alike=value)[real]
+                / weights[real][:, None]
+                for value in (0.0, 0.5, -0.5)
+            ]
+            for own in labels:
+                _check_classes(own, *rows)
 
 
-def _slabs(experiment: Experiment, rank: int, whole: int) -> Iterator[dict[int, Any]]:
+def _slabs(
+    experiment: Experiment, sizes: tuple[int, ...], whole: int
+) -> Iterator[dict[int, Any]]:
     """Cuts the batch at hand into pieces that are whole along one axis."""
-    shape = experiment.shape[: max(rank - 1, 1)]
+    shape = experiment.shape[: len(sizes)]
     starts = [
-        [0] if axis == whole else list(dict.fromkeys([0, max(size - SMALL, 0)]))
-        for axis, size in enumerate(shape)
+        list(dict.fromkeys([0, max(size - few, 0)]))
+        for size, few in zip(shape, sizes, strict=True)
     ]
     for corner in itertools.product(*starts):
         pieces = {}
@@ -258,29 +340,65 @@ def _slabs(experiment: Experiment, rank: int, whole: int) -> Iterator[dict[int, 
             for axis in range(along + experiment.shifted(leaf)):
                 if axis == whole:
                     continue
-                size = SMALL + (axis == along)
+                size = sizes[axis] if axis < along else sizes[along] + 1
                 at = np.minimum(corner[axis] + np.arange(size), leaf.shape[axis] - 1)
                 piece = jnp.take(piece, at, axis=axis)
             pieces[number] = piece
         yield pieces
 
 
-def _check_uniform(gradient: np.ndarray) -> None:
-    """Compares the weights of terms of different labels.
+def _labels(
+    experiment: Experiment, changes: dict[int, Any], real: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The numbers that may be classes of the terms of a part of the batch."""
+    for number, leaf in enumerate(experiment.leaves):
+        piece = changes.get(number)
+        if piece is None or experiment.shifted(leaf):
+            continue
+        along = len(experiment.shape) - 1
+        if leaf.shape == experiment.shape and _is_mask(leaf) and leaf.shape[-1] > 1:
+            yield np.argmax(np.asarray(piece), -1)[real]  # one-hot
+        core = without_ones(leaf.shape)
+        if len(core) != along or core != experiment.shape[:along]:
+            continue
+        if _integral(leaf) or _is_mask(leaf):
+            yield np.asarray(piece).reshape(piece.shape[:along])[real]
+
+
+def _check_classes(
+    labels: np.ndarray, middle: np.ndarray, above: np.ndarray, below: np.ndarray
+) -> None:
+    """Compares the weights of terms of different classes.
 
     Args:
-      gradient: that at outputs which are the same for all positions.
+      labels: the classes, ``[terms]``.
+      middle: the gradients ``[terms, outputs]`` where all outputs are 0.
+      above: those where they have a value above.
+      below: those where they have its negative.
 
     Raises:
       Contradicted: if they differ.
     """
-    # If no class is treated apart, a label only permutes the gradient's entries.
-    rows = np.sort(gradient.reshape(-1, gradient.shape[-1]), -1)
-    sizes = np.max(np.abs(rows), -1, keepdims=True)
-    if not np.all(sizes > 0):
+    # If no class is treated apart, a label only permutes the gradient's entries, or, of
+    # one logit, exchanges the signs.
+    moved = above
+    if middle.shape[-1] == 1:
+        moved = np.where((labels == labels[0])[:, None], above, below)
+    sizes = []
+    for rows in (middle, moved):
+        rows = np.sort(rows, -1)
+        size = np.max(np.abs(rows), -1, keepdims=True)
+        if not np.all(size > 0):
+            return
+        alike = np.abs(rows / size) if rows.shape[-1] == 1 else rows / size
+        if not np.allclose(alike, alike[:1], rtol=TOLERANCE, atol=TOLERANCE):
+            return
+        sizes.append(size[:, 0] / size[0, 0])
+    # Of squared errors and their like the ratio of two terms depends on the outputs.
+    if not np.allclose(*sizes, rtol=TOLERANCE):
         return
-    same = np.allclose(rows / sizes, (rows / sizes)[:1], rtol=TOLERANCE)
-    if same and not np.allclose(sizes, sizes[0], rtol=TOLERANCE):
+    within = [np.ptp(sizes[0][labels == c]) < TOLERANCE for c in np.unique(labels)]
+    if all(within) and not np.allclose(sizes[0], 1, rtol=TOLERANCE):
         raise Contradicted("its terms have different weights, such as those of classes")
 
 

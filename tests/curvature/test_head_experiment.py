@@ -34,9 +34,9 @@ def test_the_gradient_is_that_of_the_loss_at_other_sizes():
     hot = np.eye(V)[LABEL]
     # At equal outputs every class has the probability 1 / V.
     expected = 2 * np.broadcast_to(1 / V - hot, small) / SMALL**2
-    assert oracles.error(EXPERIMENT.gradient(small, alike=True), expected) < 1e-5
+    assert oracles.error(EXPERIMENT.gradient(small, alike=0.0), expected) < 1e-5
     labels = jnp.full((SMALL, SMALL), LABEL).at[1, 2].set(4)
-    changed = EXPERIMENT.gradient(small, {1: labels}, alike=True)
+    changed = EXPERIMENT.gradient(small, {1: labels}, alike=0.0)
     expected = expected.copy()
     expected[1, 2] = 2 * (1 / V - np.eye(V)[4]) / SMALL**2
     assert oracles.error(changed, expected) < 1e-5
@@ -97,7 +97,8 @@ def test_positions_with_a_gradient():
     gradient = np.zeros((2, 3, 4))
     gradient[0, 1, 3] = -1
     expected = np.array([[False, True, False], [False] * 3])
-    np.testing.assert_array_equal(head_experiment.terms_in(gradient), expected)
-    # Of outputs of one axis, each is a position.
-    one = head_experiment.terms_in(np.array([0.0, 2.0]))
-    np.testing.assert_array_equal(one, [False, True])
+    np.testing.assert_array_equal(
+        head_experiment.terms_in(gradient, events=True), expected
+    )
+    each = head_experiment.terms_in(gradient, events=False)
+    np.testing.assert_array_equal(each, gradient != 0)

@@ -28,7 +28,7 @@ ROWS = {
     "a": row("a", "scale", (5,), copies=(3, 2), fallback=True),
     "unused": row("unused", "bias", (7,), used=False),
 }
-TERMS = Terms((0, 0), (0,), (0,), None, 8, 8, "8, mean over axis 0 of the outputs")
+TERMS = Terms(((0, 0),), (0,), (0,), None, 8, 8, "8, mean over axis 0 of the outputs")
 
 
 def test_it_is_a_mapping_in_the_order_of_the_parameters():

@@ -49,7 +49,7 @@ def test_outputs_are_what_the_outermost_modules_return():
     assert shapes == {(0, 0): (5, 4), (0, 1): (5, 3)}
     assert set(head.structures[0]) == {"hidden", "logits", "size"}
     assert head.inner == {}
-    assert head.stated == set()
+    assert head.stated == {}
 
 
 def test_calls_of_likelihood_have_names_of_their_own():
@@ -62,7 +62,7 @@ def test_calls_of_likelihood_have_names_of_their_own():
     head = seen_by(loss, OWN, X)
     shapes = {name: x.shape for name, x in head.outputs.items()}
     assert shapes == {(0, 0): (5, 3), (LIKELIHOOD, 0): (5, 3), (LIKELIHOOD, 1): (5, 2)}
-    assert head.stated == {"terms", "weights"}
+    assert head.stated == {"terms": [(LIKELIHOOD, 0)], "weights": [(LIKELIHOOD, 1)]}
 
 
 @pytest.mark.parametrize(

@@ -324,19 +324,26 @@ def test_a_checkpointed_model_is_traced_again_and_again():
     )
 
 
-def test_advantages_are_no_weights():
+@pytest.mark.parametrize("signs", [[1, 1, 1, 1], [1, -1, 1, -1]])
+def test_advantages_weight_by_their_size(signs):
+    # Whatever the signs in the batch that is traced, those of others may be mixed.
     model, x = nn.Dense(3), jax.random.normal(jax.random.key(0), (4, 5))
     params = {"top": model.init(jax.random.key(0), x)["params"]}
-    y, advantages = jnp.arange(4) % 3, jnp.array([1.0, -2.0, 0.5, -1.0])
+    y, advantages = jnp.arange(4) % 3, jnp.array([1.0, 2.0, 0.5, 3.0])
 
     def loss_fn(params, x, y, advantages):
         return jnp.mean(xent(model.apply({"params": params["top"]}, x), y) * advantages)
 
-    layers = lbopt.trace_layers(loss_fn, params, x, y, advantages)
-    g = lbopt.value_grad_and_curvature(loss_fn, layers)(params, x, y, advantages)[2]
-    p = jax.nn.softmax(model.apply({"params": params["top"]}, x))
-    signals = (p - jax.nn.one_hot(y, 3)) * advantages[:, None]
-    assert oracles.error(g["top"].g, signals.T @ signals / 4) < 1e-5
+    layers = lbopt.trace_layers(loss_fn, params, x, y, advantages * jnp.array(signs))
+    f = lbopt.value_grad_and_curvature(loss_fn, layers)
+    mixed = f(params, x, y, advantages * jnp.array([1, -1, -1, 1]))[2]["top"]
+    signals = jax.nn.softmax(model.apply({"params": params["top"]}, x))
+    signals -= jax.nn.one_hot(y, 3)
+    g = jnp.einsum("n,ni,nj->ij", advantages, signals, signals) / 4
+    assert oracles.error(mixed.g, g) < 1e-5
+    ones = jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)
+    a = jnp.einsum("n,ni,nj->ij", advantages, ones, ones) / jnp.sum(advantages)
+    assert oracles.error(mixed.a, a) < 1e-5
 
 
 def test_a_second_mask_beside_the_weights_is_refused():

@@ -45,6 +45,10 @@ def ignoring(value):
     return loss
 
 
+def negative(params, x, y):
+    return masked(params, x, jnp.maximum(y, 0), y >= 0)
+
+
 def next_token(params, tokens):
     one_hot_free = jnp.ones((*tokens.shape, 1))
     f = TOKEN_MODEL.apply({"params": params}, one_hot_free)[:, :-1]
@@ -54,34 +58,36 @@ def next_token(params, tokens):
 
 def found_in(loss, *args):
     experiment = head_of(loss, *args)
-    base = experiment.gradient(SMALL_SHAPE)
-    return experiment, base, weights_search.find_weights(experiment, SMALL_SHAPE, base)
+    gradient = experiment.gradient(SMALL_SHAPE)
+    base = weights_search.Base(experiment, SMALL_SHAPE, gradient, events=True)
+    return base, weights_search.find_weights(base)
 
 
 @pytest.mark.parametrize(
     ("loss", "args", "expected"),
     [
-        # argument, sentinel, shift, missing, divides by the sum
-        (masked, (X, Y, MASK), ("argument 3", None, 0, 0, True)),
-        (masked, (X, Y, MASK * 1.0), ("argument 3", None, 0, 0, True)),
-        (masked, (X, Y, MASK * 1), ("argument 3", None, 0, 0, True)),
-        (over_all, (X, Y, MASK * 1.0), ("argument 3", None, 0, 0, False)),
-        (by_example, (X, Y, jnp.ones(B)), ("argument 3", None, 0, 0, True)),
-        (ignoring(-100), (X, Y), ("argument 2", -100, 0, 0, True)),
+        # argument, padding, values below it, shift, missing, divides by the sum
+        (masked, (X, Y, MASK), ("argument 3", None, False, 0, 0, True)),
+        (masked, (X, Y, MASK * 1.0), ("argument 3", None, False, 0, 0, True)),
+        (masked, (X, Y, MASK * 1), ("argument 3", None, False, 0, 0, True)),
+        (over_all, (X, Y, MASK * 1.0), ("argument 3", None, False, 0, 0, False)),
+        (by_example, (X, Y, jnp.ones(B)), ("argument 3", None, False, 0, 0, True)),
+        (ignoring(-100), (X, Y), ("argument 2", -100, False, 0, 0, True)),
+        (negative, (X, Y), ("argument 2", -1, True, 0, 0, True)),
         # No common value: the last label of the batch at hand.
-        (ignoring(4), (X, Y.at[:, -1].set(4)), ("argument 2", 4, 0, 0, True)),
-        (next_token, (Y,), ("argument 1", 0, 1, 1, True)),
+        (ignoring(4), (X, Y.at[:, -1].set(4)), ("argument 2", 4, False, 0, 0, True)),
+        (next_token, (Y,), ("argument 1", 0, False, 1, 1, True)),
     ],
 )
 def test_weights_are_found(loss, args, expected):
-    at = found_in(loss, *args)[2]
+    at = found_in(loss, *args)[1]
     assert (terms.path_text(at.path), *at[1:]) == expected
 
 
 def test_arguments_that_weight_nothing_are_none():
-    assert found_in(plain, X, Y)[2] is None
+    assert found_in(plain, X, Y)[1] is None
     # An argument along the positions that takes no part.
-    assert found_in(lambda p, x, y, w: plain(p, x, y), X, Y, MASK)[2] is None
+    assert found_in(lambda p, x, y, w: plain(p, x, y), X, Y, MASK)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -117,9 +123,9 @@ def test_other_parts_of_arguments_in_a_loss_are_refused(loss, args, reason):
 
 
 def checked(loss, *args):
-    experiment, _, weights = found_in(loss, *args)
-    own = terms.Terms((0, 0), (0, 1), (0, 0), weights, None, None, "")
-    weights_search.check_batch(experiment, own, SMALL_SHAPE)
+    base, weights = found_in(loss, *args)
+    own = terms.Terms(((0, 0),), (0, 1), (0, 0), weights, None, None, "")
+    weights_search.check_batch(base, own)
 
 
 CLASS_WEIGHTS = jnp.linspace(1.0, 2.0, V)
