@@ -41,6 +41,7 @@ from benchmarks.scaling_model import (
 )
 from experiments.models import resnet
 from lbopt import sharding, training
+from lbopt.curvature import layer_table
 from lbopt.curvature.registry import Layer, Layers
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -172,7 +173,9 @@ def without_reduce(counts: Counts) -> dict[Collective, int]:
 def sizes_table(problem: Problem) -> str:
     """Returns a line with the bytes of the model's statistics."""
     square = packed = 0
-    for unit in sharding.units_of(sharding.configured(problem.layers.preconditioned)):
+    for unit in sharding.units_of(
+        layer_table.configured(problem.layers.preconditioned)
+    ):
         packed += unit.factor.size
         matrix = unit.kind in ("a", "g") and len(unit.factor.shape) == 1
         square += unit.factor.order**2 if matrix else 4 * unit.factor.work
@@ -243,7 +246,7 @@ def _sent(record: Mapping[str, Any], due: str) -> float:
 def balance_table(problem: Problem) -> str:
     """Returns the mean inversion work of the devices over the longest device's."""
     settings = (("memory", None), ("comm", None), ("comm", 1024), ("comm", 256))
-    layers = sharding.configured(problem.layers.preconditioned)
+    layers = layer_table.configured(problem.layers.preconditioned)
     rows = []
     for n in DEVICES:
         loads = [contiguous(layers, n)]

@@ -27,6 +27,7 @@ import lbopt
 from benchmarks import contestants, harness, timing
 from benchmarks.workloads import Workload, resnet20
 from lbopt import sharding
+from lbopt.curvature import layer_table
 from lbopt.sharding import Unit
 from lbopt.transforms.kfac_state import KINDS
 
@@ -71,7 +72,7 @@ def measure(
         contestants.trained(_NEVER, workload, _sp_ngd(setup, None), setup),
         contestants.trained(_STALE, workload, _sp_ngd(setup, threshold), setup),
     ]
-    units = sharding.units_of(sharding.configured(setup.layers.preconditioned))
+    units = sharding.units_of(layer_table.configured(setup.layers.preconditioned))
     renewed: dict[str, list[Renewed]] = {_NEVER: [], _STALE: []}
 
     def watch(name: str, index: int, state: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lbopt import checks, inversion_worker, sharding
 from lbopt.collectives import Axis
+from lbopt.curvature import layer_table
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.inversion_worker import Job
 from lbopt.transforms import outside, unit_classes
@@ -95,7 +96,9 @@ class BackgroundInversion:
             checks.whole("delay", delay, "None delivers inverses as soon as possible")
         if cores is not None:
             _check_cores(cores)
-        self._known = sharding.configured(layers.preconditioned, block_size=block_size)
+        self._known = layer_table.configured(
+            layers.preconditioned, block_size=block_size
+        )
         self._delay, self._cores = delay, cores
         self._folder = tempfile.TemporaryDirectory(prefix="lbopt-")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbopt-background")

@@ -4,12 +4,12 @@ This command ::
 
     python -m lbopt.explain my_package.models:Net --input 256x32x32x3 --devices 8
 
-prints each layer's curvature block and the reason for it, the memory that each device
-would need, and the inversions that it would own.  ``Net`` is a Flax (linen) module, or
-a class or function that returns one, with literal arguments if it needs any:
-``'my_package.models:Net(width=64)'``.  ``--input`` is the shape of an array that the
-model is called with, for the batch of all devices.  The model is only traced: nothing
-is computed, and the devices need not exist.
+prints the layers as ``print(lbopt.trace_layers(...))`` does, but for the terms of a
+loss, the memory that each device would need, and the inversions that it would own.
+``Net`` is a Flax (linen) module, or a class or function that returns one, with literal
+arguments if it needs any: ``'my_package.models:Net(width=64)'``.  ``--input`` is the
+shape of an array that the model is called with, for the batch of all devices.  The
+model is only traced: nothing is computed, and the devices need not exist.
 """
 
 import argparse
@@ -69,6 +69,13 @@ def report(
     """
     _check_batch(inputs, devices)  # first, or the failure would be the model's
     layers, params, model_state = _traced(model, inputs, dict(arguments or {}))
+    owners = sharding.owner_table(
+        layers,
+        devices,
+        block_size=block_size,
+        inverse_period=inverse_period,
+        placement=placement,
+    )
     spread = Placement()
     if devices > 1:
         spread = Placement("data", devices, placement)
@@ -81,13 +88,6 @@ def report(
     )
     state = jax.eval_shape(
         functools.partial(training.init_state, tx), params, model_state, _KEY
-    )
-    owners = sharding.owner_table(
-        layers,
-        devices,
-        block_size=block_size,
-        inverse_period=inverse_period,
-        placement=placement,
     )
     numbers = sum(x.size for x in jax.tree.leaves(params))
     return "\n\n".join(
@@ -109,9 +109,15 @@ def _traced(
     model: nn.Module, inputs: Sequence[Any], arguments: dict[str, Any]
 ) -> tuple[Layers, Any, dict[str, Any]]:
     """A model's layers, and the shapes of its parameters and other collections."""
-    init = functools.partial(model.init, **arguments)
+    order: dict[str, Any] = {}
+
+    def init(*args: Any) -> Any:
+        made = model.init(*args, **arguments)
+        order.update(_keys(made))  # JAX returns dictionaries with sorted keys
+        return made
+
     try:
-        variables = dict(jax.eval_shape(init, _KEY, *inputs))
+        variables = _in_order(jax.eval_shape(init, _KEY, *inputs), order)
     except Exception as error:  # of any kind: it is the user's model that is called
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in inputs)
         raise ValueError(
@@ -137,10 +143,26 @@ def _traced(
         ]
         return sum(means, jnp.float32(0))  # a scalar even if no output is a float
 
-    layers = trace_layers(
-        loss_fn, params, variables, _KEY, *inputs, batch_size=inputs[0].shape[0]
-    )
-    return layers, params, variables
+    batch = inputs[0].shape[0]
+    layers = trace_layers(loss_fn, params, variables, _KEY, *inputs, batch_size=batch)
+    terms = layers.terms._replace(text="those of your loss, which trace_layers finds")
+    return Layers(layers, terms, layers.accepted), params, variables
+
+
+def _keys(tree: Any) -> dict[str, Any]:
+    """The keys of nested dictionaries, in their order."""
+    return {
+        key: _keys(value) if isinstance(value, Mapping) else None
+        for key, value in tree.items()
+    }
+
+
+def _in_order(tree: Any, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries in the order of others with the same keys."""
+    return {
+        key: tree[key] if below is None else _in_order(tree[key], below)
+        for key, below in order.items()
+    }
 
 
 def _check_batch(inputs: Sequence[Any], devices: int) -> None:

@@ -83,11 +83,15 @@ def metrics(
       - ``learning_rate`` and ``damping`` of ``optax.inject_hyperparams``, and the
         damping of ``scale_by_quadratic_model``.  Other schedules are functions of
         ``state.step``.
-      - ``kl_scale``: the factor by which ``clip_by_kl`` shortened the step.
+      - ``kl_scale``: the factor by which ``clip_by_kl`` shortened the step; 1 if it was
+        within the bound.
       - ``first_not_finite``: the position in ``layers`` of the first layer whose
         statistics of inputs are not finite; if there is none, of the first with any
         other statistic, gradient or inverse that is not; −1 if all are.  ``path_of``
         returns its path.  Only statistics that were due are known.
+
+      ``make_train_step`` adds ``skipped``, the number of steps so far that changed
+      nothing because the loss or the norm of the gradient was not finite.
     """
     # Where nothing is split, every device has added the same square.
     norm = jnp.sqrt(found.square / axis.size)
@@ -198,15 +202,18 @@ class LayerReport(Mapping[str, LayerState]):
 def layer_report(opt_state: OptState, layers: Layers) -> LayerReport:
     """Returns what an optimizer's state holds about each layer, by path.
 
-    The arrays of ``KfacState`` number the layers alphabetically; here they are in the
-    order of ``layers``, hence of the printed table.  Waits for the state's numbers.
+    Each layer has a ``LayerState``, and the table a column for each of its attributes:
+    ``rejected``, ``boost``, ``damping``, ``statistic_age``, ``inverse_age`` and
+    ``eigenvalue``; the last four have a number for each factor.  The arrays of
+    ``KfacState`` number the layers alphabetically; here they are in the order of
+    ``layers``, hence of the printed table.  Waits for the state's numbers.
 
     Args:
       opt_state: the state of any optax chain with curvature, or a training state.
       layers: the result of ``trace_layers``.
 
     Returns:
-      The report: ``report[path].rejected``; ``print(report)`` shows a table.
+      The report: ``report[path]`` is a ``LayerState``; ``print`` shows a table.
 
     Raises:
       ValueError: if the state contains no curvature transform.

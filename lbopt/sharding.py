@@ -17,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lbopt import checks, collectives
 from lbopt._typing import AxisName, Number, Updates
 from lbopt.collectives import Axis
-from lbopt.curvature import discovery, eigen_moments
+from lbopt.curvature import discovery, layer_table
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 
-__all__ = ["Owners", "Sharded", "make_mesh", "owner_table", "place"]
+__all__ = ["Owners", "Sharded", "make_mesh", "owner_table", "place", "specs"]
 
 
 class Sharded(NamedTuple):
@@ -53,12 +53,27 @@ def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") 
 def specs(tree: Any, axis_name: AxisName | None) -> Any:
     """Partition specs of a state: ``Sharded`` arrays along the axis, others whole.
 
+    They are what a ``jax.shard_map`` of your own needs for the state of an optimizer
+    with ``placement``, among its ``in_specs`` and its ``out_specs``.
+
     Args:
-      tree: a state, or its shapes.
+      tree: the optimizer's state, any tree that contains it, or its shapes.
       axis_name: the optimizer's axis, or several that count as one.
 
     Returns:
       A ``PartitionSpec`` for each array, in the structure of the state.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
+      >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+      >>> params = {"top": model.init(jax.random.key(0), x)["params"]}
+      >>> layers = lbopt.trace_layers(
+      ...     lambda p, x: model.apply({"params": p["top"]}, x).mean(), params, x)
+      >>> tx = lbopt.scale_by_kfac(layers, placement=lbopt.Placement("data", 2))
+      >>> specs = lbopt.sharding.specs(tx.init(params), "data")
+      >>> P = jax.sharding.PartitionSpec
+      >>> specs.factors.shards["top"].a == P("data"), specs.count == P()
+      (True, True)
     """
 
     def spec(node: Any) -> Any:
@@ -396,7 +411,7 @@ def owner_table(
       The table; ``print`` shows it.
 
     Raises:
-      ValueError: for a number of devices below 1.
+      ValueError: for settings out of range.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -408,38 +423,20 @@ def owner_table(
       (0, 1)
     """
     checks.whole("devices", devices, "1 is a run without a mesh")
-    own = configured(layers.preconditioned, block_size=block_size)
+    checks.whole("inverse_period", inverse_period, "1 inverts at every step")
+    if block_size is not None:
+        checks.whole("block_size", block_size, "None keeps factors whole")
+    if not isinstance(placement, str):
+        checks.share("placement", placement, "'comm' replicates all", zero=True)
+    elif placement not in ("comm", "memory"):
+        raise ValueError(
+            f"placement={placement!r} must be 'comm', 'memory' or a number; 0.5 "
+            "replicates half of the bytes of all inverses"
+        )
+    own = layer_table.configured(layers.preconditioned, block_size=block_size)
     return owners_of(
         units_of(own),
         devices,
         period=inverse_period,
         gathered=gathered_layers(own, placement),
     )
-
-
-def configured(
-    layers: Mapping[str, Layer],
-    *,
-    block_size: int | None = None,
-    corrected: bool = False,
-) -> dict[str, Layer]:
-    """Replaces the blocks of layers by the variants that an optimizer needs.
-
-    Args:
-      layers: layers by path.
-      block_size: as for ``scale_by_kfac``.
-      corrected: whether blocks with ``moments`` have eigenbases instead of inverses.
-
-    Returns:
-      The layers by path.
-    """
-
-    def one(layer: Layer) -> Layer:
-        block = layer.block
-        if block.cut is not None:
-            block = block.cut(block_size)
-        if corrected and block.moments is not None:
-            block = eigen_moments.in_eigenbases(block)
-        return layer._replace(tapped=layer.tapped._replace(block=block))
-
-    return {path: one(layer) for path, layer in layers.items()}

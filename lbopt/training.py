@@ -45,7 +45,7 @@ from lbopt.in_place import update_if
 from lbopt.mesh_step import Step
 from lbopt.norms import squared_norm
 from lbopt.statistics_pass import make_evaluate, require_no_collectives
-from lbopt.transforms import kfac_state, validation
+from lbopt.transforms import average, kfac_state, validation
 
 __all__ = [
     "TrainState",
@@ -105,9 +105,14 @@ def init_state(
 
     Returns:
       The state; no two of its arrays share a buffer, so that steps may donate it.
+
+    Raises:
+      ValueError: for ``optax.MultiSteps`` around an optimizer with curvature, and for
+        ``average_params`` that is not the last of its chain.
     """
     opt_state = tx.init(params)
     _require_no_multi_steps(opt_state)
+    average.require_last(opt_state)
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
@@ -162,7 +167,8 @@ def make_train_step(
       ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
       it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
       size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, ``skipped``, and those of ``health.metrics``.
+      ``loss``, ``skipped``, the number of steps so far that changed nothing, and those
+      of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,

@@ -85,7 +85,7 @@ def products(vectors):
         lbopt.nlcg(0.1, step_control="online"),
         lbopt.scale_by_quadratic_model(optax.identity(), damping=1.0),
         lbopt.clip_by_kl(optax.identity(), 0.1, 0.0),
-        scale_by_velocity(lambda step: 0.1 * step, 0.9, variant="code"),
+        scale_by_velocity(lambda step: 0.1 * step, 0.9, velocity="code"),
     ],
     ids=["lars", "larc", *conjugate_beta.RULES, "online", "quadratic", "clip", "code"],
 )

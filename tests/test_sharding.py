@@ -13,7 +13,7 @@ import lbopt
 from experiments.models import resnet
 from lbopt import sharding
 from lbopt.collectives import Axis
-from lbopt.curvature import factor
+from lbopt.curvature import factor, layer_table
 from lbopt.sharding import Sharded, Unit
 from tests.devices import AXIS, on_devices
 from tests.oracles import lookup
@@ -102,7 +102,7 @@ def units_by_size(resnet50):
     """The units of ResNet-50 for each block size."""
     layers = resnet50[1].preconditioned
     return {
-        size: sharding.units_of(sharding.configured(layers, block_size=size))
+        size: sharding.units_of(layer_table.configured(layers, block_size=size))
         for size in (None, 256, 1024)
     }
 
@@ -280,10 +280,18 @@ def test_layers_whose_inverses_every_device_gets(placement, expected):
     assert paths == expected
 
 
-def test_devices_out_of_range():
+def test_settings_out_of_range():
     layers = classify(Mlp()).trace()
     with pytest.raises(ValueError, match="devices=0 must be a whole number, ≥ 1; 1 is"):
         sharding.owner_table(layers, 0)
+    for name, value, message in (
+        ("inverse_period", 0, "0 must be a whole number, ≥ 1; 1 inverts at every"),
+        ("block_size", 0, "0 must be a whole number, ≥ 1; None keeps factors whole"),
+        ("placement", "both", "'both' must be 'comm', 'memory' or a number"),
+        ("placement", 2.0, r"2.0 must lie in \[0, 1\]; 'comm' replicates all"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}={message}"):
+            sharding.owner_table(layers, 2, **{name: value})
 
 
 # ------------------------------------------------------------------ the split state

@@ -16,7 +16,7 @@ from typing import Any
 from lbopt import collectives
 from lbopt._typing import Params
 from lbopt.collectives import Axis
-from lbopt.curvature import evaluation
+from lbopt.curvature import evaluation, loss
 from lbopt.curvature.evaluation import Curvature, Fisher
 from lbopt.curvature.layer_table import Layers
 
@@ -56,10 +56,12 @@ def value_grad_and_curvature(
       Fisher draws labels.  ``due`` is a mask from ``refresh``: statistics that are not
       due, and those of layers missing from the mask, are zero and cost nothing.
       ``loss_scale`` multiplies signals in the backward pass, against underflow in half
-      precision; gradients and statistics are divided by it.
+      precision; gradients and statistics are divided by it.  A key of the loss's own,
+      such as that of dropout, is one of its positional arguments.
 
     Raises:
-      ValueError: for an unknown ``fisher``.
+      ValueError: for an unknown ``fisher``; at the call for one of these three keywords
+        if the loss has an argument of that name and did not get it by position.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -175,6 +177,9 @@ def _whole(
     loss_scale: Any,
 ) -> tuple[evaluation.Totals, Curvature]:
     """Evaluates a batch in one part, or a device's part of it."""
+    kept = dict(zip(loss.CALL_KEYWORDS, (rng, due, loss_scale), strict=True))
+    idle = () if evaluator.fisher == "sampled" else ("rng",)
+    loss.refuse_shared_keywords(evaluator.loss_fn, args, kept, idle=idle)
     axis = Axis(None, 1)
     if axis_name is not None:
         axis = collectives.mapped_axis(axis_name)

@@ -9,7 +9,7 @@ import jax
 
 from lbopt import sizes, tables
 from lbopt.curvature import block as blocks
-from lbopt.curvature import capture
+from lbopt.curvature import capture, eigen_moments
 from lbopt.curvature.terms import UNKNOWN, Terms
 
 
@@ -130,6 +130,34 @@ class Layers(Mapping[str, Layer]):
         if marked:
             lines.append(f"! {marked} without a block of their own (see why)")
         return "\n".join(lines)
+
+
+def configured(
+    layers: Mapping[str, Layer],
+    *,
+    block_size: int | None = None,
+    corrected: bool = False,
+) -> dict[str, Layer]:
+    """Replaces the blocks of layers by the variants that an optimizer needs.
+
+    Args:
+      layers: layers by path.
+      block_size: as for ``scale_by_kfac``.
+      corrected: whether blocks with ``moments`` have eigenbases instead of inverses.
+
+    Returns:
+      The layers by path.
+    """
+
+    def one(layer: Layer) -> Layer:
+        block = layer.block
+        if block.cut is not None:
+            block = block.cut(block_size)
+        if corrected and block.moments is not None:
+            block = eigen_moments.in_eigenbases(block)
+        return layer._replace(tapped=layer.tapped._replace(block=block))
+
+    return {path: one(layer) for path, layer in layers.items()}
 
 
 def _sizes(layer: Layer) -> str:

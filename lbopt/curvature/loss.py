@@ -1,12 +1,18 @@
-"""A user's loss function, and the batch among its arguments."""
+"""A user's loss function, its keywords, and the batch among its arguments."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lbopt._typing import Array
+
+CALL_KEYWORDS: tuple[str, ...] = ("rng", "due", "loss_scale")
+"""The keywords that the functions that evaluate curvature keep for themselves."""
 
 
 def without_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -64,8 +70,71 @@ def split_aux(
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Returns a function's name, for messages."""
-    return getattr(function, "__name__", repr(function))
+    """Returns a function's name for messages; of a callable object that of its type."""
+    # The repr of a partial, or of a bound method, contains the whole model.
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def refuse_shared_keywords(
+    loss_fn: Callable[..., Any],
+    args: Sequence[Any],
+    kept: Mapping[str, Any],
+    *,
+    idle: Collection[str] = (),
+) -> None:
+    """Raises ValueError for a keyword that lbopt keeps and the loss would take, too.
+
+    In Python's terms such a keyword is the loss's, which would run without it.  It is
+    harmless if its value is None, or the default that the loss has for it, and if the
+    loss gets the parameter from its positional arguments.
+
+    Args:
+      loss_fn: the loss.
+      args: its positional arguments after the parameters.
+      kept: the values of the keywords that lbopt keeps.
+      idle: those that lbopt makes no use of, so that a loss with ``**kwargs`` is meant.
+
+    Raises:
+      ValueError: naming the keyword, the loss and the way out.
+    """
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # some callables have none
+        return
+    ordered = [
+        p.name
+        for p in parameters
+        if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    bound = ordered[: 1 + len(args)]  # the first is the parameters'
+    for p in parameters:
+        named = p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        names = [p.name] if named and p.name not in bound else []
+        if p.kind is Parameter.VAR_KEYWORD:
+            names = [name for name in idle if name not in bound]
+        for name in names:
+            value = kept.get(name)
+            if value is None or (named and _same(value, p.default)):
+                continue
+            plain = isinstance(value, (bool, int, float, str))
+            shown = repr(value) if plain else type(value).__name__
+            first = ""
+            if p.kind is Parameter.POSITIONAL_OR_KEYWORD:
+                first = "pass it as one of the loss's positional arguments, or "
+            raise ValueError(
+                f"{name}={shown} is an argument of lbopt's own, and would not reach "
+                f"that of loss_fn={name_of(loss_fn)}; {first}write a loss that calls "
+                f"{name_of(loss_fn)} with {name}="
+            )
+
+
+def _same(value: Any, default: Any) -> bool:
+    # Comparing arrays has no single answer.
+    if isinstance(value, (bool, int, float, str)):
+        return type(value) is type(default) and value == default
+    return value is default
 
 
 def with_keywords(

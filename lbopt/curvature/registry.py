@@ -25,7 +25,14 @@ from lbopt.curvature import (
 )
 from lbopt.curvature import locations as places
 from lbopt.curvature.layer_table import Layer, Layers
-from lbopt.curvature.loss import infer_batch_size, name_of, with_keywords, without_aux
+from lbopt.curvature.loss import (
+    CALL_KEYWORDS,
+    infer_batch_size,
+    name_of,
+    refuse_shared_keywords,
+    with_keywords,
+    without_aux,
+)
 from lbopt.curvature.observation import Sighting, Traced
 from lbopt.curvature.terms import Terms, WeightsAt
 
@@ -79,7 +86,9 @@ def trace_layers(
         ``{MyLayer.__call__: Rule(block, residual, names)}``; see ``tap_rules.Rule``.
       batch_size: the number of terms that the loss averages (examples, tokens, pixels)
         in this batch, if it cannot be found.
-      **kwargs: keyword arguments of the loss.
+      **kwargs: keyword arguments of the loss.  A loss that has an argument named like
+        one of these options, or ``rng``, ``due`` or ``loss_scale``, gets it among
+        ``args``: the keyword would be lbopt's.
 
     Returns:
       The layers; ``print`` shows them as a table.
@@ -89,7 +98,7 @@ def trace_layers(
         transforms around bound modules; if the terms that it averages are neither
         found nor stated; if it changes where lbopt has to add arrays to ``params``;
         if ``strict`` or ``verify`` finds a fault; for a feature map that a layer does
-        not have.
+        not have; for a keyword that both lbopt and the loss would take.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lbopt
@@ -102,6 +111,20 @@ def trace_layers(
       'kronecker'
     """
     _check_choices(weight_sharing, norm_blocks, batch_size)
+    own_options = {
+        "has_aux": has_aux,
+        "strict": strict,
+        "verify": verify,
+        "weight_sharing": weight_sharing,
+        "norm_blocks": norm_blocks,
+        "doubly_factored": doubly_factored,
+        "rules": rules,
+        "batch_size": batch_size,
+    }
+    refuse_shared_keywords(loss_fn, args, own_options)
+    # Passed on here, they would not be by the functions that evaluate the loss.
+    kept_later = {name: kwargs.get(name) for name in CALL_KEYWORDS}
+    refuse_shared_keywords(loss_fn, args, kept_later, idle=CALL_KEYWORDS)
     locations = places.find_locations(params)
     _check_params(params, locations)
     loss, own_args = with_keywords(without_aux(loss_fn, has_aux), args, kwargs)

@@ -41,11 +41,12 @@ def sp_ngd(
     clocks of their own (``curvature.refresh``).  Use it with the empirical Fisher, the
     default of ``value_grad_and_curvature`` and of ``training.make_train_step``.
 
-    The defaults are a first setting that does not diverge, with a rate of 0.1, and not
-    the paper's, which are in ``lbopt.presets``: those are for networks of He's
-    initialisation with a norm layer after each kernel, and lengthen a kernel that
-    starts at zero (a head, the last of a residual branch, adaLN-zero) to √(2 d_out) in
-    its first step.
+    The defaults are a first setting, with a rate of 0.1.  On five small networks, 200
+    steps each, no batch's loss was more than 1.01 times that of the first
+    (``experiments/first_settings.py``).  The paper's are in ``lbopt.presets``: they are
+    for networks of He's initialisation with a norm layer after each kernel, and
+    lengthen a kernel that starts at zero (a head, the last of a residual branch,
+    adaLN-zero) to √(2 d_out) in its first step.
 
     Args:
       learning_rate: η, a number or a schedule of the step, such as
@@ -57,7 +58,7 @@ def sp_ngd(
       momentum: m₀; it decays with the rate.  The paper's is 0.93 to 0.997.
       kl_clip: bound c on the squared length of a step in the curvature, twice the KL
         divergence, before momentum; see ``clip_by_kl``.  None for no bound, as in the
-        paper.  Of a squared error it is in squared units of the outputs.
+        paper.  It is in units of the loss; see ``kfac``.
       stale_threshold: α of the adaptive refresh; None renews everything at every step.
       norm_damping: factor by which λ is multiplied for normalisation layers.
       factor_decay: decay of a running average of the statistics, which the paper does
@@ -120,7 +121,7 @@ def sp_ngd(
     return optax.chain(
         precondition,
         # Eq. 23; it applies the rate itself.
-        scale_by_velocity(learning_rate, momentum, variant=velocity),
+        scale_by_velocity(learning_rate, momentum, velocity=velocity),
         # Last, because Eq. 24 normalises w + u with the whole step u.
         optax.identity()
         if rescale is None

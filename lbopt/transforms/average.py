@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import SequenceKey
 
 from lbopt import checks
 from lbopt._typing import OptState, Params, Scalar, Updates
@@ -32,8 +33,10 @@ def average_params(
 
     .. math:: \bar\theta \leftarrow \xi_k\, \bar\theta + (1 - \xi_k)\, \theta
 
-    with the parameters θ after the step, so that it must be the last of a chain.
-    ``averaged_params`` returns the average, for evaluation.
+    with the parameters θ after the step.  It must be the last of a chain: it takes the
+    updates that it is given for the step, and those before a preconditioner or a rate
+    are none.  ``averaged_params`` returns the average, for evaluation, and raises an
+    error if it is not the last, as ``training.init_state`` does.
 
     Args:
       decay: ξ, in [0, 1); the average is over about 1 / (1 − ξ) steps.
@@ -93,7 +96,8 @@ def averaged_params(opt_state: OptState) -> Params:
       θ̄, like the parameters.
 
     Raises:
-      ValueError: unless the state holds exactly one average.
+      ValueError: unless the state holds exactly one average, of the last
+        transformation of its chain.
 
     Examples:
       >>> import jax.numpy as jnp, lbopt
@@ -112,4 +116,28 @@ def averaged_params(opt_state: OptState) -> Params:
             f"opt_state={type(opt_state).__name__} must hold one average, not "
             f"{len(found)}; put lbopt.average_params(...) at the end of the chain"
         )
+    require_last(opt_state)
     return found[0]
+
+
+def require_last(opt_state: OptState) -> None:
+    """Raises ValueError if a transformation follows ``average_params`` in its chain."""
+
+    # The state of a transformation without numbers is a tuple, too, but an empty one.
+    def is_node(node: Any) -> bool:
+        return isinstance(node, AverageState) or (isinstance(node, tuple) and not node)
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_node)
+    # A chain's state is a plain tuple; those of wrappers name their parts.
+    for path, node in nodes:
+        steps = [i for i, k in enumerate(path) if isinstance(k, SequenceKey)]
+        if not isinstance(node, AverageState):
+            continue
+        for i in steps:
+            others = [p[i].idx for p, _ in nodes if p[:i] == path[:i]]
+            if max(others) > path[i].idx:
+                raise ValueError(
+                    f"average_params is number {path[i].idx + 1} of a chain of "
+                    f"{max(others) + 1}, so it averages other weights than those after "
+                    "the step; put lbopt.average_params(...) at the end of the chain"
+                )

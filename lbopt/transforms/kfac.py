@@ -21,6 +21,7 @@ from jaxtyping import Bool
 from lbopt import checks, explicit_axes, sharding
 from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
+from lbopt.curvature import layer_table
 from lbopt.curvature import refresh as clocks
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
@@ -112,7 +113,7 @@ def scale_by_kfac(
     )
     validation.check_stale_threshold(stale_threshold, factor_decay, periods)
     validation.check_eigenvalues(eigenvalues, placement, periods, stale_threshold)
-    known = sharding.configured(
+    known = layer_table.configured(
         layers.preconditioned,
         block_size=block_size,
         corrected=eigenvalues == "corrected",
@@ -165,7 +166,7 @@ def scale_by_kfac(
         present = {path: known[path] for path in plain(state.factors)}
         given = validation.checked_statistics(present, curvature, state.moments)
         validation.check_gradients(present, updates)
-        validation.check_shares(present, plain(state.factors), axis)
+        validation.check_shares(present, state.factors, axis)
         value = _damping_now(state, extra_args.get("damping", damping))
         args = (updates, state, given, value)
         if axis.name is None:

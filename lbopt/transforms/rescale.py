@@ -86,7 +86,7 @@ def rescale_weights(
     if not kernels:
         raise ValueError(
             f"layers={sorted(layers)} holds no kernel of a dense layer or convolution; "
-            "leave rescale_weights out"
+            "leave rescale_weights out, of lbopt.sp_ngd by rescale=None"
         )
 
     def init_fn(params: Params) -> optax.EmptyState:

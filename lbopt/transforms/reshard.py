@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lbopt import collectives, sharding
 from lbopt._typing import Array
 from lbopt.collectives import Axis
+from lbopt.curvature import layer_table
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.sharding import Owners, Sharded
@@ -65,7 +66,7 @@ def reshard(
       >>> state.factors.shards["layers_0"].a.shape  # 21 numbers in 4 shares
       (4, 6)
     """
-    known = sharding.configured(layers.preconditioned, block_size=block_size)
+    known = layer_table.configured(layers.preconditioned, block_size=block_size)
 
     def one(new: Any, old: Any) -> Any:
         if not is_curvature_state(new):

@@ -17,6 +17,7 @@ from lbopt.curvature import locations
 from lbopt.curvature.eigen_moments import CorrectedStatistics
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
+from lbopt.sharding import Sharded
 
 MULTI_STEPS = (
     "optax.MultiSteps around a curvature transform would combine the mean gradient of "
@@ -199,6 +200,11 @@ def checked_statistics(
             "optax.contrib.sam) pass no such argument on: see "
             "docs/how_to/from_your_optax_loop.md"
         )
+    if not isinstance(curvature, Mapping):
+        raise ValueError(
+            f"curvature={type(curvature).__name__} must be the statistics by path, the "
+            "third result of lbopt.value_grad_and_curvature(loss_fn, layers)"
+        )
     checked, squares = {}, {}
     for path, layer in layers.items():
         if path not in curvature:
@@ -322,21 +328,32 @@ def check_stale_threshold(
 
 
 def check_shares(layers: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
-    """Raises ValueError for a state made for another number of devices.
+    """Raises ValueError for a state of another number of devices, or not in shares.
 
     Raises:
-      ValueError: naming both numbers of a factor's share.
+      ValueError: naming a factor and the way out.
     """
+    split = isinstance(factors, Sharded)
+    arrays = factors.shards if split else factors
     for path, layer in layers.items():
         shapes = layer.factor_shapes()  # of the packed factors, all copies
-        for x, whole, f in zip(factors[path], shapes, layer.block.factors, strict=True):
-            expected = whole.size // f.size * axis.share(f.size)
-            if x.size != expected:
+        for x, whole, f in zip(arrays[path], shapes, layer.block.factors, strict=True):
+            parts = whole.size // f.size  # copies × diagonal blocks
+            expected = parts * axis.share(f.size)
+            if x.size == expected:
+                continue
+            if split and x.size == axis.size * expected:
                 raise ValueError(
-                    f"axis_size={axis.size} must be that of the optimizer's state, "
-                    f"whose factor of {path!r} has {x.size} numbers on a device, not "
-                    f"{expected}; convert the state with lbopt.reshard"
+                    f"the state's factor of {path!r} arrives whole on each device of "
+                    f"axis {axis.name!r}, although it is in {axis.size} shares; pass "
+                    f"lbopt.sharding.specs(opt_state, {axis.name!r}) as the state's "
+                    "in_specs and out_specs of jax.shard_map"
                 )
+            raise ValueError(
+                f"axis_size={axis.size} must be that of the optimizer's state, whose "
+                f"factor of {path!r} has {x.size} numbers on a device, not {expected}; "
+                "convert the state with lbopt.reshard"
+            )
 
 
 def check_eigenvalues(

@@ -43,7 +43,7 @@ def scale_by_velocity(
     learning_rate: ScalarOrSchedule,
     momentum: Scalar,
     *,
-    variant: Literal["paper", "code"] = "paper",
+    velocity: Literal["paper", "code"] = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps down the preconditioned gradient P and along the last change of weights.
 
@@ -54,7 +54,7 @@ def scale_by_velocity(
     the weights: it includes the effect of later transformations, such as
     ``rescale_weights``.  It is zero at the first step.
 
-    The authors' released code has another form, ``variant="code"``:
+    The authors' released code has another form, ``velocity="code"``:
 
     .. math:: u_t = v_t = m_t v_{t-1} - \eta_t P_t, \qquad
               m_t = m_0 \min\left(1, \frac{\eta_t}{\eta_{t-1}}\right)
@@ -68,7 +68,7 @@ def scale_by_velocity(
     Args:
       learning_rate: η, a number or a schedule of the step.
       momentum: m₀, in [0, 1).
-      variant: ``"paper"`` or ``"code"``.
+      velocity: the form, ``"paper"`` or ``"code"``.
 
     Returns:
       A transformation; its ``update`` takes ``params``, which ``"code"`` ignores.
@@ -94,8 +94,8 @@ def scale_by_velocity(
     the rate at the first step, so a schedule must not start at zero.  In ``"code"``
     the ratio is 1 after a step at rate zero, whose buffer is zero.
     """
-    _check(learning_rate, momentum, variant)
-    make = _from_weights if variant == "paper" else _from_buffer
+    _check(learning_rate, momentum, velocity)
+    make = _from_weights if velocity == "paper" else _from_buffer
     return make(learning_rate, momentum)
 
 
@@ -111,7 +111,7 @@ def _from_weights(
             raise ValueError(
                 f"learning_rate is {rate} at step 0 and must be positive there, "
                 "because the momentum is in proportion to its first value; start the "
-                'schedule above zero, or use variant="code"'
+                'schedule above zero, or use velocity="code"'
             )
         # Zeros, not the parameters, so that init works on shapes and shares no buffer.
         return VelocityState(_zero(), rate, optax.tree.zeros_like(params))
@@ -190,11 +190,11 @@ def _zero() -> Array:
     return jnp.zeros([], jnp.int32)
 
 
-def _check(learning_rate: Any, momentum: Any, variant: Any) -> None:
+def _check(learning_rate: Any, momentum: Any, velocity: Any) -> None:
     # Schedules, and arrays of optax.inject_hyperparams, may begin at zero in the
     # released code's form; ``init`` refuses it for the paper's.
     varies = callable(learning_rate) or isinstance(learning_rate, jax.Array)
     check = checks.not_negative if varies else checks.positive
     check("learning_rate", learning_rate, "the step is subtracted", schedule=True)
     checks.below_one("momentum", momentum, "0 for none")
-    checks.one_of("variant", variant, ["paper", "code"])
+    checks.one_of("velocity", velocity, ["paper", "code"])

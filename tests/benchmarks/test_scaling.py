@@ -23,6 +23,7 @@ from benchmarks.scaling_model import (
 )
 from benchmarks.workloads import TINY
 from lbopt import sharding, training
+from lbopt.curvature import layer_table
 
 DEVICES = 4
 # Whether every device gets the inverses, of some layers or of all.
@@ -142,7 +143,7 @@ def _ones(tree):
 
 
 def test_longest_first_is_at_least_as_even_as_a_split(problem):
-    layers = sharding.configured(problem.layers.preconditioned)
+    layers = layer_table.configured(problem.layers.preconditioned)
     split = scaling.contiguous(layers, 2)
     table = owners(problem, "memory", 2)
     assert split.sum() == table.work().sum()

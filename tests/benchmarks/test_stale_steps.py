@@ -8,6 +8,7 @@ import pytest
 from benchmarks import contestants, stale_steps, timing
 from benchmarks.workloads import tiny
 from lbopt import sharding
+from lbopt.curvature import layer_table
 
 STEPS = 10
 EVERYTHING_IS_SIMILAR = 1e9
@@ -18,7 +19,7 @@ NEVER, STALE = "SP-NGD never stale", "SP-NGD stale"
 
 @pytest.fixture(scope="module")
 def units(setup):
-    return sharding.units_of(sharding.configured(setup.layers.preconditioned))
+    return sharding.units_of(layer_table.configured(setup.layers.preconditioned))
 
 
 @pytest.fixture(scope="module")

@@ -355,6 +355,27 @@ def test_the_sampled_fisher_needs_a_key():
             function(problem.params, *problem.args)
 
 
+def test_a_key_that_would_not_reach_the_loss_is_refused_before_the_loss_runs():
+    problem, key = classify(Mlp()), jax.random.key(0)
+    layers = problem.trace()
+
+    def noisy(params, x, y, rng=None):
+        x = x if rng is None else x + jax.random.normal(rng, x.shape)
+        return problem.loss_fn(params, x, y)
+
+    message = "would not reach that of loss_fn=noisy; pass it as one of the loss's posi"
+    with pytest.raises(ValueError, match=f"rng=.* {message}"):
+        lbopt.trace_layers(noisy, problem.params, *problem.args, rng=key)
+    for function in (lbopt.value_grad_and_curvature, lbopt.curvature_only):
+        for name in ("empirical", "sampled"):
+            f = function(noisy, layers, fisher=name)
+            with pytest.raises(ValueError, match=f"rng=.* {message}"):
+                f(problem.params, *problem.args, rng=key)
+    f = lbopt.value_grad_and_curvature(lambda *args, **kw: noisy(*args, **kw), layers)
+    with pytest.raises(ValueError, match=r"rng=.* would not reach"):
+        f(problem.params, *problem.args, rng=key)
+
+
 def test_due_from_another_model():
     problem, other = classify(Mlp()), classify(Scaled())
     f = lbopt.value_grad_and_curvature(problem.loss_fn, problem.trace())

@@ -118,6 +118,96 @@ def test_results_that_are_no_loss(result, has_aux, message):
         loss.split_aux(result, has_aux, scaled)
 
 
-def test_a_function_without_a_name_is_shown_as_it_is():
-    assert loss.name_of(scaled) == "scaled"
-    assert "functools.partial" in loss.name_of(functools.partial(scaled, 1.0))
+class Model:
+    """Losses that are no plain functions."""
+
+    def of_batch(self, params):
+        """A loss whose repr holds the model."""
+
+    def __call__(self, params):
+        """Another."""
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (scaled, "scaled"),
+        (functools.partial(functools.partial(scaled, 1.0), 2.0), "scaled"),
+        (jax.jit(functools.partial(scaled, 1.0)), "scaled"),
+        (Model().of_batch, "of_batch"),
+        (functools.partial(Model().of_batch), "of_batch"),
+        (Model(), "Model"),
+    ],
+)
+def test_the_name_of_a_function(function, name):
+    assert loss.name_of(function) == name
+
+
+# --------------------------------------------------------------------- its keywords
+
+
+def optional(params, x, rng=None):
+    """Samples if it is given a key."""
+
+
+def required(params, x, rng):
+    """Always samples."""
+
+
+def by_keyword(params, x, *, rng=None):
+    """Cannot be given its key by position."""
+
+
+def any_keyword(params, *args, **kwargs):
+    """A wrapper."""
+
+
+def named_like_others(rng, *due, batch_size=2, strict=False, **loss_scale):
+    """No keyword, or the same value as lbopt's."""
+
+
+BY_POSITION = "pass it as one of the loss's positional arguments, or write a loss that"
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kept", "message"),
+    [
+        (
+            optional,
+            "x",
+            {"rng": "key"},
+            f"rng='key' .* loss_fn=optional; {BY_POSITION}",
+        ),
+        (required, "x", {"rng": "key"}, "would not reach that of loss_fn=required"),
+        (by_keyword, "x", {"rng": "key"}, "; write a loss that calls by_keyword with"),
+        (jax.jit(optional), "x", {"rng": "key"}, "loss_fn=optional"),
+        (functools.partial(optional, x=0), "", {"rng": "key"}, "loss_fn=optional"),
+        (functools.partial(optional, rng="a"), "x", {"rng": "b"}, "with rng="),
+        (named_like_others, "x", {"batch_size": 6}, "batch_size=6 is an argument of"),
+        (named_like_others, "x", {"batch_size": 2.0}, "batch_size=2.0"),
+        (named_like_others, "x", {"strict": True}, "strict=True"),
+        (any_keyword, "x", {"rng": {}}, "rng=dict is .* loss_fn=any_keyword; write"),
+    ],
+)
+def test_keywords_that_would_not_reach_the_loss_are_refused(
+    function, args, kept, message
+):
+    with pytest.raises(ValueError, match=message):
+        loss.refuse_shared_keywords(function, args, kept, idle=["rng"])
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kept"),
+    [
+        (optional, ("x", "key"), {"rng": "label key"}),  # by position
+        (required, ("x", "key"), {"rng": "label key"}),
+        (functools.partial(required, "params", "x"), (), {"rng": "label key"}),
+        (optional, "x", {"rng": None, "due": {}, "loss_scale": 2.0}),
+        (by_keyword, "x", {"rng": None, "strict": True}),
+        (any_keyword, "x", {"due": {}, "loss_scale": 2.0}),
+        (named_like_others, "x", {"strict": False, "batch_size": None}),
+        (named_like_others, "x", {"rng": 1, "due": 2, "loss_scale": 3}),
+    ],
+)
+def test_harmless_keywords_pass(function, args, kept):
+    loss.refuse_shared_keywords(function, args, kept, idle=["rng"])

@@ -63,6 +63,12 @@ def test_a_bound_that_is_not_positive(gradients):
         lbopt.sp_ngd(0.1, gradients[1], kl_clip=0.0)
 
 
+def test_messages_name_the_arguments_of_sp_ngd(gradients):
+    params, layers = gradients[0], gradients[1]
+    with pytest.raises(ValueError, match=r'0.0 at step 0.*velocity="code"'):
+        lbopt.sp_ngd(optax.linear_schedule(0.0, 0.1, 10), layers).init(params)
+
+
 def test_an_unknown_rescaling(gradients):
     with pytest.raises(ValueError, match=r"rescale='never' must be 'always', 'shrink"):
         lbopt.sp_ngd.__wrapped__(0.1, gradients[1], rescale="never")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lbopt
+from lbopt import training
 
 
 @pytest.mark.parametrize(("decay", "warm_up"), [(0.3, True), (0.9999, True), (0.9, 0)])
@@ -45,3 +46,39 @@ def test_errors():
         tx.update({}, tx.init({}))
     with pytest.raises(ValueError, match=r"must hold one average, not 0; put lbopt.a"):
         lbopt.averaged_params(optax.sgd(0.1).init({}))
+
+
+AVERAGE, SGD = lbopt.average_params(), optax.sgd(0.1)
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (optax.chain(AVERAGE, SGD), "number 1 of a chain of 2, so it averages other"),
+        (optax.chain(SGD, AVERAGE, optax.scale(-1.0)), "number 2 of a chain of 3"),
+        (optax.chain(optax.chain(SGD, AVERAGE), SGD), "number 1 of a chain of 2"),
+        (
+            optax.apply_if_finite(optax.chain(AVERAGE, SGD), 3),
+            "put lbopt.average_params",
+        ),
+    ],
+)
+def test_an_average_that_is_not_the_last_of_its_chain(tx, message):
+    state = tx.init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=message):
+        lbopt.averaged_params(state)
+    with pytest.raises(ValueError, match=message):
+        training.init_state(tx, {"w": jnp.ones(3)}, {}, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        AVERAGE,
+        optax.chain(optax.chain(SGD, optax.scale(1.0)), optax.chain(SGD, AVERAGE)),
+        optax.apply_if_finite(optax.chain(SGD, optax.masked(AVERAGE, True)), 3),
+    ],
+)
+def test_an_average_at_the_end_of_its_chain(tx):
+    state = tx.init({"w": jnp.ones(3)})
+    assert lbopt.averaged_params(state)["w"].tolist() == [1, 1, 1]

@@ -204,6 +204,14 @@ def test_statistics_that_do_not_fit(layers, curvature, change, message):
         )
 
 
+@pytest.mark.parametrize("value", [1, (0.5, {}, {})])
+def test_curvature_of_another_type(layers, value):
+    kind = type(value).__name__
+    message = f"curvature={kind} must be the statistics by path, the third result of"
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(validation.checked_statistics)(dict(layers), value, {})
+
+
 def test_second_moments_that_do_not_fit(layers, curvature):
     moments = {"first": Moments(jnp.ones((5, 5)), jnp.asarray(0), jnp.asarray(True))}
 
@@ -228,3 +236,13 @@ def test_shares_of_another_number_of_devices(layers):
     message = r"axis_size=2 must be .* of 'first' has 15 numbers on a device, not 8; "
     with pytest.raises(ValueError, match=message):
         validation.check_shares(layers, state.factors, Axis("data", 2))
+
+
+def test_shares_that_are_not_cut_over_the_devices(layers):
+    tx = lbopt.scale_by_kfac(layers, placement=lbopt.Placement("data", 2))
+    factors = tx.init(classify(Mlp()).params).factors
+    mine = jax.tree.map(lambda x: x[:1], factors)  # what sharding.specs lets through
+    validation.check_shares(layers, mine, Axis("data", 2))
+    message = r"'first' arrives whole.*lbopt.sharding.specs\(opt_state, 'data'\)"
+    with pytest.raises(ValueError, match=message):
+        validation.check_shares(layers, factors, Axis("data", 2))

@@ -81,7 +81,7 @@ def textbook(rate, variant, rescale):
     ids=["constant", "decay", "growth"],
 )
 def test_is_the_textbook_loop(rate, rescale, variant):
-    tx = scale_by_velocity(rate, MOMENTUM, variant=variant)
+    tx = scale_by_velocity(rate, MOMENTUM, velocity=variant)
     tx = optax.chain(tx, shrink_kernel()) if rescale else tx
     schedule = rate if callable(rate) else lambda step: rate
     expected = textbook(schedule, variant, rescale)
@@ -91,14 +91,14 @@ def test_is_the_textbook_loop(rate, rescale, variant):
 @both_variants
 def test_a_rate_that_reaches_zero_stops(variant):
     rate = optax.piecewise_constant_schedule(0.3, {3: 0.0})
-    history = trajectory(scale_by_velocity(rate, MOMENTUM, variant=variant))["bias"]
+    history = trajectory(scale_by_velocity(rate, MOMENTUM, velocity=variant))["bias"]
     assert np.all(np.isfinite(history))
     assert_equal(history[3:], jnp.broadcast_to(history[2], history[3:].shape))
 
 
 @both_variants
 def test_the_first_step_has_no_velocity(variant):
-    tx = scale_by_velocity(0.5, MOMENTUM, variant=variant)
+    tx = scale_by_velocity(0.5, MOMENTUM, velocity=variant)
     grads = jax.tree.map(lambda g: g[0], GRADS)
     updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     assert_equal(updates, jax.tree.map(lambda g: -0.5 * g, grads))
@@ -109,7 +109,7 @@ def test_the_first_step_has_no_velocity(variant):
 
 @both_variants
 def test_init_from_shapes(variant):
-    tx = scale_by_velocity(DECAY, MOMENTUM, variant=variant)
+    tx = scale_by_velocity(DECAY, MOMENTUM, velocity=variant)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     assert_equal(tx.init(shapes), tx.init(PARAMS))
 
@@ -117,7 +117,7 @@ def test_init_from_shapes(variant):
 @both_variants
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_shares_memory(variant, compiled):
-    tx = scale_by_velocity(0.5, MOMENTUM, variant=variant)
+    tx = scale_by_velocity(0.5, MOMENTUM, velocity=variant)
     update = jax.jit(tx.update) if compiled else tx.update
     grads = jax.tree.map(lambda g: g[0], GRADS)
     state = tx.init(PARAMS)
@@ -132,7 +132,7 @@ def test_nothing_shares_memory(variant, compiled):
 @both_variants
 def test_types_are_kept(variant):
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    tx = scale_by_velocity(DECAY, MOMENTUM, variant=variant)
+    tx = scale_by_velocity(DECAY, MOMENTUM, velocity=variant)
     state = tx.init(params)
     updates, after = tx.update({"w": jnp.ones(3)}, state, params)
     assert updates["w"].dtype == jnp.float32  # the gradient's
@@ -144,15 +144,15 @@ def test_the_paper_s_form_needs_the_parameters():
     tx = scale_by_velocity(0.1, MOMENTUM)
     with pytest.raises(ValueError, match=r"update needs params, whose change is the"):
         tx.update(grads, tx.init(PARAMS))
-    tx = scale_by_velocity(0.1, MOMENTUM, variant="code")
+    tx = scale_by_velocity(0.1, MOMENTUM, velocity="code")
     tx.update(grads, tx.init(PARAMS))
 
 
 def test_a_schedule_from_zero():
     warm_up = optax.linear_schedule(0.0, 0.1, 5)
-    with pytest.raises(ValueError, match=r'0.0 at step 0.*variant="code"'):
+    with pytest.raises(ValueError, match=r'0.0 at step 0.*velocity="code"'):
         scale_by_velocity(warm_up, MOMENTUM).init(PARAMS)
-    tx = scale_by_velocity(warm_up, MOMENTUM, variant="code")
+    tx = scale_by_velocity(warm_up, MOMENTUM, velocity="code")
     assert np.all(np.isfinite(trajectory(tx)["bias"]))
 
 
@@ -163,7 +163,7 @@ def test_a_schedule_from_zero():
         ({"learning_rate": -0.1}, r"learning_rate=-0.1 must be positive"),
         ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); 0 for none"),
         ({"momentum": -0.5}, r"momentum=-0.5 must lie in \[0, 1\)"),
-        ({"variant": "nesterov"}, r"variant='nesterov' must be 'paper' or 'code'"),
+        ({"velocity": "nesterov"}, r"velocity='nesterov' must be 'paper' or 'code'"),
     ],
 )
 def test_settings_out_of_range(change, message):
