@@ -31,6 +31,7 @@ ROWS = [
     ["curvature.observation", "curvature.weights_search"],
     ["curvature.discovery", "curvature.lifted_axes", "curvature.terms_search"],
     ["curvature.feature_maps", "curvature.verification", "curvature.layer_table"],
+    ["curvature.dependence"],
     ["curvature.registry", "curvature.tapped_pass"],
     ["curvature.evaluation"],
     ["curvature.fisher", "curvature.refresh", "schedules"],

@@ -54,6 +54,7 @@ class Tapped(NamedTuple):
       route: the way by which its probes reach it.
       batched: whether its input has an axis of examples; not under a ``vmap`` over
         examples.
+      shared: whether its input is the same for all examples and has no axis of them.
     """
 
     location: Location
@@ -63,6 +64,7 @@ class Tapped(NamedTuple):
     rules: tap_rules.Rules = MappingProxyType({})
     route: Route = "direct"
     batched: bool = True
+    shared: bool = False
 
 
 ProbeArrays: TypeAlias = list[dict[str, Array]]
@@ -244,9 +246,13 @@ class Interceptor(NamedTuple):
         arguments = tap_rules.bind_arguments(context.orig_method, args, kwargs)
         params = {k: v for k, v in variables.items() if k in rule.names}
         residual = rule.residual(tap_rules.Seen(context.module, arguments, params))
-        if self.weights is not None and layer.block.row_weighted:
+        # Of a layer without statistics the weights may be what they like.
+        wanted = any(flag is not False for flag in jax.tree.leaves(probes.due[number]))
+        if self.weights is not None and layer.block.row_weighted and wanted:
             aligned = layer.batched and rule not in layer.rules.values()
-            residual = self.weights.beside(layer.location.path, residual, aligned)
+            residual = self.weights.beside(
+                layer.location.path, residual, aligned, layer.shared
+            )
         if probes.given[number]:
             residual = (residual, *probes.given_to(number, variables))
         return tap(

@@ -36,12 +36,14 @@ class Sighting(NamedTuple):
       lanes: sizes of the ``vmap`` axes that map its inputs but not its parameters.
       map_channels: output channels of the previous layer with a kernel; None if that
         is not a convolution.
+      outputs: the shape of its output.
     """
 
     rule: tap_rules.Rule
     seen: tap_rules.Seen
     lanes: list[int]
     map_channels: int | None
+    outputs: Any
 
 
 class Traced(NamedTuple):
@@ -197,7 +199,8 @@ class Observer:
         )
         # Later calls of the same layer only add lanes.
         sighting = self.sightings.setdefault(
-            number, Sighting(rule, seen, [], self._map_channels[-1])
+            number,
+            Sighting(rule, seen, [], self._map_channels[-1], _shapes(outputs)),
         )
         if "kernel" in params:
             self._map_channels.append(_channels_made(context.module))

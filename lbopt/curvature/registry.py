@@ -12,6 +12,7 @@ from lbopt._typing import Params
 from lbopt.curvature import block as blocks
 from lbopt.curvature import (
     capture,
+    dependence,
     diagonal,
     discovery,
     feature_maps,
@@ -152,11 +153,17 @@ def trace_layers(
         else:
             rows = _diagonal_rows(location, params, (), "no layer with a rule reads it")
         layers |= {row.path: _annotated(row, used, unexplained) for row in rows}
+    run = verification.Run(loss, params, args, found.accepted)
+    sighted = {locations[i].path: one for i, one in found.sightings.items()}
+    reach = dependence.find_dependence(run, _tapped_layers(layers), sighted, n)
+    layers = {
+        row.path: _annotated(row, used, {})
+        for layer in layers.values()
+        for row in _with_dependence(layer, reach, params)
+    }
     if strict:
         _require_unmarked(layers)
-    # Unused layers do not run, and diagonal blocks are autodiff's own.
-    tapped = {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
-    run = verification.Run(loss, params, args, found.accepted)
+    tapped = _tapped_layers(layers)
     verification.require_same_loss(run, tapped)
     if verify:
         verification.verify(run, tapped, n)
@@ -265,6 +272,25 @@ def _annotated(
     if not any((*keys, name) in used for name in row.shapes):
         row = row._replace(used=False, why="the loss does not use it")
     return row
+
+
+def _tapped_layers(layers: Mapping[str, Layer]) -> dict[str, capture.Tapped]:
+    """The layers with a tap that run; diagonal blocks are autodiff's own."""
+    return {p: x.tapped for p, x in layers.items() if x.has_tap and x.used}
+
+
+def _with_dependence(
+    row: Layer, reach: dependence.Dependence, params: Params
+) -> list[Layer]:
+    """Returns the rows of a layer, of which it is known what depends on the batch."""
+    if row.path in reach.outside:
+        reason = "the loss also uses its parameters outside of the layer"
+        return _diagonal_rows(row.tapped.location, params, (), reason)
+    if row.path in reach.shared:
+        reason = "its input is the same for all examples, whose gradients arrive summed"
+        tapped = row.tapped._replace(shared=True)
+        return [row._replace(tapped=tapped, why=f"{row.why}; {reason}")]
+    return [row]
 
 
 def _sharing_of(path: str, weight_sharing: Sharing) -> kronecker.WeightSharing:
