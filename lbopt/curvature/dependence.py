@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from lbopt._typing import Array, Params
 from lbopt.curvature import capture, tap_rules
 from lbopt.curvature import locations as places
-from lbopt.curvature.observation import Sighting, eval_shape
+from lbopt.curvature.loss import eval_shape
+from lbopt.curvature.observation import Sighting
 from lbopt.curvature.verification import Run
 
 

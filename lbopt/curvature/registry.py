@@ -28,14 +28,12 @@ from lbopt.curvature import locations as places
 from lbopt.curvature.layer_table import Layer, Layers
 from lbopt.curvature.loss import (
     CALL_KEYWORDS,
-    infer_batch_size,
     name_of,
     refuse_shared_keywords,
     with_keywords,
     without_aux,
 )
 from lbopt.curvature.observation import Sighting, Traced
-from lbopt.curvature.terms import Terms, WeightsAt
 
 __all__ = ["Layer", "Layers", "Sharing", "trace_layers"]
 
@@ -135,7 +133,9 @@ def trace_layers(
     watched, head = loss_head.observe(loss)
     traced = Traced(watched, params, args, locations, own)
     found = discovery.discover(traced, used)
-    terms, n = _terms(loss, params, args, head, batch_size, name_of(loss_fn))
+    terms, n = terms_search.terms_of(
+        loss, params, args, head, batch_size, name_of(loss_fn)
+    )
     maps, unexplained = feature_maps.find_feature_maps(
         doubly_factored, locations, found.sightings, n
     )
@@ -168,75 +168,6 @@ def trace_layers(
     if verify:
         verification.verify(run, tapped, n)
     return Layers(layers, terms, found.accepted)
-
-
-def _terms(
-    loss: Callable[..., Any],
-    params: Params,
-    args: Sequence[Any],
-    head: loss_head.Head,
-    batch_size: int | None,
-    loss_name: str,
-) -> tuple[Terms, int | None]:
-    """Finds the terms of the loss, and the number of examples of the batch."""
-    stated = [name for name in head.outputs if name[0] == loss_head.LIKELIHOOD]
-    sizes = {
-        head.outputs[name].shape[0]
-        for name in stated or head.outputs
-        if head.outputs[name].shape and name not in head.inner
-    }
-    examples = sizes.pop() if len(sizes) == 1 else infer_batch_size(args)
-    if examples == 0:
-        raise ValueError(
-            f"the batch of loss_fn={loss_name} holds no examples; pass at least one"
-        )
-    if batch_size is not None and "terms" in head.stated:
-        return _stated(batch_size, args, ""), examples
-    if head.stated:
-        text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
-        outputs = tuple(head.stated.get("weights", ()))
-        terms = Terms(outputs, (), (), None, None, examples, text)
-        if outputs:
-            others = loss_head.others_reach(head, loss, params, args)
-            terms = terms._replace(weights="likelihood", others=others)
-        return terms, examples
-    try:
-        terms = terms_search.find(loss, params, args, head, examples)
-    except terms_search.Unproved as reason:
-        if batch_size is not None:
-            contradicted = isinstance(reason, terms_search.Contradicted)
-            why = f" ({reason})" if contradicted else ""
-            return _stated(batch_size, args, why), examples
-        ways = (
-            "them by batch_size= (their number in the batch), or by "
-            "lbopt.likelihood(outputs, ..., terms=) or (..., weights=) in the loss"
-        )
-        if isinstance(reason, terms_search.Contradicted):
-            ways = (
-                "the weights of its terms by lbopt.likelihood(outputs, ..., weights=) "
-                "in the loss; batch_size= alone, for a loss without weights, would "
-                "leave padding in the statistics"
-            )
-        raise ValueError(
-            f"cannot find the terms that loss_fn={loss_name} averages: {reason}. State "
-            f"{ways}"
-        ) from reason
-    if batch_size is None:
-        return terms, examples
-    if not isinstance(terms.weights, WeightsAt):
-        return _stated(batch_size, args, ""), examples
-    terms_search.require_sum(terms, args, batch_size, loss_name)
-    return terms, examples
-
-
-def _stated(batch_size: int, args: Sequence[Any], why: str) -> Terms:
-    """The terms of a stated number, in proportion to the batch of the arguments."""
-    try:
-        own = infer_batch_size(args)
-    except ValueError:  # several; evaluations have to state theirs
-        own = None
-    text = f"{batch_size}, stated by batch_size={why}"
-    return Terms((), (), (), None, batch_size, own, text)
 
 
 def _check_choices(weight_sharing: Any, norm_blocks: Any, batch_size: Any) -> None:

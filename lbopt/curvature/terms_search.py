@@ -25,7 +25,8 @@ from lbopt.curvature.head_experiment import (
     is_shape,
     make_experiment,
 )
-from lbopt.curvature.loss_head import LIKELIHOOD, Head, Name
+from lbopt.curvature.loss import infer_batch_size
+from lbopt.curvature.loss_head import LIKELIHOOD, Head, Name, others_reach
 from lbopt.curvature.terms import Terms, WeightsAt, path_text, without_ones
 from lbopt.curvature.weights_search import (
     Base,
@@ -35,6 +36,91 @@ from lbopt.curvature.weights_search import (
 )
 
 _PRIMES = (2, 3, 5, 7, 11)
+
+
+def terms_of(
+    loss: Callable[..., Any],
+    params: Params,
+    args: Sequence[Any],
+    head: Head,
+    batch_size: int | None,
+    loss_name: str,
+) -> tuple[Terms, int | None]:
+    """Finds the terms that a loss averages, or takes those that are stated.
+
+    Args:
+      loss: the scalar loss.
+      params: the parameters, arrays or shapes.
+      args: its other arguments, arrays or shapes.
+      head: what an abstract trace saw of its outputs.
+      batch_size: the number of terms, if ``trace_layers`` was given it.
+      loss_name: the loss function's name, for messages.
+
+    Returns:
+      The terms, and the number of examples of the batch; None if it is unknown.
+
+    Raises:
+      ValueError: if the terms are neither found nor stated, if what is stated is not
+        what is found, or if there are no examples.
+    """
+    stated = [name for name in head.outputs if name[0] == LIKELIHOOD]
+    sizes = {
+        head.outputs[name].shape[0]
+        for name in stated or head.outputs
+        if head.outputs[name].shape and name not in head.inner
+    }
+    examples = sizes.pop() if len(sizes) == 1 else infer_batch_size(args)
+    if examples == 0:
+        raise ValueError(
+            f"the batch of loss_fn={loss_name} holds no examples; pass at least one"
+        )
+    if batch_size is not None and "terms" in head.stated:
+        return _stated(batch_size, args, ""), examples
+    if head.stated:
+        text = f"{' and '.join(sorted(head.stated))} stated by likelihood"
+        outputs = tuple(head.stated.get("weights", ()))
+        terms = Terms(outputs, (), (), None, None, examples, text)
+        if outputs:
+            others = others_reach(head, loss, params, args)
+            terms = terms._replace(weights="likelihood", others=others)
+        return terms, examples
+    try:
+        terms = find(loss, params, args, head, examples)
+    except Unproved as reason:
+        if batch_size is not None:
+            contradicted = isinstance(reason, Contradicted)
+            why = f" ({reason})" if contradicted else ""
+            return _stated(batch_size, args, why), examples
+        ways = (
+            "them by batch_size= (their number in the batch), or by "
+            "lbopt.likelihood(outputs, ..., terms=) or (..., weights=) in the loss"
+        )
+        if isinstance(reason, Contradicted):
+            ways = (
+                "the weights of its terms by lbopt.likelihood(outputs, ..., weights=) "
+                "in the loss; batch_size= alone, for a loss without weights, would "
+                "leave padding in the statistics"
+            )
+        raise ValueError(
+            f"cannot find the terms that loss_fn={loss_name} averages: {reason}. State "
+            f"{ways}"
+        ) from reason
+    if batch_size is None:
+        return terms, examples
+    if not isinstance(terms.weights, WeightsAt):
+        return _stated(batch_size, args, ""), examples
+    _require_sum(terms, args, batch_size, loss_name)
+    return terms, examples
+
+
+def _stated(batch_size: int, args: Sequence[Any], why: str) -> Terms:
+    """The terms of a stated number, in proportion to the batch of the arguments."""
+    try:
+        own = infer_batch_size(args)
+    except ValueError:  # several; evaluations have to state theirs
+        own = None
+    text = f"{batch_size}, stated by batch_size={why}"
+    return Terms((), (), (), None, batch_size, own, text)
 
 
 def find(
@@ -96,7 +182,9 @@ def find(
     return found[0]._replace(outputs=tuple(t.outputs[0] for t in found), text=text)
 
 
-def require_sum(terms: Terms, args: Sequence[Any], stated: int, loss_name: str) -> None:
+def _require_sum(
+    terms: Terms, args: Sequence[Any], stated: int, loss_name: str
+) -> None:
     """Compares a stated number of terms with weights that were found.
 
     Args:
