@@ -40,7 +40,7 @@ _PRIMES = (2, 3, 5, 7, 11)
 
 def terms_of(
     loss: Callable[..., Any],
-    params: Params,
+    params: Any,
     args: Sequence[Any],
     head: Head,
     batch_size: int | None,
