@@ -75,9 +75,15 @@ def discover(traced: Traced, used: Collection[tuple[Any, ...]]) -> Discovery:
         found = observe(traced, at_root, accepted=accepted)
         in_params = matching(traced, found.inner_calls()) - set(refused)
     in_params |= _hidden(traced, found, used, refused, in_params)
+    marked = None
     if in_params:
-        at_root -= in_params
-        found = _with_markers(traced, found, at_root, in_params, accepted)
+        marked = _with_markers(traced, found, at_root - in_params, in_params, accepted)
+    if marked is not None:
+        found, at_root = marked, at_root - in_params
+    elif in_params:
+        # What watches the trace keeps the last one, which failed.
+        in_params = set()
+        found = observe(traced, at_root, accepted=accepted)
     refused |= found.refused
     refused |= _derivatives(traced, found, at_root, in_params, accepted)
     routes: dict[int, capture.Route] = {}
@@ -117,14 +123,14 @@ def _with_markers(
     at_root: Collection[int],
     in_params: Collection[int],
     accepted: Accepted,
-) -> Observer:
-    """Traces the loss with markers in its parameters, which it may not bear."""
+) -> Observer | None:
+    """Traces the loss with markers in its parameters; None if it cannot bear them."""
     try:
         return observe(traced, at_root, in_params, accepted)
     except Exception as error:  # of any kind: it is the user's code that fails
         needed = matching(traced, before.inner_calls()) & set(in_params)
         if not needed:
-            return before
+            return None
         names = [traced.locations[i].path for i in sorted(needed)]
         raise ValueError(
             f"the parameters of {names} reach their layers through a transform of "
@@ -175,6 +181,12 @@ def _mapped(
         # Without values nothing can be told.
         return {}, {number for tree in trees for number in tree.numbers.values()}
 
+    # Other numbers: a mask that is all ones at first may get zeros.
+    args = jax.tree.map(
+        lambda x: 1.5 * x + 0.25 if hasattr(x, "dtype") and _differentiable(x) else x,
+        traced.args,
+    )
+
     def arrived(params: Params) -> dict[int, Any]:
         found = arrivals.Arrivals(params, dict(enumerate(traced.locations)), {}, {})
 
@@ -184,17 +196,23 @@ def _mapped(
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(interceptor):
-            traced.loss(params, *traced.args)
+            traced.loss(params, *args)
         return {tree.order: tree.tree for tree in found.mapped}
 
     _, pull_back = jax.vjp(arrived, traced.params)
     zeros = {tree.order: jax.tree.map(jnp.zeros_like, tree.tree) for tree in trees}
     accepted, changed = {}, set()
     for tree in trees:
-        # Signs are exact in every type.
-        signs = jax.tree.map(
-            lambda x: jax.random.rademacher(jax.random.key(0), x.shape, x.dtype),
-            tree.tree,
+        # Signs are exact in every type.  Those of each array differ: a map may exchange
+        # or average arrays of one shape.
+        leaves, structure = jax.tree.flatten(tree.tree)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        signs = jax.tree.unflatten(
+            structure,
+            [
+                jax.random.rademacher(key, x.shape, x.dtype)
+                for key, x in zip(keys, leaves, strict=True)
+            ],
         )
         grads = pull_back(zeros | {tree.order: signs})[0]
         pairs = [

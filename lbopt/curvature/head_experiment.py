@@ -24,6 +24,10 @@ class Contradicted(Unproved):
     """The reason why a loss is no plain mean."""
 
 
+class Coupled(Unproved):
+    """The reason why a loss is no sum over the positions along some axes."""
+
+
 class Experiment(NamedTuple):
     """A loss's head, to be evaluated at sizes and values of choice.
 
@@ -34,6 +38,8 @@ class Experiment(NamedTuple):
       output: the name of the output.
       compiled: ``(output, all outputs, array leaves) -> `` the gradient by the output.
       truth: the value that booleans are filled with.
+      number: the value that arrays of floats are filled with.
+      label: the value that arrays of integers are filled with.
     """
 
     head: Head
@@ -42,6 +48,8 @@ class Experiment(NamedTuple):
     output: Name
     compiled: Callable[..., Array]
     truth: bool = True
+    number: float = 1.0
+    label: int = LABEL
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +61,7 @@ class Experiment(NamedTuple):
         sizes: tuple[int, ...],
         changes: Mapping[int, Any] | None = None,
         alike: float | None = None,
+        scale: float = 1.0,
     ) -> np.ndarray:
         """Returns the gradient of the loss by its output.
 
@@ -60,14 +69,18 @@ class Experiment(NamedTuple):
           sizes: the sizes of the output's axes.
           changes: leaves of the arguments by number.
           alike: the value of the outputs at all positions; None for irregular ones.
+          scale: the size of irregular ones.
 
         Returns:
           An array of these sizes.
         """
         outputs = {}
-        for name, shape in self.head.outputs.items():
+        # Of several outputs each has numbers of its own: a loss may compare them.
+        for phase, (name, shape) in enumerate(self.head.outputs.items(), 1):
             own = self._resized(shape, sizes)
-            values = _values(own) if alike is None else np.full(own, alike)
+            values = scale * _values(own, phase)
+            if alike is not None:
+                values = np.full(own, alike)
             outputs[name] = jnp.asarray(values.astype(shape.dtype))
         leaves = [
             self.filled(i, sizes) if changes is None or i not in changes else changes[i]
@@ -109,8 +122,9 @@ class Experiment(NamedTuple):
         if self.shifted(leaf):
             whole[shared] = sizes[shared] + 1
         # Of two classes the second.
-        label = 1 if self.shape[1:] and self.shape[-1] == 2 else LABEL
-        value = label if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
+        two = len(self.shape) > 1 and self.shape[-1] == 2
+        label = min(self.label, 1) if two else self.label
+        value = label if jnp.issubdtype(leaf.dtype, jnp.integer) else self.number
         value = self.truth if leaf.dtype == jnp.bool_ else value
         return jnp.full(whole, value, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
@@ -173,9 +187,11 @@ def _concrete(x: Any) -> Any:
     return jnp.ones(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
-def _values(shape: tuple[int, ...]) -> np.ndarray:
+def _values(shape: tuple[int, ...], phase: int) -> np.ndarray:
     """Numbers of no regularity, such that a larger array continues a smaller one."""
     index = np.indices(shape, np.float64)
     steps = [np.sqrt(p) for p in (2.0, 3.0, 5.0, 7.0, 11.0, 13.0)]
     total = sum(step * i for step, i in zip(steps, index, strict=False))
-    return np.asarray(np.sin(37 * np.asarray(total) + 1), np.float32)
+    # The digits of a sine far behind the point: no sum over an axis repeats.
+    far = 43758.5453 * np.sin(37 * np.asarray(total) + phase)
+    return np.asarray(2 * (far - np.floor(far)) - 1, np.float32)

@@ -210,8 +210,8 @@ def _curvature_states(opt_state: OptState) -> list[Any]:
     found = [node for node in nodes if has_refresh(node)]
     if not found:
         way_out = (
-            "pass the state of a chain that contains lbopt.scale_by_kfac, or leave "
-            "due= out"
+            "pass the state of a chain that contains lbopt.scale_by_kfac; for "
+            "another optimizer leave out due=, or layers= of make_train_step"
         )
         raise ValueError(
             f"opt_state={type(opt_state).__name__} holds no curvature transform; "

@@ -20,6 +20,7 @@ from lbopt.curvature.head_experiment import (
     SMALL,
     TOLERANCE,
     Contradicted,
+    Coupled,
     Experiment,
     Unproved,
     is_shape,
@@ -31,6 +32,7 @@ from lbopt.curvature.terms import Terms, WeightsAt, path_text, without_ones
 from lbopt.curvature.weights_search import (
     Base,
     check_batch,
+    check_rows,
     find_weights,
     may_mark_padding,
 )
@@ -165,6 +167,7 @@ def find(
         except Unproved as reason:
             if len(head.outputs[name].shape) > 2 or len(names) > 1:
                 raise
+            check_rows(experiment)
             return assumed(str(reason))
         if terms is not None:
             found.append(terms)
@@ -269,6 +272,7 @@ def _find_along(experiment: Experiment) -> Terms | None:
         small = (SMALL,)
     experiment, gradient = _base(experiment, small)
     if not np.any(gradient):
+        _require_no_part(experiment, small)
         return None
     try:
         axes, offsets = _averaged(experiment, small, gradient)
@@ -305,12 +309,28 @@ def _base(
             if np.all(np.isfinite(inverse)) and np.any(inverse):
                 return other, inverse
     except Exception as error:  # of any kind: it is the user's code that fails
-        raise Unproved(
-            f"it fails on a batch of another size ({type(error).__name__}: {error})"
-        ) from error
+        raise _failed(error) from error
     if not np.all(np.isfinite(gradient)):
         raise Unproved("its gradient by the outputs is not finite")
     return experiment, gradient
+
+
+def _require_no_part(experiment: Experiment, small: tuple[int, ...]) -> None:
+    """Raises Contradicted if an output reaches the loss for some arguments only."""
+    for label in (0, 1):
+        other = experiment._replace(number=0.5, label=label)
+        try:
+            gradient = other.gradient(small, scale=0.1)
+        except Exception:  # the user's code may refuse the values
+            continue
+        if np.any(np.nan_to_num(gradient)):
+            raise Contradicted("an argument chooses which of its outputs count")
+
+
+def _failed(error: Exception) -> Unproved:
+    return Unproved(
+        f"it fails on outputs of another size ({type(error).__name__}: {error})"
+    )
 
 
 def _averaged(
@@ -348,11 +368,13 @@ def _averaged(
     try:
         large = (*small[:last], 2 * small[last])
         more = _explained(experiment, small, base, large, [last])
-    except Exception as error:  # of any kind: it is the user's code that fails
+    except Coupled:  # the coordinates of one event, as of a norm or a softmax
+        return axes, offsets
+    except Unproved as reason:
         raise Unproved(
             "whether it averages over the last axis of its outputs cannot be told, for "
-            f"it fails with more coordinates ({type(error).__name__}: {error})"
-        ) from error
+            f"with more coordinates {reason}"
+        ) from reason
     return axes + more[0], offsets + more[1]
 
 
@@ -364,7 +386,10 @@ def _explained(
     axes: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """Finds the averaged axes that explain the gradients at two sizes."""
-    more = experiment.gradient(large)
+    try:
+        more = experiment.gradient(large)
+    except Exception as error:  # of any kind: it is the user's code that fails
+        raise _failed(error) from error
     first = more[tuple(slice(size) for size in small)]
     real = base != 0
     ratios = first[real] / base[real]
@@ -373,7 +398,7 @@ def _explained(
         "outputs"
     )
     if not np.allclose(ratios, ratios.flat[0], rtol=TOLERANCE):
-        raise unknown
+        raise Coupled(*unknown.args)
     counts = [[_count_along(g, axis) for axis in axes] for g in (base, more)]
     offsets = [
         (small[axis] - few, large[axis] - many)

@@ -162,7 +162,8 @@ def _effect(base: Base, number: int, value: int | float) -> _Effect | None:
     leaf = base.experiment.filled(number, base.sizes)
     core = without_ones(leaf.shape)
     gradient = _changed(base, number, leaf, value)
-    if gradient is None:
+    smaller = _changed(base, number, leaf, value, scale=0.1)
+    if gradient is None or smaller is None:
         return None
     # Exactly zero: a term that is only made smaller is no padding.
     before, after = base.terms, terms_in(gradient, base.events)
@@ -170,6 +171,9 @@ def _effect(base: Base, number: int, value: int | float) -> _Effect | None:
     if not np.any(gone):
         if _is_mask(base.experiment.leaves[number]):
             _require_no_part(base, number, gradient)
+        return None
+    # A label may choose another branch, which is flat at some outputs.
+    if np.any(gone & terms_in(smaller, base.events)):
         return None
     shift = next((s for s in (0, 1) if _only(gone, before, len(core), s)), None)
     left = (base.gradient != 0) & _along(after, base.gradient)
@@ -233,12 +237,14 @@ def _scales(base: Base, number: int) -> bool:
     return np.allclose(ratios, ratios[0], rtol=TOLERANCE)
 
 
-def _changed(base: Base, number: int, leaf: Any, value: Any) -> np.ndarray | None:
+def _changed(
+    base: Base, number: int, leaf: Any, value: Any, scale: float = 1.0
+) -> np.ndarray | None:
     """The gradient with another value at position 1 of each of a leaf's axes."""
     at = (1,) * len(without_ones(leaf.shape))
     new = leaf.at[at].set(jnp.asarray(value, leaf.dtype))
     try:
-        gradient = base.experiment.gradient(base.sizes, {number: new})
+        gradient = base.experiment.gradient(base.sizes, {number: new}, scale=scale)
     except Exception:  # the user's code may refuse the value
         return None
     return gradient if np.all(np.isfinite(gradient)) else None
@@ -285,6 +291,25 @@ def check_batch(base: Base, terms: Terms) -> None:
             continue
         for changes in _slabs(experiment, sizes[:leading], axis):
             _check_slab(base, terms, sizes, changes)
+
+
+def check_rows(experiment: Experiment) -> None:
+    """Tests whether every row of the batch at hand has a part in the loss.
+
+    Args:
+      experiment: the loss's head, which may fail at any other size.
+
+    Raises:
+      Contradicted: if a row has none.
+    """
+    few = math.prod(experiment.shape) <= _LARGEST
+    if any(map(is_shape, experiment.leaves)) or not few:
+        return
+    whole = dict(enumerate(experiment.leaves))
+    gradient = np.nan_to_num(experiment.gradient(experiment.shape, whole), nan=0)
+    real = terms_in(gradient, gradient.ndim > 1)
+    if np.any(real) and not np.all(real):
+        raise Contradicted("rows of this batch have no part in it, like padding")
 
 
 def _check_slab(

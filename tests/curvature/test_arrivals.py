@@ -103,6 +103,68 @@ def test_other_maps_of_the_parameters_are_marked(reparametrise):
     assert "mapped by the loss" in layers["first/kernel"].why
 
 
+class Twins(nn.Module):
+    """Two layers of one shape."""
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = nn.tanh(nn.Dense(width, name="a")(x))
+        return nn.Dense(width, name="b")(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: {"a": p["b"], "b": p["a"]},
+        lambda p: dict.fromkeys("ab", jax.tree.map(jnp.add, p["a"], p["b"])),
+    ],
+)
+def test_layers_of_one_shape_that_change_places_are_marked(change):
+    params = Twins().init(jax.random.key(0), X)["params"]
+
+    def loss_fn(params, x):
+        moved = jax.tree.map(lambda w: w + 0.01, change(params))
+        return jnp.mean(Twins().apply({"params": moved}, x) ** 2)
+
+    layers = lbopt.trace_layers(loss_fn, params, X)
+    assert [layer.fallback for layer in layers.values()] == [True] * len(layers)
+
+
+def test_a_mask_of_weights_that_is_still_full_is_no_identity():
+    def pruned(params, x, y, mask):
+        return plain_loss(jax.tree.map(jnp.multiply, params, mask), x, y)
+
+    layers = lbopt.trace_layers(
+        pruned, PARAMS, X, Y, jax.tree.map(jnp.ones_like, PARAMS)
+    )
+    assert all(layer.fallback for layer in layers.values())
+
+
+def test_a_loss_that_bears_no_more_arrays_is_still_searched():
+    # No layer with a rule reads the temperature.
+    params = {"net": PARAMS, "temperature": jnp.ones([])}
+    start = jax.tree.map(jnp.zeros_like, params)
+
+    def loss_fn(params, x, y, w):
+        apart = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, start)
+        logits = MODEL.apply({"params": params["net"]}, x) * params["temperature"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return sum(jax.tree.leaves(apart)) + jnp.sum(losses * w) / jnp.sum(w)
+
+    layers = lbopt.trace_layers(loss_fn, params, X, Y, jnp.ones(len(X)))
+    assert layers.terms.text.endswith("weighted by argument 3")
+
+    def linearised(params, x, y):  # around other parameters
+        apart = jax.tree.map(jnp.subtract, params, TEACHER)
+        apply = lambda p: MODEL.apply({"params": p}, x)
+        value, change = jax.jvp(apply, (TEACHER,), (apart,))
+        return cross_entropy(value + change, y)
+
+    layers = lbopt.trace_layers(linearised, PARAMS, X, Y)
+    assert all(layer.fallback for layer in layers.values())
+
+
 def test_a_boxed_model_as_the_message_advises():
     init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
     model = nn.Dense(3, kernel_init=init)

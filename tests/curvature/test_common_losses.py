@@ -191,6 +191,38 @@ def test_the_value_of_one_action_is_one_term():
     assert layers.terms.text == f"{B}, mean over axis 0 of the outputs"
 
 
+def test_outputs_that_are_compared_have_numbers_of_their_own():
+    # If they were the same in an experiment, no gradient would reach them.
+    weights = jnp.asarray(MASK[:, 2], float)
+
+    def consistency(params, teacher, x, w):
+        apart = logits(params, x) - logits(teacher, x)
+        return mean(jnp.sum(apart**2, axis=-1), w)
+
+    teacher = jax.tree.map(lambda p: 1.1 * p, PARAMS)
+    x = X[:, 0]
+    layers, found = trained(consistency, PARAMS, teacher, x, weights)
+    assert layers.terms.text.endswith("2 outputs, weighted by argument 3")
+    signals = 2 * (logits(PARAMS, x) - logits(teacher, x))
+    assert_statistics(found, PARAMS, x, signals, weights, jnp.sum(weights))
+
+    def distillation(params, teacher, x):
+        return jnp.mean((logits(params, x) - logits(teacher, x)) ** 2)
+
+    terms = lbopt.trace_layers(distillation, PARAMS, teacher, x).terms
+    assert terms.text.startswith(f"{B} × {V}, mean over axes 0, 1")
+
+
+def test_a_norm_over_the_coordinates_makes_them_one_event():
+    def similarity(params, x, y):
+        f, g = logits(params, x), jax.lax.stop_gradient(logits(params, y))
+        cosines = optax.losses.cosine_similarity(f, g, epsilon=1e-6)
+        return -jnp.mean(cosines)
+
+    terms = lbopt.trace_layers(similarity, PARAMS, X[:, 0], X[:, 1]).terms
+    assert terms.text == f"{B}, mean over axis 0 of the outputs"
+
+
 def test_a_stated_number_keeps_the_weights_that_are_found():
     def loss_fn(params, x, y, mask):
         return mean(xent(logits(params, x), y), mask)
@@ -221,6 +253,11 @@ def test_missing_targets_are_padding():
     x, w = X.reshape(-1, 4), MASK.ravel() * 1.0
     signals = 2 * (squares(PARAMS_OF_ONE, x) - TARGETS.ravel())[:, None]
     assert_statistics(found, PARAMS_OF_ONE, x, signals, w, jnp.sum(w))
+
+
+def online_and_target(params, x, y):
+    online, target = jnp.split(logits(params, jnp.concatenate([x, y])), 2)
+    return jnp.mean((online - jax.lax.stop_gradient(target)) ** 2)
 
 
 def binary(params, x, y):
@@ -287,7 +324,17 @@ def over_all(params, x, y):
             ),
             PARAMS,
             (X, Y, MASK),
-            "whether argument 3 marks padding cannot be told",
+            "rows of this batch have no part in it",
+        ),
+        # Rows of a target, which no gradient reaches, in the call of the others.
+        (online_and_target, PARAMS, (X[:, 0], X[:, 1]), "rows of this batch have no"),
+        (
+            lambda p, x, y, near: jnp.mean(
+                jnp.where(near == 1, squares(p, x) ** 2, squares(p, y) ** 2)
+            ),
+            PARAMS_OF_ONE,
+            (X[:, 0], X[:, 1], Y[:, 0] % 2),
+            "an argument chooses which of its outputs count",
         ),
         (binary, PARAMS_OF_ONE, (X[:, 0], (Y[:, 0] > 2) * 1.0), "argument 2 takes"),
         (over_all, PARAMS_OF_ONE, (X[:, 0], (Y[:, 0] > 2) * 1.0), "different weights"),
