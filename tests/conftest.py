@@ -33,7 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 assert len(jax.devices()) == 8
 
 
-# Two workers reach it near the end of a whole run, on a machine that has 7 GB for them.
+# Bytes. Two workers run at once, so about 5 GB are used before programs are dropped.
 _LARGE = 2.5e9
 
 
