@@ -99,6 +99,11 @@ corrected_later = maker(
 three_factors = maker(lbopt.kfac, 0.05, rows=ROWS, periods=STAGGERED)
 
 
+def also(*cases):
+    """Further cases of a test, for the long run."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 class Course(NamedTuple):
     """What a run left behind."""
 
@@ -169,17 +174,14 @@ def assert_same(course, reference, rounding=ROUNDING):
 @pytest.mark.parametrize(
     ("devices", "parallel", "placement"),
     [
-        *[(1, "shard_map", "comm"), (2, "shard_map", "memory")],
-        *[(4, "shard_map", 0.5), (8, "shard_map", "comm"), (4, "pmap", "comm")],
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                *[(1, "shard_map", "memory"), (2, "shard_map", "comm")],
-                *[(4, "shard_map", p) for p in ("comm", "memory")],
-                *[(8, "shard_map", "memory"), (2, "pmap", "memory")],
-                (8, "pmap", "memory"),
-            ]
-        ],
+        *[(2, "shard_map", "memory"), (8, "shard_map", 0.5), (4, "pmap", "comm")],
+        *also(
+            *[(1, "shard_map", p) for p in ("comm", "memory")],
+            (2, "shard_map", "comm"),
+            *[(4, "shard_map", p) for p in ("comm", "memory", 0.5)],
+            *[(8, "shard_map", p) for p in ("comm", "memory")],
+            *[(2, "pmap", "memory"), (8, "pmap", "memory")],
+        ),
     ],
 )
 def test_adaptive_refresh_on_several_devices(devices, parallel, placement):
@@ -191,7 +193,7 @@ def test_adaptive_refresh_on_several_devices(devices, parallel, placement):
 
 
 @pytest.mark.parametrize(
-    ("devices", "placement"), [(2, "memory"), (4, "comm"), (8, 0.5)]
+    ("devices", "placement"), [(2, "memory"), (8, 0.5), *also((4, "comm"))]
 )
 def test_staggered_periods_on_several_devices(devices, placement):
     reference = on_one_device(periodic)
@@ -206,7 +208,11 @@ def test_staggered_periods_on_several_devices(devices, placement):
 
 @pytest.mark.parametrize(
     ("devices", "parallel", "placement"),
-    [(2, "shard_map", "memory"), (4, "pmap", "comm"), (8, "shard_map", 0.5)],
+    [
+        (2, "shard_map", "memory"),
+        (4, "pmap", "comm"),
+        *also((8, "shard_map", 0.5)),
+    ],
 )
 def test_delayed_inverses_on_several_devices(devices, parallel, placement):
     reference = on_one_device(delayed)
@@ -240,9 +246,8 @@ def test_corrected_eigenvalues_on_several_devices(make, devices, parallel, accum
     ("devices", "parallel", "accumulate", "placement"),
     [
         (2, "shard_map", 2, "comm"),
-        (4, "pmap", 1, "memory"),
-        (8, "shard_map", 1, "memory"),
         (8, "shard_map", 1, 0.5),
+        *also((4, "pmap", 1, "memory"), (8, "shard_map", 1, "memory")),
     ],
 )
 def test_three_factors_on_several_devices(devices, parallel, accumulate, placement):
@@ -271,9 +276,9 @@ def test_accumulated_micro_batches_are_one_batch():
     ("make", "devices", "placement"),
     [
         (adaptive, None, "comm"),
-        (adaptive, 8, 0.5),
-        (periodic, 2, "memory"),
+        (periodic, 8, 0.5),
         (corrected, 2, "comm"),
+        *also((adaptive, 8, 0.5), (periodic, 2, "memory")),
     ],
 )
 def test_a_run_goes_on_with_other_devices(make, devices, placement):

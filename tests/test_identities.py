@@ -95,6 +95,7 @@ class Problem:
             "categorical": lambda: rng.integers(0, shape[-1], size=shape[:-1]),
         }
         self.y = jnp.asarray(draw[distribution]())
+        self._layers = {}
 
     def outputs(self, params, x):
         return self.model.apply({"params": params}, x)
@@ -107,9 +108,15 @@ class Problem:
         return jnp.mean(likelihood_terms(f, y, self.distribution))
 
     def layers(self, sharing="expand"):
-        options = {"weight_sharing": sharing, "doubly_factored": self.doubly_factored}
-        args = self.params, self.x, self.y
-        return lbopt.trace_layers(self.loss, *args, strict=True, **options)
+        """Traced once: what is read of the arrays is their shapes."""
+        if sharing not in self._layers:
+            self._layers[sharing] = lbopt.trace_layers(
+                *(self.loss, self.params, self.x, self.y),
+                strict=True,
+                weight_sharing=sharing,
+                doubly_factored=self.doubly_factored,
+            )
+        return self._layers[sharing]
 
     def evaluate(self, fisher="exact", sharing="expand"):
         return lbopt.value_grad_and_curvature(
@@ -170,12 +177,12 @@ def inverses_of(a, g, damping):
     linear = linear_maps.dense_linear((len(a), len(g)), False, True)
     block = kronecker.kronecker_block(linear, "expand", jnp.float64)
     packed = (linalg.pack(jnp.asarray(m)) for m in (a, g))
-    return block, block.invert(kronecker.KroneckerFactors(*packed), damping)
+    return block, quick_jit(block.invert)(kronecker.KroneckerFactors(*packed), damping)
 
 
 def natural_of(a, g, damping, v):
     block, inverses = inverses_of(a, g, damping)
-    return block.precondition(inverses, {"kernel": jnp.asarray(v)})["kernel"]
+    return quick_jit(block.precondition)(inverses, {"kernel": jnp.asarray(v)})["kernel"]
 
 
 # ------------------------------------------------------------------ 1: algebra
@@ -316,7 +323,8 @@ def test_02_sampled_targets_converge_like_one_over_root_samples():
 def test_06_loss_fisher_is_the_loss_hessian(distribution):
     f = normal(0, 1, 4)
     y = jnp.array([2]) if distribution == "categorical" else normal(1, 1, 4)
-    hessian = jax.hessian(lambda f: likelihood_terms(f, y, distribution)[0])(f)
+    loss = lambda f: likelihood_terms(f, y, distribution)[0]
+    hessian = quick_jit(jax.hessian(loss))(f)
     expected = np.asarray(hessian).reshape(4, 4)
     assert error(oracles.output_fisher(f, distribution)[0], expected) < EXACT
     # The library's own, through an identity layer: G of the logits themselves.
@@ -449,9 +457,14 @@ def test_12_mean_and_sum_over_locations_damp_alike():
     scaled = oracles.natural_gradient(omega / locations, gamma, damping / locations, v)
     assert error(scaled / locations, paper) < EXACT
     layer = problem.layers()["layers_0"]
-    inverses = layer.block.invert(layer.block.pack(statistics), damping)
-    leaves = {"kernel": jnp.asarray(v[:-1].reshape(3, 3, 2, 3)), "bias": v[-1]}
-    natural = layer.block.precondition(inverses, jax.tree.map(jnp.asarray, leaves))
+    leaves = {"kernel": v[:-1].reshape(3, 3, 2, 3), "bias": v[-1]}
+
+    @quick_jit
+    def naturally(statistics, leaves):
+        inverses = layer.block.invert(layer.block.pack(statistics), damping)
+        return layer.block.precondition(inverses, leaves)
+
+    natural = naturally(statistics, leaves)
     rows = np.vstack([natural["kernel"].reshape(18, 3), natural["bias"]])
     assert error(rows, paper) < EXACT
 
@@ -513,7 +526,8 @@ def three_factors(damping):
     k, c, g = spd(0, MAP[0], 3), spd(1, MAP[1], 2), 7 * spd(2, 5, 4)
     block = doubly_factored.doubly_factored_block(*MAP, 5, True, jnp.float64)
     statistics = doubly_factored.BiasedDoublyFactors(*map(jnp.asarray, (k, c, g, g)))
-    return block, (k, c, g), block.invert(block.pack(statistics), damping)
+    inverses = quick_jit(lambda s: block.invert(block.pack(s), damping))(statistics)
+    return block, (k, c, g), inverses
 
 
 @pytest.mark.parametrize("damping", [1e-3, 10.0])
@@ -521,7 +535,7 @@ def test_13_three_mode_inverse_is_the_dense_solve(damping):
     block, factors, inverses = three_factors(damping)
     kernel, bias = np.asarray(normal(3, 12, 5)), np.asarray(normal(4, 5))
     leaves = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
-    natural = block.precondition(inverses, leaves)
+    natural = quick_jit(block.precondition)(inverses, leaves)
     nu = [np.trace(m) / len(m) for m in factors]
     k, c, g = (
         m + v * (damping / np.prod(nu)) ** (1 / 3) * np.eye(len(m))

@@ -41,15 +41,18 @@ def error(actual, expected):
 
 # ------------------------------------------------------------------ packing
 
+# Op by op, every size would compile dozens of programs.
+pack, unpack = quick_jit(linalg.pack), quick_jit(linalg.unpack)
+
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_packing_keeps_every_entry_once(n):
     lower = np.tril(np.arange(n * n).reshape(n, n)).astype(np.float32)
     matrix = lower + np.tril(lower, -1).T
-    packed = linalg.pack(jnp.asarray(matrix))
+    packed = pack(jnp.asarray(matrix))
     assert packed.shape == (linalg.packed_size(n),)
     assert sorted(packed.tolist()) == sorted(lower[np.tril_indices(n)].tolist())
-    np.testing.assert_array_equal(linalg.unpack(packed), matrix)
+    np.testing.assert_array_equal(unpack(packed), matrix)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
@@ -60,7 +63,7 @@ def test_packing_does_not_read_above_the_diagonal_of_its_blocks(n):
     for own in (slice(half), slice(half, n)):
         block = spoiled[own, own]
         block[np.triu_indices(len(block), 1)] = np.nan
-    unpacked = linalg.unpack(linalg.pack(jnp.asarray(spoiled, jnp.float32)))
+    unpacked = unpack(pack(jnp.asarray(spoiled, jnp.float32)))
     np.testing.assert_array_equal(unpacked, matrix.astype(np.float32))
 
 
@@ -68,12 +71,12 @@ def test_packing_does_not_read_above_the_diagonal_of_its_blocks(n):
 @pytest.mark.parametrize("stack", [(3,), (2, 3)])
 def test_stacked_matrices_are_packed_one_by_one(n, stack):
     matrix = symmetric(1, *stack, n).astype(np.float32)
-    packed = linalg.pack(jnp.asarray(matrix))
+    packed = pack(jnp.asarray(matrix))
     assert packed.shape == (*stack, linalg.packed_size(n))
     for index in np.ndindex(*stack):
-        one = linalg.pack(jnp.asarray(matrix[index]))
+        one = pack(jnp.asarray(matrix[index]))
         np.testing.assert_array_equal(packed[index], one)
-    np.testing.assert_array_equal(linalg.unpack(packed), matrix)
+    np.testing.assert_array_equal(unpack(packed), matrix)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

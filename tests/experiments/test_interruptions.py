@@ -60,6 +60,7 @@ def stop(place, name, process, at):
     return done
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_and_then_told_to_stop(tmp_path):
     place = Place(tmp_path, epochs=3)
     place.finish("undisturbed")

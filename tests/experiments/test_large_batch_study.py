@@ -189,7 +189,16 @@ def test_a_run_ends_with_its_target_and_its_budget():
     assert [step for step, _ in run.errors] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.curvature])
+WITH_CURVATURE = [name for name, line in CONTESTANTS.items() if line.curvature]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "kfac" else pytest.param(name, marks=pytest.mark.slow)
+        for name in WITH_CURVATURE
+    ],
+)
 def test_curvature_is_used(name):
     """Every contestant with curvature learns, and not as without it."""
     runner = Runner(SMALL, CONTESTANTS[name], 32, small_task())
@@ -398,6 +407,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(parts):
 # ------------------------------------------------------------------ the study
 
 
+@pytest.mark.slow
 def test_the_study_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "record.json")
