@@ -135,7 +135,7 @@ def test_a_statistic_that_is_rejected_in_a_sound_step_is_named():
         "a_last": nn.Dense(3).init(RNG, jnp.ones(5))["params"],
     }
     batch = {"x": jnp.ones((2, 4)), "pull": jnp.asarray([1e22, -1e22])}
-    layers = lbopt.trace_layers(steep, own, {}, batch, RNG, has_aux=True)
+    layers = lbopt.trace_layers(steep, own, {}, batch, RNG, has_aux=True, batch_size=2)
     tx = lbopt.kfac(1e-3, layers)
     state = training.init_state(tx, own, {}, RNG)
     state, metrics = training.make_train_step(steep, tx, layers)(state, batch)

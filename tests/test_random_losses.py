@@ -23,17 +23,28 @@ from tests import oracles
 BATCH, LENGTH, WIDTH, CLASSES, COPIES = 8, 3, 4, 3, 2
 
 
+# Booleans of what is padding, labels below 0, and numbers of both signs among them.
+WEIGHTS = ("none", "none", "bool", "float", "int", "examples", "constant")
+WEIGHTS += ("padding", "labels", "signed")
+
+
 class Draw(NamedTuple):
     """A model, a loss and a way to divide the batch, by the names of their parts."""
 
     blocks: tuple[str, ...]
     outputs: str  # per token or per sequence
     loss: str  # "categorical", "squares" or "summed"
-    weights: str  # "none", "bool", "float", "int", "examples", "constant"
+    weights: str  # one of WEIGHTS
+    shift: bool  # each token is the target of the one before
     gain: bool
     penalty: bool
     devices: int
     accumulate: int
+
+    @property
+    def counted(self) -> bool:
+        """Whether the loss divides by the number of positions."""
+        return self.weights in ("none", "constant", "signed")
 
 
 def draw(seed: int) -> Draw:
@@ -41,11 +52,13 @@ def draw(seed: int) -> Draw:
     pick = lambda *names: names[rng.integers(len(names))]
     size = rng.integers(1, 4)
     kinds = ("dense", "again", "remat", "scan", "jit")
+    outputs = pick("tokens", "tokens", "sequences")
     return Draw(
         blocks=("dense", *(pick(*kinds) for _ in range(size))),
-        outputs=pick("tokens", "tokens", "sequences"),
+        outputs=outputs,
         loss=pick("categorical", "categorical", "squares", "summed"),
-        weights=pick("none", "none", "bool", "float", "int", "examples", "constant"),
+        weights=pick(*WEIGHTS),
+        shift=outputs == "tokens" and bool(rng.integers(2)),
         gain=bool(rng.integers(2)),
         penalty=bool(rng.integers(2)),
         devices=pick(1, 2, 4),
@@ -132,10 +145,10 @@ def explicit(model: Model, params, x, noise) -> tuple[Any, dict[str, list[Any]]]
     return z, {key: [inputs[key], names[key]] for key in inputs}
 
 
-def losses_of(kind, outputs, batch):
+def losses_of(kind, outputs, y, targets):
     if kind == "categorical":
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
-    squares = (outputs - batch["targets"]) ** 2
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+    squares = (outputs - targets) ** 2
     return jnp.sum(squares, -1) if kind == "summed" else jnp.mean(squares, -1)
 
 
@@ -145,9 +158,22 @@ def total(one: Draw, losses, w):
     w = jnp.broadcast_to(
         w.reshape(w.shape + (1,) * (losses.ndim - w.ndim)), losses.shape
     )
-    return jnp.sum(losses * w) / (
-        losses.size if one.weights == "constant" else jnp.sum(w)
-    )
+    return jnp.sum(losses * w) / (losses.size if one.counted else jnp.sum(w))
+
+
+def weights_of(one: Draw, batch):
+    if one.weights == "labels":
+        return batch["y"] >= 0
+    w = batch.get("w")
+    return ~w if one.weights == "padding" else w
+
+
+def mean_loss(one: Draw, outputs, batch):
+    y, targets, w = jnp.maximum(batch["y"], 0), batch["targets"], weights_of(one, batch)
+    if one.shift:
+        outputs, y, targets = outputs[:, :-1], y[:, 1:], targets[:, 1:]
+        w = w[:, 1:] if w is not None and w.ndim > 1 else w
+    return total(one, losses_of(one.loss, outputs, y, targets), w)
 
 
 class Case(NamedTuple):
@@ -178,16 +204,19 @@ def make(one: Draw) -> Case:
         "float": real * (1 + jnp.arange(real.size).reshape(shape) % 3),
         "examples": jnp.asarray(jnp.arange(BATCH) % 3, float),
         "constant": real,
+        "padding": real == 0,
+        "signed": real * (jnp.arange(real.size).reshape(shape) % 4 - 1.5),
     }
     targets = jax.nn.one_hot(y, CLASSES)
-    batch = {"x": x, "y": y, "targets": targets, "w": kinds[one.weights]}
-    if one.weights == "none":
-        del batch["w"]
+    batch = {"x": x, "y": y, "targets": targets}
+    if one.weights == "labels":
+        batch["y"] = jnp.where(real > 0, y, -100)
+    elif one.weights != "none":
+        batch["w"] = kinds[one.weights]
 
     def loss_fn(params, model_state, batch, rng):
         del rng
-        outputs = model.apply({"params": params}, batch["x"])
-        value = total(one, losses_of(one.loss, outputs, batch), batch.get("w"))
+        value = mean_loss(one, model.apply({"params": params}, batch["x"]), batch)
         if one.penalty:
             value += 1e-2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
         return value, (model_state, {})
@@ -202,16 +231,21 @@ def expected(case: Case) -> dict[str, tuple[Any, Any]]:
 
     def loss(params, noise):
         outputs, _ = explicit(model, params, batch["x"], noise)
-        return total(one, losses_of(one.loss, outputs, batch), batch.get("w"))
+        return mean_loss(one, outputs, batch)
 
     noise = {call: jnp.zeros(s) for _, named in seen.values() for call, s in named}
     grads, signals = jax.grad(loss, argnums=(0, 1))(case.params, noise)
     shape = batch["y"].shape
-    w = jnp.asarray(batch.get("w", jnp.ones(shape)), float)
+    w = weights_of(one, batch)
+    w = jnp.ones(shape) if w is None else jnp.asarray(w, float)
     spread = jnp.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - w.ndim)), shape)
-    counted = one.weights in ("none", "constant")
-    n = spread.size if counted else jnp.sum(spread)
+    targets = spread[:, 1:] if one.shift else spread
+    n = targets.size if one.counted else jnp.sum(targets)
     n *= CLASSES if one.loss == "squares" else 1
+    if one.shift and w.ndim > 1 and one.weights != "none":
+        # A row has the weight of the next one's target, the last row none.
+        spread = jnp.pad(spread[:, 1:], ((0, 0), (0, 1)))
+    spread = jnp.abs(spread)
     # The weights of rows [batch, tokens] or [batch] of a layer's input and signal.
     tokens = (
         jnp.broadcast_to(spread[:, None], (BATCH, LENGTH))

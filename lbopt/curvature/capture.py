@@ -54,7 +54,6 @@ class Tapped(NamedTuple):
       route: the way by which its probes reach it.
       batched: whether its input has an axis of examples; not under a ``vmap`` over
         examples.
-      shared: whether its input is the same for all examples and has no axis of them.
     """
 
     location: Location
@@ -64,7 +63,6 @@ class Tapped(NamedTuple):
     rules: tap_rules.Rules = MappingProxyType({})
     route: Route = "direct"
     batched: bool = True
-    shared: bool = False
 
 
 ProbeArrays: TypeAlias = list[dict[str, Array]]
@@ -250,9 +248,7 @@ class Interceptor(NamedTuple):
         wanted = any(flag is not False for flag in jax.tree.leaves(probes.due[number]))
         if self.weights is not None and layer.block.row_weighted and wanted:
             aligned = layer.batched and rule not in layer.rules.values()
-            residual = self.weights.beside(
-                layer.location.path, residual, aligned, layer.shared
-            )
+            residual = self.weights.beside(layer.location.path, residual, aligned)
         if probes.given[number]:
             residual = (residual, *probes.given_to(number, variables))
         return tap(

@@ -62,6 +62,7 @@ class Experiment(NamedTuple):
         changes: Mapping[int, Any] | None = None,
         alike: float | None = None,
         scale: float = 1.0,
+        raised: float = 0.0,
     ) -> np.ndarray:
         """Returns the gradient of the loss by its output.
 
@@ -70,6 +71,7 @@ class Experiment(NamedTuple):
           changes: leaves of the arguments by number.
           alike: the value of the outputs at all positions; None for irregular ones.
           scale: the size of irregular ones.
+          raised: a number added to the first coordinate of the output.
 
         Returns:
           An array of these sizes.
@@ -81,6 +83,8 @@ class Experiment(NamedTuple):
             values = scale * _values(own, phase)
             if alike is not None:
                 values = np.full(own, alike)
+            if name == self.output:
+                values[..., 0] += raised
             outputs[name] = jnp.asarray(values.astype(shape.dtype))
         leaves = [
             self.filled(i, sizes) if changes is None or i not in changes else changes[i]

@@ -144,7 +144,9 @@ def replaced(
                 call()
                 calls[0] += 1
                 return outputs[(LIKELIHOOD, calls[0] - 1)]
-            if any(name[0] == order for name in head.inner):
+            # A compiled function that was traced before is not seen again.
+            unseen = order >= len(head.structures)
+            if unseen or any(name[0] == order for name in head.inner):
                 return call()
             leaves, tree = jax.tree.flatten(head.structures[order])
             return jax.tree.unflatten(

@@ -218,9 +218,10 @@ def _with_dependence(
         reason = "the loss also uses its parameters outside of the layer"
         return _diagonal_rows(row.tapped.location, params, (), reason)
     if row.path in reach.shared:
-        reason = "its input is the same for all examples, whose gradients arrive summed"
-        tapped = row.tapped._replace(shared=True)
-        return [row._replace(tapped=tapped, why=f"{row.why}; {reason}")]
+        # The signals of examples arrive summed, as those of any other parameter.
+        reason = "its input is the same for all examples"
+        rows = _diagonal_rows(row.tapped.location, params, (), reason)
+        return [one._replace(module=row.module, fallback=False) for one in rows]
     return [row]
 
 

@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -15,7 +14,7 @@ from tests import oracles
 
 xent = optax.softmax_cross_entropy_with_integer_labels
 WORDS, WIDTH = 7, 3
-SHARED = "its input is the same for all examples, whose gradients arrive summed"
+SHARED = "its input is the same for all examples"
 OUTSIDE = "the loss also uses its parameters outside of the layer"
 
 # -------------------------------------------------------------------- shared inputs
@@ -61,48 +60,40 @@ def positional(batch, length, made):
 
 
 @pytest.mark.parametrize("made", ["[T]", "[1, T]", "argument", "dense"])
-@pytest.mark.parametrize(
-    ("batch", "length", "masked"), [(2, 5, True), (4, 4, True), (2, 5, False)]
-)
-def test_a_position_counts_as_often_as_examples_use_it(batch, length, made, masked):
-    losses, params, args, shift = positional(batch, length, made)
-    w = np.ones((batch, length))
-    if masked:
-        w = np.arange(length) <= np.arange(batch)[:, None] + 1
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_layer_that_all_examples_share_has_the_square_of_its_gradient(batch, made):
+    # As many examples as positions, too: nothing is read off the sizes.
+    losses, params, args, shift = positional(batch, 4, made)
+    mask = jnp.arange(4)[None] <= jnp.arange(batch)[:, None] + 1
 
-    def loss_fn(params, words, positions, *mask):
+    def loss_fn(params, words, positions, mask):
         each = losses(params, words, positions, shift)
-        return jnp.sum(each * mask[0]) / jnp.sum(mask[0]) if mask else jnp.mean(each)
+        return jnp.sum(each * mask) / jnp.sum(mask)
 
-    args = (*args, jnp.asarray(w)) if masked else args
-    layers = lbopt.trace_layers(loss_fn, params, *args)
-    f = lbopt.value_grad_and_curvature(loss_fn, layers)
-    found = f(params, *args)[2]["at"]
-    # One example and one position after another, as if each had a row of its own.
-    rows = np.eye(length)
-    if made == "dense":
-        rows = oracles.with_ones(np.stack([np.cos(np.arange(length))] * 2, -1))
-    n = np.sum(w)
-    a = sum(
-        w[i, t] * np.outer(rows[t], rows[t]) / n for i, t in np.ndindex(batch, length)
-    )
-    assert oracles.error(found.a, a if made == "dense" else np.diag(a)) < 1e-5
-    # The gradients of all examples at a position, summed by autodiff.
-    weighted = lambda shift: jnp.sum(losses(params, *args[:2], shift) * w) / n
-    total = jax.grad(weighted)(shift)["moved"].reshape(length, WIDTH)
-    g = sum(n * np.outer(s, s) for s in np.asarray(total))
-    assert oracles.error(found.g, g) < 1e-5
-    # Unless both are equal, positions that are an argument could be anything.
-    known = made != "argument" or batch == length
-    assert layers["at"].why.endswith(SHARED) == known
-    assert not layers["at"].fallback
+    args = (*args, mask)
+    if made == "argument" and batch != 4:
+        # Without the axis of examples it is no part of the batch, but might be.
+        assert not lbopt.trace_layers(loss_fn, params, *args)["at"].fallback
+        return
+    layers = lbopt.trace_layers(loss_fn, params, *args, strict=True)
+    own = {path: layer for path, layer in layers.items() if path.startswith("at/")}
+    assert {layer.why for layer in own.values()} == {SHARED}
+    assert {layer.block.kind for layer in own.values()} == {"diagonal"}
+    evaluate = jax.jit(lbopt.value_grad_and_curvature(loss_fn, layers))
+    _, grads, found = evaluate(params, *args)
+    for path in own:
+        square = jnp.sum(mask) * grads["at"][path.removeprefix("at/")] ** 2
+        assert oracles.error(found[path].f, square) < 1e-5
+    # The words' rows are those of the batch.
+    counts = jnp.zeros(WORDS).at[args[0].ravel()].add(mask.ravel() * 1.0)
+    assert oracles.error(found["words"].a, counts / jnp.sum(mask)) < 1e-5
 
 
 def test_an_input_with_an_axis_of_examples_is_not_shared():
     losses, params, args, shift = positional(4, 4, "[B, T]")
     loss_fn = lambda params, *args: jnp.mean(losses(params, *args, shift))
     layers = lbopt.trace_layers(loss_fn, params, *args)
-    assert not any(layer.tapped.shared for layer in layers.values())
+    assert {layer.block.kind for layer in layers.values()} == {"kronecker"}
 
 
 # ----------------------------------------------------------------- parameters outside

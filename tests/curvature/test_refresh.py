@@ -72,7 +72,7 @@ def test_the_age_is_that_of_the_oldest_copy():
 
 def test_a_state_without_curvature():
     state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
-    message = r"opt_state=tuple holds no curvature transform.*leave due= out"
+    message = r"opt_state=tuple holds no curvature transform.*leave out due="
     with pytest.raises(ValueError, match=message):
         lbopt.refresh(state)
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import lbopt
-from lbopt.curvature import arrivals, rows
 from tests import oracles
 from tests.problems import cross_entropy
 
@@ -206,34 +205,6 @@ def test_weights_that_fit_no_axis_of_a_layer_are_refused():
     shapes = layers["Dense_0"].block.factor_shapes(())
     due = {"Dense_0": jax.tree.map(lambda _: True, shapes)}
     assert bool(jnp.any(f(params, *args, due=due)[2]["Dense_0"].a))
-
-
-@pytest.mark.parametrize(
-    ("shape", "kind", "expected"),
-    [
-        ((3, 5), int, [[0, 1, 2, 1, 2], [0, 2, 1, 0, 0], [0, 0, 0, 1, 1]]),
-        ((1, 3, 5, 2), float, [[[0, 1, 2, 1, 2], [0, 2, 1, 0, 0], [0, 0, 0, 1, 1]]]),
-        # Neither axis of positions: every row is part of all terms.
-        ((2, 5), float, [11, 11]),
-        ((4,), float, [11] * 4),
-        ((), int, 11),
-        # Rows or columns alone, which are not told apart.
-        ((5,), int, None),
-        ((3, 2), float, None),
-    ],
-)
-def test_a_row_that_all_examples_share_has_the_sum_of_their_weights(
-    shape, kind, expected
-):
-    one = jnp.array([[0, 1, 2, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], float)
-    two = jnp.array([[0, 0, 0, 1, 2], [0, 2, 0, 0, 0], [0, 0, 0, 1, 0]], float)
-    w = rows.RowWeights(jnp.stack([one, two]), arrivals.Arrivals({}, {}, {}, {}))
-    beside = functools.partial(w.beside, "at", jnp.ones(shape, kind), True, True)
-    if expected is None:
-        with pytest.raises(ValueError, match="do not fit the axes"):
-            beside()
-        return
-    assert jnp.array_equal(beside().weights, jnp.asarray(expected, float))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
