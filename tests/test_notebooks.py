@@ -50,7 +50,18 @@ def test_links_lead_somewhere(path):
             assert (path.parent / pathlib.Path(target)).exists(), target
 
 
-@of_each
+# These take a minute; the others show the same functions in the quick run.
+LONG = ("03_sp_ngd_sharded", "04_large_batch")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ())
+        for path in PATHS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_it_runs_and_prints_what_is_committed(path, monkeypatch):
     """Numbers may differ by what other processors round differently."""
     # As in this process: most of the time goes into compiling.

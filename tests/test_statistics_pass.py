@@ -188,7 +188,10 @@ def run_by_hand(devices, own, steps):
 
 @pytest.mark.parametrize(
     ("own", "parallel", "placement"),
-    [(1, "shard_map", "comm"), (2, "pmap", "memory")],
+    [
+        (1, "shard_map", "comm"),
+        pytest.param(2, "pmap", "memory", marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_devices_evaluate_the_statistics(own, parallel, placement):
     devices = 4

@@ -10,6 +10,7 @@ from benchmarks.workloads import tiny
 from lbopt import sharding
 from lbopt.curvature import layer_table
 
+pytestmark = pytest.mark.slow
 STEPS = 10
 EVERYTHING_IS_SIMILAR = 1e9
 # Then statistics are renewed at these steps, by the Fibonacci numbers.
