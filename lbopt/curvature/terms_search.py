@@ -111,7 +111,8 @@ def terms_of(
         return terms, examples
     if not isinstance(terms.weights, WeightsAt):
         return _stated(batch_size, args, ""), examples
-    _require_sum(terms, args, batch_size, loss_name)
+    shape = head.outputs[terms.outputs[0]].shape
+    _require_sum(terms, args, shape, batch_size, loss_name)
     return terms, examples
 
 
@@ -186,13 +187,18 @@ def find(
 
 
 def _require_sum(
-    terms: Terms, args: Sequence[Any], stated: int, loss_name: str
+    terms: Terms,
+    args: Sequence[Any],
+    shape: tuple[int, ...],
+    stated: int,
+    loss_name: str,
 ) -> None:
     """Compares a stated number of terms with weights that were found.
 
     Args:
       terms: the terms, with weights among the arguments.
       args: the loss's arguments, arrays or shapes.
+      shape: the shape of the first output.
       stated: the number.
       loss_name: the loss function's name, for the message.
 
@@ -200,16 +206,10 @@ def _require_sum(
       ValueError: if it is not what the loss divides by.
     """
     assert isinstance(terms.weights, WeightsAt)
-    assert terms.size is not None
     leaf = dict(jax.tree_util.tree_leaves_with_path(tuple(args)))[terms.weights.path]
     if is_shape(leaf):
         return
-    weights = np.asarray(terms.weights.read(args), np.float64)
-    pairs = zip(terms.axes, terms.offsets, strict=True)
-    covered = [weights.shape[a] - o for a, o in pairs if a < weights.ndim]
-    n = terms.size
-    if terms.weights.divides:
-        n = weights.sum() * (terms.size // math.prod(covered))
+    n = float(terms.divisor(shape, terms.weights.read(args)))
     if not np.isclose(n, stated, rtol=TOLERANCE):
         raise ValueError(
             f"batch_size={stated}, but loss_fn={loss_name} divides by {n:g}, for its "
@@ -272,7 +272,7 @@ def _find_along(experiment: Experiment) -> Terms | None:
         small = (SMALL,)
     experiment, gradient = _base(experiment, small)
     if not np.any(gradient):
-        _require_no_part(experiment, small)
+        _require_unreached(experiment, small)
         return None
     try:
         axes, offsets = _averaged(experiment, small, gradient)
@@ -286,7 +286,7 @@ def _find_along(experiment: Experiment) -> Terms | None:
     if weights is not None:
         leaf = experiment.leaf(weights.path)
         if set(range(len(without_ones(np.shape(leaf))))) - set(axes):
-            raise Unproved(
+            raise Contradicted(
                 f"{path_text(weights.path)} weights positions that it does not average"
             )
     terms = Terms(
@@ -315,7 +315,7 @@ def _base(
     return experiment, gradient
 
 
-def _require_no_part(experiment: Experiment, small: tuple[int, ...]) -> None:
+def _require_unreached(experiment: Experiment, small: tuple[int, ...]) -> None:
     """Raises Contradicted if an output reaches the loss for some arguments only."""
     for label in (0, 1):
         other = experiment._replace(number=0.5, label=label)

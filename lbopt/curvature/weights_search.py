@@ -192,16 +192,7 @@ def _is_mask(leaf: Any) -> bool:
 
 
 def _require_no_part(base: Base, number: int, gradient: np.ndarray) -> None:
-    """Raises Contradicted if what may be a mask has a part that is not explained.
-
-    Args:
-      base: the loss's head.
-      number: the leaf that was changed in the second example.
-      gradient: the gradient since.
-
-    Raises:
-      Contradicted: if it is the divisor's, or a coordinate of an event is gone.
-    """
+    """Raises Contradicted if a change of one example's mask has other effects."""
     others = np.arange(len(gradient)) != 1
     size = np.max(np.abs(base.gradient))
     # A label is nobody else's; the divisor of masked terms is everybody's.
@@ -212,8 +203,7 @@ def _require_no_part(base: Base, number: int, gradient: np.ndarray) -> None:
     # Coordinates of an event that are masked one by one, such as missing targets.
     partial = np.any(lost & ~won) and not np.any(won & ~lost)
     if shared or partial:
-        reason = _unknown(base, number)
-        raise reason
+        raise _unknown(base, number)
 
 
 def _is_linear(base: Base, number: int, effect: _Effect) -> bool:
