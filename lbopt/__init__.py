@@ -6,7 +6,7 @@ from lbopt.curvature.fisher import curvature_only, value_grad_and_curvature
 from lbopt.curvature.fisher_products import fisher_products
 from lbopt.curvature.likelihood import likelihood
 from lbopt.curvature.locations import plain
-from lbopt.curvature.refresh import inverse_age, refresh
+from lbopt.curvature.refresh import Due, inverse_age, refresh
 from lbopt.curvature.registry import trace_layers
 from lbopt.health import layer_factors, layer_report
 from lbopt.optimizers.kfac import distributed_kfac, kfac
@@ -26,6 +26,7 @@ from lbopt.transforms.reshard import reshard
 
 __all__ = [
     "BackgroundInversion",
+    "Due",
     "Periods",
     "Placement",
     "average_params",

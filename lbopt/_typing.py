@@ -40,7 +40,7 @@ AxisName: TypeAlias = str | tuple[str, ...]
 
 Scalar: TypeAlias = Float[Array, ""] | Number
 Count: TypeAlias = Int[Array, ""] | Whole
-Due: TypeAlias = Bool[Array, ""] | bool
+Flag: TypeAlias = Bool[Array, ""] | bool
 """Whether a statistic is wanted: a traced flag, or a bool fixed at trace time."""
 
 ScalarOrSchedule: TypeAlias = Scalar | Callable[[Any], Any]

@@ -1,10 +1,9 @@
 r"""What a step tells about itself, and the curvature's state by the paths of layers.
 
 **In the step** ``metrics`` returns scalars for every step's record, among them the
-index of the first layer whose numbers are not finite.  It costs no pass over arrays
-while all is well: the optimizer has looked at its statistics itself, and a finite norm
-of the gradient says that each entry is.  Only in a step that is skipped are the arrays
-read, to find the layer.
+index of the first layer whose numbers are not finite.  It costs no pass over arrays of
+its own: the sum of the squares of a gradient is part of the norm, and a second moment
+that is not finite is so on its diagonal.
 
 **Between steps** ``layer_report`` and ``layer_factors`` read an optimizer's state.
 """
@@ -19,11 +18,12 @@ import optax
 from jaxtyping import Float
 
 from lbopt import linalg, mesh_step, tables
-from lbopt._typing import Array, Due, OptState, Updates
+from lbopt._typing import Array, Flag, OptState, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import locations, refresh
 from lbopt.curvature.factor import Factor
 from lbopt.curvature.registry import Layers
+from lbopt.norms import squared_norm
 from lbopt.sharding import Sharded
 from lbopt.transforms import kfac_state
 from lbopt.transforms.kfac_state import KfacState, plain
@@ -54,7 +54,7 @@ class Found(NamedTuple):
     grads: Updates
     curvature: Mapping[str, Any]
     square: Any
-    sound: Due
+    sound: Flag
 
 
 def metrics(
@@ -107,11 +107,7 @@ def metrics(
     # Of several transformations none is the optimizer's own.
     scalars |= {name: jnp.asarray(x[0]) for name, x in known.items() if len(x) == 1}
     if layers is not None:
-        broken = jax.lax.cond(
-            found.sound,
-            lambda: jnp.full([], -1, jnp.int32),
-            lambda: _not_finite(layers, found, axis),
-        )
+        broken = _not_finite(layers, found, axis)
         rejected = _newly_rejected(layers, before, after)
         scalars["first_not_finite"] = jnp.where(found.sound, rejected, broken)
     return scalars
@@ -298,19 +294,23 @@ def _newly_rejected(layers: Layers, before: OptState, after: OptState) -> Array:
 def _not_finite(layers: Layers, found: Found, axis: Axis) -> Array:
     """Returns the first layer with inputs, else with any array, that are not finite."""
 
-    def bad(arrays: Iterable[Array]) -> Array:
-        return jnp.any(jnp.stack([~jnp.all(jnp.isfinite(x)) for x in arrays]))
+    def bad(sums: Iterable[Array]) -> Array:
+        return ~jnp.isfinite(jnp.stack([*sums, jnp.zeros([])]).sum())
+
+    def diagonals(statistics: Any) -> Iterator[Array]:
+        for x in jax.tree.leaves(statistics):
+            square = x.ndim > 1 and x.shape[-1] == x.shape[-2]
+            yield jnp.sum(jnp.diagonal(x, axis1=-2, axis2=-1) if square else x)
 
     of_inputs, at_all = [], []
     for path, layer in layers.items():
         location, statistics = layer.tapped.location, found.curvature.get(path)
         grads = locations.lookup(found.grads, location)
         # A step is also skipped where the square of a gradient is not finite.
-        squares = [jnp.sum(jnp.square(jnp.abs(grads[n]))) for n in location.names]
-        at_all.append(bad([*squares, *jax.tree.leaves(statistics)]))
+        squares = [squared_norm(grads[n]) for n in location.names]
+        at_all.append(bad([*squares, *diagonals(statistics)]))
         inputs = [getattr(statistics, name, None) for name in _OF_INPUTS]
-        # A number that is finite, for layers without inputs of their own.
-        of_inputs.append(bad([jnp.zeros([]), *jax.tree.leaves(inputs)]))
+        of_inputs.append(bad(diagonals(inputs)))
     flags = jnp.stack([*of_inputs, *at_all])
     first = jnp.where(jnp.any(flags), jnp.argmax(flags), len(flags))
     # Each device sees its own examples, but the answer is one.

@@ -6,12 +6,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from lbopt._typing import Due
+from lbopt._typing import Flag
 
 T = TypeVar("T")
 
 
-def update_if(flag: Due, update: Callable[[T], T], state: T) -> T:
+def update_if(flag: Flag, update: Callable[[T], T], state: T) -> T:
     """Returns ``update(state)`` if the flag is set, else ``state`` in the same memory.
 
     Args:

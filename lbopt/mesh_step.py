@@ -9,9 +9,10 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from lbopt import explicit_axes, sharding
 from lbopt._typing import AxisName, OptState
 from lbopt.collectives import Axis
+from lbopt.curvature.refresh import Due
 
 Step = Callable[..., tuple[Any, dict[str, Any]]]
-"""``(state, batch, statistics_batch=None) -> (state, metrics)``."""
+"""``(state, batch, statistics_batch, due) -> (state, metrics)``."""
 Check = Callable[[Any, Any, Any], None]
 """Raises ValueError for a state and batches that the step cannot take."""
 
@@ -68,8 +69,10 @@ def split_layers(opt_state: OptState) -> set[str]:
 def without_mesh(step: Step) -> Step:
     """The compiled step where ``jit`` alone places the work."""
 
-    def placed(state: Any, batch: Any, statistics_batch: Any = None) -> Any:
-        args = (state, batch, statistics_batch)
+    def placed(
+        state: Any, batch: Any, statistics_batch: Any = None, due: Due = Due()
+    ) -> Any:
+        args = (state, batch, statistics_batch, due)
         specs = explicit_axes.specs_of(state), PartitionSpec()
         return explicit_axes.on_auto_axes(step, args, specs)
 
@@ -96,20 +99,22 @@ def by_shard_map(
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
-    def sharded(state: Any, batch: Any, statistics_batch: Any = None) -> Any:
+    def sharded(
+        state: Any, batch: Any, statistics_batch: Any = None, due: Due = Due()
+    ) -> Any:
         check(state, batch, statistics_batch)
         specs = state_specs(state, axis.name, per_example)
         along = PartitionSpec(axis.name)
         mapped = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(specs, along, along),
+            in_specs=(specs, along, along, PartitionSpec()),
             out_specs=(specs, PartitionSpec()),
             # Collectives are placed by hand; jax would add its own for what it takes
             # to vary over devices.
             check_vma=False,
         )
-        args = (state, batch, statistics_batch)
+        args = (state, batch, statistics_batch, due)
         return explicit_axes.on_auto_axes(mapped, args, (specs, PartitionSpec()))
 
     return jax.jit(sharded, donate_argnums=0)
@@ -134,7 +139,7 @@ def by_pmap(step: Step, mesh: Mesh, axis: Axis, check: Check) -> Step:
         # [batch, ...] to [devices, batch / devices, ...]
         return jax.tree.map(lambda x: x.reshape(axis.size, -1, *x.shape[1:]), batch)
 
-    def pmapped(state: Any, batch: Any, statistics_batch: Any = None) -> Any:
+    def pmapped(state: Any, batch: Any, statistics_batch: Any, due: Due) -> Any:
         check(state, batch, statistics_batch)
         tree = jax.tree.structure(state)
         if tree not in compiled:
@@ -146,10 +151,10 @@ def by_pmap(step: Step, mesh: Mesh, axis: Axis, check: Check) -> Step:
             compiled[tree] = jax.pmap(
                 step,
                 axis.name,
-                in_axes=(axes, 0, 0),
+                in_axes=(axes, 0, 0, None),
                 out_axes=(axes, None),
                 devices=list(mesh.devices.ravel()),
             )
-        return compiled[tree](state, shares(batch), shares(statistics_batch))
+        return compiled[tree](state, shares(batch), shares(statistics_batch), due)
 
     return pmapped

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.core
 
 from lbopt import checks
 from lbopt._typing import AxisName, Count, Number, Whole
+from lbopt.curvature.refresh import Due
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,51 @@ class Periods:
                 "steps after which the next inversion begins; lengthen the period, or "
                 "shorten the delay"
             )
+
+    def counted(self) -> tuple[int, int]:
+        """Returns the periods that the host may count.
+
+        Returns:
+          Steps between statistics and between inversions; 0 where flags in the state
+          decide (staggered or delayed inversions, and numbers that are traced), −1
+          where only the first step inverts.
+        """
+        statistics, inverses = (
+            0 if isinstance(period, jax.Array) else int(period)
+            for period in (
+                self.statistics,
+                -1 if self.inverses is None else self.inverses,
+            )
+        )
+        return statistics, 0 if self.stagger or self.delay else inverses
+
+    def due(self, step: int) -> Due:
+        """Returns what a step renews, for programs that are chosen on the host.
+
+        Args:
+          step: the step's number, from 0.
+
+        Returns:
+          The argument ``due=`` of an optimizer's ``update`` and of ``lbopt.refresh``; a
+          static argument of a function that is jitted.
+
+        Examples:
+          >>> import lbopt
+          >>> lbopt.Periods(inverses=10).due(5)
+          Due(statistics=True, inverses=False)
+        """
+        return due_at(step, *self.counted())
+
+
+def due_at(step: int, statistics: int, inverses: int) -> Due:
+    """Returns what a step renews, given the periods of ``Periods.counted``."""
+    return Due(*(_is_due(step, period) for period in (statistics, inverses)))
+
+
+def _is_due(step: int, period: int) -> bool | None:
+    if period == 0:
+        return None
+    return step == 0 if period < 0 else step % period == 0
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def make_evaluate(
         elif fraction == 1 and not devices:
             # One pass for both: the statistics cost no forward pass of their own.
             return passes.gradients(params, model_state, batch, rng, due)
+        if due is None:
+            return passes.gradients(params, model_state, batch, rng)
 
         def gradients() -> Evaluated:
             return passes.gradients(params, model_state, batch, rng)
@@ -293,7 +295,10 @@ class _Passes(NamedTuple):
 
         # The mask is the same on all devices, so that the model's own collectives may
         # stand inside the conditional.
-        some = jnp.any(jnp.asarray(eigen_moments.flags(due)))
+        flags = eigen_moments.flags(due)
+        if all(isinstance(flag, bool) for flag in flags) and any(flags):
+            return run()
+        some = jnp.any(jnp.asarray(flags))
         return jax.lax.cond(some, run, lambda: zeros_of(jax.eval_shape(run)))
 
     def finish(self, totals: Totals, due: Any, devices: int) -> Curvature:

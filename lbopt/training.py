@@ -28,7 +28,7 @@ devices).
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,12 @@ from lbopt import batch_functions, checks, collectives, health, mesh_step, shard
 from lbopt._typing import Array, AxisName, OptState, Params
 from lbopt.collectives import Axis
 from lbopt.curvature.fisher import Fisher
-from lbopt.curvature.refresh import refresh
+from lbopt.curvature.refresh import Due, refresh
 from lbopt.curvature.registry import Layers
 from lbopt.in_place import update_if
 from lbopt.mesh_step import Step
 from lbopt.norms import squared_norm
+from lbopt.scheduled_step import ScheduledStep
 from lbopt.statistics_pass import make_evaluate, require_no_collectives
 from lbopt.transforms import average, kfac_state, validation
 
@@ -59,6 +60,7 @@ Batch: TypeAlias = Any
 """Any tree of arrays whose leading axis is over examples."""
 LossFn = Callable[[Params, Any, Batch, Array], tuple[Array, tuple[Any, Mapping]]]
 """``(params, model_state, batch, rng) -> (loss, (model_state, metrics))``."""
+T = TypeVar("T")
 Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 Parallel: TypeAlias = Literal["shard_map", "pmap"]
 
@@ -164,11 +166,13 @@ def make_train_step(
         nor declared by ``likelihood``.
 
     Returns:
-      ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, jitted;
-      it donates ``state``, except under ``"pmap"``.  ``statistics_batch`` is of any
-      size that can be divided evenly.  ``metrics`` are those of the loss function,
-      ``loss``, ``skipped``, the number of steps so far that changed nothing, and those
-      of ``health.metrics``.
+      ``train_step(state, batch, statistics_batch=None) -> (state, metrics)``, compiled
+      at its first calls; it donates ``state``, except under ``"pmap"``.  Where an
+      optimizer renews curvature at fixed periods there is a program for each kind of
+      step, chosen by ``state.step`` (``lbopt.scheduled_step``).  ``statistics_batch``
+      is of any size that can be divided evenly.  ``metrics`` are those of the loss
+      function, ``loss``, ``skipped``, the number of steps so far that changed nothing,
+      and those of ``health.metrics``.
 
     Raises:
       ValueError: for a mesh without the axis, for settings that exclude each other,
@@ -197,17 +201,24 @@ def make_train_step(
     checks.one_of("parallel", parallel, get_args(Parallel))
     subset = statistics_fraction, statistics_devices, batch_size
     job = _Job(loss_fn, tx, layers, axis, fisher, accumulate, per_example, *subset)
-    step, check = _step_on_device(job), _checks_of(job)
-    if mesh is None:
-        return mesh_step.without_mesh(step)
-    if parallel == "shard_map":
-        return mesh_step.by_shard_map(step, mesh, axis, per_example, check)
-    if len(mesh.shape) > 1 or per_example:
+    check = _checks_of(job)
+    if mesh is not None and parallel == "pmap" and (len(mesh.shape) > 1 or per_example):
         raise ValueError(
             f"parallel='pmap' needs a mesh of one axis, not {dict(mesh.shape)}, and no "
             "per_example collections; use parallel='shard_map'"
         )
-    return mesh_step.by_pmap(step, mesh, axis, check)
+
+    def program(due: Due) -> Step:
+        step = _step_on_device(job, due)
+        if mesh is None:
+            return mesh_step.without_mesh(step)
+        if parallel == "shard_map":
+            return mesh_step.by_shard_map(step, mesh, axis, per_example, check)
+        return mesh_step.by_pmap(step, mesh, axis, check)
+
+    # Devices that evaluate statistics alone have nothing else to do.
+    scheduled = layers is not None and not statistics_devices
+    return ScheduledStep(program, tx.init if scheduled else None)
 
 
 class _Job(NamedTuple):
@@ -230,8 +241,8 @@ class _Job(NamedTuple):
         return self.axis.size * self.accumulate
 
 
-def _step_on_device(job: _Job) -> Step:
-    """The step of one device, not yet compiled."""
+def _step_on_device(job: _Job, kind: Due) -> Step:
+    """The step of one device, not yet compiled, for what it renews."""
     layers, axis, accumulate = job.layers, job.axis, job.accumulate
     tx = job.tx
     if isinstance(tx, optax.MultiSteps):  # it has the methods, and is none
@@ -250,17 +261,20 @@ def _step_on_device(job: _Job) -> Step:
     )
 
     def train_step(
-        state: TrainState, batch: Batch, statistics_batch: Batch | None = None
+        state: TrainState, batch: Batch, statistics_batch: Batch | None, flags: Due
     ) -> tuple[TrainState, dict[str, Array]]:
+        due = kind if kind.is_static else flags
         _require_no_multi_steps(state.opt_state)
         # By number, so that a run that is resumed draws the same keys.
         rng = jax.random.fold_in(state.rng, state.step)
         rng = batch_functions.keys_of_parts(rng, axis, accumulate)
         if axis.name is None:  # on a mesh it is checked before it is cut
             _check_batch("statistics_batch", statistics_batch, job)
-        due = None if layers is None else refresh(state.opt_state)
+        mask = None
+        if layers is not None and due.statistics is not False:
+            mask = refresh(state.opt_state, due)
         found = evaluate(
-            state.params, state.model_state, batch, statistics_batch, rng, due
+            state.params, state.model_state, batch, statistics_batch, rng, mask
         )
         loss, metrics = collectives.mean((found.loss, found.metrics), axis)
         new_model_state = _combined(found.model_state, job)
@@ -275,6 +289,7 @@ def _step_on_device(job: _Job) -> Step:
                 path: own if path in split else collectives.mean(own, axis)
                 for path, own in found.curvature.items()
             }
+            extra["due"] = due
 
         def update(old: Any) -> Any:
             params, opt_state, _ = old
@@ -284,9 +299,11 @@ def _step_on_device(job: _Job) -> Step:
         # The norm: a square that overflows is no use either; summed, to decide alike.
         square = collectives.total(squared_norm(grads), axis)
         sound = jnp.isfinite(loss) & jnp.isfinite(square)
-        params, opt_state, model_state = update_if(
-            sound, update, (state.params, state.opt_state, state.model_state)
-        )
+        old = state.params, state.opt_state, state.model_state
+        if layers is None or due.is_static:
+            params, opt_state, model_state = _chosen(sound, update(old), old)
+        else:
+            params, opt_state, model_state = update_if(sound, update, old)
         skipped = state.skipped + ~sound
         seen = health.Found(grads, found.curvature, square, sound)
         watched = health.metrics(layers, seen, state.opt_state, opt_state, axis)
@@ -300,6 +317,16 @@ def _step_on_device(job: _Job) -> Step:
     return train_step
 
 
+def _chosen(flag: Array, new: T, old: T) -> T:
+    """Returns the new arrays if the flag is set, else the old ones."""
+
+    def one(new: Array, old: Array) -> Array:
+        # An array that a step passes on needs no choice.
+        return new if new is old else jnp.where(flag, new, old)
+
+    return jax.tree.map(one, new, old)
+
+
 def _functions_of(
     job: _Job, state: TrainState, batch: Batch, rng: Array
 ) -> dict[str, Any]:
@@ -311,10 +338,14 @@ def _functions_of(
     products = functools.partial(batch_functions.mean_products, step, state.params)
 
     def value_fn(
-        params: Params, *, curvature: Any = None, fisher_products: Any = None
+        params: Params,
+        *,
+        curvature: Any = None,
+        due: Any = None,
+        fisher_products: Any = None,
     ) -> Array:
         # Named, because a line search gives it all extra arguments or refuses them.
-        del curvature, fisher_products
+        del curvature, due, fisher_products
         # A line search differentiates it by parameters that all devices share.
         return batch_functions.mean_loss(step, collectives.shared(params, job.axis))
 

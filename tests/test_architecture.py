@@ -41,6 +41,7 @@ ROWS = [
     ["transforms.statistics", "transforms.owner_buffers", "transforms.validation"],
     ["transforms.placement", "transforms.unit_classes"],
     ["transforms.inversion"],
+    ["transforms.scheduled_inversion"],
     ["transforms.kfac_state"],
     ["transforms.natural_gradient", "transforms.renewal", "transforms.reshard"],
     ["transforms.eigen_moments", "transforms.outside"],
@@ -52,7 +53,7 @@ ROWS = [
     ["transforms.nlcg", "transforms.quadratic_model"],
     ["optimizers.kfac", "optimizers.lars", "optimizers.nlcg", "optimizers.sp_ngd"],
     ["presets.lars", "presets.nlcg", "presets.sp_ngd"],
-    ["health", "statistics_pass"],
+    ["health", "statistics_pass", "scheduled_step"],
     ["training"],
     ["inversion_worker", "memory_plan"],
     ["background", "explain"],
@@ -123,6 +124,7 @@ def test_nothing_but_what_runs_between_steps_compiles():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "jit":
                 allowed = {"training", "mesh_step", "background", "inversion_worker"}
+                allowed |= {"scheduled_step"}
                 # Outside of jit it would compile its loops at every call.
                 allowed |= {"transforms.kfac"}
                 # Its programs are compiled once for each size, where an eager

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from lbopt import linalg
-from lbopt._typing import Array, Due, Scalar
+from lbopt._typing import Array, Flag, Scalar
 
 Sums: TypeAlias = Any
 Factors: TypeAlias = Any
@@ -159,8 +158,7 @@ class CurvatureBlock(NamedTuple):
             if f.parts > 1:
                 amount = amount[..., None]
             amount = jnp.broadcast_to(amount, rows.shape[:-1]).astype(rows.dtype)
-            wire = linalg.one_by_one(lambda one, f=f: f.invert(*one), rows, amount)
-            inverses.append(f.expand(wire))
+            inverses.append(f.expand(f.invert(rows, amount)))
         return self.inverses(*inverses)
 
 
@@ -201,7 +199,7 @@ def per_example(total: Float[Array, "..."], terms: Scalar) -> Float[Array, "..."
     return total * terms
 
 
-def when(due: Due, make: Callable[..., Any], *operands: Array) -> Any:
+def when(due: Flag, make: Callable[..., Any], *operands: Array) -> Any:
     """Computes ``make(*operands)`` if due, else returns zeros of the same shapes.
 
     Args:

@@ -8,13 +8,16 @@ way to the device that inverts it, and the packed inverse on its way back.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from lbopt import linalg
-from lbopt._typing import Array, Scalar
+from lbopt._typing import Array, Number
+
+Damping: TypeAlias = Float[Array, "*stack"] | Number
+"""The number added to the diagonal, of each matrix or of all."""
 
 
 class Factor(NamedTuple):
@@ -32,7 +35,7 @@ class Factor(NamedTuple):
       wire: length of the packed inverse.
       multiplicity: ``() -> [size]``, how often each packed number occurs in the matrix:
         once on the diagonal, twice off it.
-      invert: ``(packed [size], damping) -> [wire]``.
+      invert: ``(packed [*stack, size], damping [*stack]) -> [*stack, wire]``.
       expand: ``[*copies, wire] -> `` the unpacked inverse, copies first.
       identity: ``dtype -> [wire]``, the packed inverse that leaves gradients unchanged.
     """
@@ -43,7 +46,7 @@ class Factor(NamedTuple):
     work: int
     wire: int
     multiplicity: Callable[[], Array]
-    invert: Callable[[Array, Scalar], Array]
+    invert: Callable[[Array, Damping], Array]
     expand: Callable[[Array], Any]
     identity: Callable[[Any], Array]
 
@@ -199,24 +202,28 @@ def eigen(plain: Factor) -> Factor:
 
 # Module-level functions rather than closures: factors of one kind compare equal, and
 # those of one size share a compiled program.
-def _invert_symmetric(packed: Float[Array, " size"], damping: Scalar) -> Array:
+def _invert_symmetric(packed: Float[Array, "*stack size"], damping: Damping) -> Array:
     return linalg.pack(linalg.damped_inverse(packed, jnp.asarray(damping)))
 
 
-def _invert_diagonal(packed: Float[Array, " size"], damping: Scalar) -> Array:
-    return 1 / (packed + damping)
+def _invert_diagonal(packed: Float[Array, "*stack size"], damping: Damping) -> Array:
+    return 1 / (packed + jnp.asarray(damping)[..., None])
 
 
-def _invert_pairs(packed: Float[Array, " size"], damping: Scalar) -> Array:
-    a, b, d = jnp.moveaxis(packed.reshape(-1, 3), -1, 0)
+def _invert_pairs(packed: Float[Array, "*stack size"], damping: Damping) -> Array:
+    triples = packed.reshape(*packed.shape[:-1], -1, 3)
+    a, b, d = jnp.moveaxis(triples, -1, 0)
+    damping = jnp.asarray(damping)[..., None]
     # The matrix is positive semi-definite, but rounding can make the determinant of a
     # nearly singular one negative and reverse the step.
     determinant = jnp.maximum(a * d - b * b, 0) + damping * (a + d + damping)
     adjugate = jnp.stack([d + damping, -b, a + damping], -1)
-    return (adjugate / determinant[:, None]).ravel()
+    return (adjugate / determinant[..., None]).reshape(packed.shape)
 
 
-def _decompose(packed: Float[Array, " size"], damping: Scalar) -> Array:
+def _decompose(packed: Float[Array, "*stack size"], damping: Damping) -> Array:
     values, vectors = linalg.eigendecompose(packed)
-    damping = jnp.asarray(damping, values.dtype).reshape(1)
-    return jnp.concatenate([damping, values, vectors.ravel()])
+    stack = values.shape[:-1]
+    damping = jnp.broadcast_to(jnp.asarray(damping, values.dtype), stack)
+    flat = vectors.reshape(*stack, -1)
+    return jnp.concatenate([damping[..., None], values, flat], -1)

@@ -21,8 +21,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
-from lbopt._typing import Array, Count, OptState
+from lbopt._typing import Array, Count, Flag, OptState
 from lbopt.curvature.eigen_moments import CorrectedDue
+
+
+class Due(NamedTuple):
+    """What a step renews.
+
+    A bool is resolved while a step is traced: what is not due is no part of the
+    program.  An array decides when the program runs, at the price of conditionals.
+    None leaves the decision to flags in the state, as the adaptive refresh needs it.
+
+    Attributes:
+      statistics: whether statistics are renewed.
+      inverses: whether inverses are.
+
+    Examples:
+      >>> import lbopt
+      >>> periods = lbopt.Periods(statistics=2, inverses=4)
+      >>> [periods.due(step) for step in (0, 1, 2)]  # doctest: +NORMALIZE_WHITESPACE
+      [Due(statistics=True, inverses=True),
+       Due(statistics=False, inverses=False),
+       Due(statistics=True, inverses=False)]
+    """
+
+    statistics: Flag | None = None
+    inverses: Flag | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the program needs no conditionals."""
+        return all(isinstance(flag, bool) for flag in self)
 
 
 class Refresh(NamedTuple):
@@ -38,6 +67,8 @@ class Refresh(NamedTuple):
       interval: Δ, steps from the last refresh to the next, ``[statistics]``.
       previous_interval: Δ₋₁, the interval before, ``[statistics]``.
       inverse_step: step of a unit's last inversion, −1 before the first, ``[units]``.
+      periods: steps between statistics and between inversions, where the host may
+        count them: ``[2]``; 0 where flags decide, −1 for nothing after the first.
     """
 
     due: Any
@@ -46,14 +77,18 @@ class Refresh(NamedTuple):
     interval: Any
     previous_interval: Any
     inverse_step: Any
+    periods: Any
 
 
-def init_refresh(statistics: int, units: int) -> Refresh:
+def init_refresh(
+    statistics: int, units: int, periods: tuple[int, int] = (0, 0)
+) -> Refresh:
     """Returns the state before the first step, at which everything is due.
 
     Args:
       statistics: number of statistics.
       units: number of units of inversion work.
+      periods: as in ``Refresh``.
 
     Returns:
       The refresh state.
@@ -65,6 +100,7 @@ def init_refresh(statistics: int, units: int) -> Refresh:
         interval=jnp.ones(statistics, jnp.int32),
         previous_interval=jnp.ones(statistics, jnp.int32),
         inverse_step=jnp.full(units, -1, jnp.int32),
+        periods=jnp.asarray(periods, jnp.int32),
     )
 
 
@@ -117,11 +153,13 @@ def next_interval(
     return jnp.where(similar, grown, jnp.maximum(1, interval // 2))
 
 
-def refresh(opt_state: OptState) -> dict[str, Any]:
+def refresh(opt_state: OptState, due: Due = Due()) -> dict[str, Any]:
     """Reads off an optimizer's state which statistics are due at the next step.
 
     Args:
       opt_state: the state of any optax chain that contains a curvature transform.
+      due: what the step renews, if the host knows it (``Periods.due``); flags are then
+        Python bools, which cost a program nothing.
 
     Returns:
       A mask to pass as ``due=`` to the function made by ``value_grad_and_curvature``.
@@ -147,8 +185,12 @@ def refresh(opt_state: OptState) -> dict[str, Any]:
         # Distributed factors are wrapped in sharding.Sharded, the mark of split arrays.
         factors = getattr(node.factors, "shards", node.factors)
         tree = jax.tree.structure(factors)
-        due = node.refresh.due
-        masks.update(jax.tree.unflatten(tree, [due[i] for i in range(tree.num_leaves)]))
+        known = due.statistics
+        flags = [
+            node.refresh.due[i] if known is None else known
+            for i in range(tree.num_leaves)
+        ]
+        masks.update(jax.tree.unflatten(tree, flags))
         for path, moments in node.moments.items():
             a, g = masks[path]
             bases = [basis.vectors for basis in node.inverses[path]]

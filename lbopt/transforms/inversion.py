@@ -12,7 +12,7 @@ With a delay the third part follows some steps after the others, and the buffers
 part of the state in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from lbopt import collectives
 from lbopt._typing import Array
 from lbopt.collectives import Axis
+from lbopt.curvature.factor import Factor
 from lbopt.in_place import update_if
 from lbopt.sharding import Owners
 from lbopt.transforms import owner_buffers
@@ -51,6 +52,12 @@ class Inverted(NamedTuple):
     rounds: Any
     delivered_rounds: Any
     delivered: Any
+
+
+def nothing_inverted(owners: Owners) -> Inverted:
+    """Returns the report of a step that inverts nothing."""
+    none = jnp.zeros(len(classes_of(owners)), jnp.int32)
+    return Inverted(jnp.zeros(len(owners.units), bool), none, none, none)
 
 
 def invert(
@@ -254,7 +261,14 @@ def _deliver(
             for i, inverse in zip(units.statistics, new, strict=True):
                 renewed[i] = inverse
         else:
-            kept, sound = _keep(owners, units, queue, buffer, layout, kept, axis)
+            offsets = jnp.asarray(layout.offsets[units.numbers])
+
+            def read(
+                position: Array, f: Factor = units.factor, offsets: Array = offsets
+            ) -> Array:
+                return jax.lax.dynamic_slice(buffer, (offsets[position],), (f.wire,))
+
+            kept, sound = keep(owners, units, queue, read, kept, axis)
         accepted = accepted.at[units.numbers].set(accepted[units.numbers] | sound)
     return renewed, kept, accepted
 
@@ -352,28 +366,35 @@ def _replicate(
     return update_if(jnp.any(queue.due), renew, (old, jnp.zeros(size, bool)))
 
 
-def _keep(
+def keep(
     owners: Owners,
     units: UnitClass,
     queue: Queue,
-    buffer: Float[Array, " length"],
-    layout: owner_buffers.Layout,
+    read: Callable[[Array], Array],
     kept: Float[Array, " kept"],
     axis: Axis,
 ) -> tuple[Float[Array, " kept"], Bool[Array, " class"]]:
     """Stores a class's new inverses in this device's buffer of owner-kept ones.
 
+    Args:
+      owners: the owner of each unit.
+      units: the class.
+      queue: its units that are due.
+      read: returns the packed inverse of the unit at a position in the class, which
+        this device owns.
+      kept: this device's buffer.
+      axis: the devices.
+
     Returns:
       The buffer, and which of the class's units have a new inverse, on all devices.
     """
     f, me = units.factor, axis.position()
-    offsets = jnp.asarray(layout.offsets[units.numbers])
     places = jnp.asarray(owner_buffers.kept_layout(owners).offsets[units.numbers])
 
     def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, sound = carry
         position = queue.positions[me, k]
-        inverse = jax.lax.dynamic_slice(buffer, (offsets[position],), (f.wire,))
+        inverse = read(position)
         finite = jnp.all(jnp.isfinite(inverse))
         new = owner_buffers.flat(f.expand(inverse)).astype(kept.dtype)
         at = places[position]

@@ -8,6 +8,7 @@ statistics → factors (``statistics``) → inverses (``renewal``, ``inversion``
 gradient (``natural_gradient``, ``placement``).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -23,13 +24,15 @@ from lbopt._typing import Array, Params, Scalar, ScalarOrSchedule, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import layer_table
 from lbopt.curvature import refresh as clocks
+from lbopt.curvature.refresh import Due
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
 from lbopt.sharding import Owners, Sharded
-from lbopt.transforms import eigen_moments, kfac_state, renewal, validation
+from lbopt.transforms import eigen_moments, inversion, kfac_state, renewal, validation
+from lbopt.transforms.inversion import Inverted
 from lbopt.transforms.kfac_state import KfacState, plain
 from lbopt.transforms.natural_gradient import insert, precondition
-from lbopt.transforms.statistics import Findings, Running, fold, weight
+from lbopt.transforms.statistics import Findings, Running, fold, nothing_found, weight
 
 
 def scale_by_kfac(
@@ -89,7 +92,9 @@ def scale_by_kfac(
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``, the statistics of
-      ``value_grad_and_curvature``, and optionally ``damping=``, the λ of this step.
+      ``value_grad_and_curvature``, and optionally ``damping=``, the λ of this step, and
+      ``due=``, what this step renews (``Periods.due``): the program then holds no more
+      than that.  Without it flags in the state decide.
 
     Raises:
       ValueError: for settings out of range.
@@ -122,6 +127,8 @@ def scale_by_kfac(
         known, norm_damping, factor_decay, periods, stale_threshold, placement
     )
     axis = own.axis
+    # The host knows neither what has changed nor which bases there are.
+    by_flags = own.adaptive or eigenvalues == "corrected"
 
     # optax.tree_map_params asks for a state without saying which layers are masked:
     # those of the last init are.
@@ -133,7 +140,12 @@ def scale_by_kfac(
         else:
             present = last["present"] = validation.present_layers(known, params)
         state = kfac_state.init_state(
-            present, own.owners(present), axis, own.adaptive, bool(periods.delay)
+            present,
+            own.owners(present),
+            axis,
+            own.adaptive,
+            bool(periods.delay),
+            (0, 0) if by_flags else periods.counted(),
         )
         first = damping(state.count) if callable(damping) else damping
         state = state._replace(last_damping=jnp.array(first, float))  # may be donated
@@ -143,13 +155,14 @@ def scale_by_kfac(
             moments=eigen_moments.init_moments(present, state.inverses)
         )
 
-    def placed(*args: Any) -> tuple[Updates, KfacState]:
+    def placed(due: Due, *args: Any) -> tuple[Updates, KfacState]:
         # The updates are laid out as the gradients.
         layouts = explicit_axes.specs_of(args[:2])
-        return explicit_axes.on_auto_axes(own.step, args, layouts)
+        step = functools.partial(own.step, due)
+        return explicit_axes.on_auto_axes(step, args, layouts)
 
     # One program outside of jit too: there each loop would be compiled at every call.
-    compiled = jax.jit(placed)
+    compiled = jax.jit(placed, static_argnums=0)
 
     def update_fn(
         updates: Updates,
@@ -157,6 +170,7 @@ def scale_by_kfac(
         params: Params | None = None,
         *,
         curvature: Mapping[str, Any] | None = None,
+        due: Due = Due(),
         **extra_args: Any,
     ) -> tuple[Updates, KfacState]:
         del params
@@ -164,14 +178,17 @@ def scale_by_kfac(
         axis.require()
         kfac_state.require_state(state)
         present = {path: known[path] for path in plain(state.factors)}
-        given = validation.checked_statistics(present, curvature, state.moments)
+        validation.check_due(due, by_flags)
+        given: Any = ({}, {})
+        if due.statistics is not False:
+            given = validation.checked_statistics(present, curvature, state.moments)
         validation.check_gradients(present, updates)
         validation.check_shares(present, state.factors, axis)
         value = _damping_now(state, extra_args.get("damping", damping))
         args = (updates, state, given, value)
         if axis.name is None:
             validation.require_same_on_devices((updates, given))
-        return (placed if _is_traced(args) else compiled)(*args)
+        return (placed if _is_traced(args) else compiled)(due, *args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -201,7 +218,12 @@ class _Settings(NamedTuple):
         return _owners(present, self.axis, self.periods, self.placement)
 
     def step(
-        self, updates: Updates, state: KfacState, given: tuple[Any, Any], damping: Any
+        self,
+        due: Due,
+        updates: Updates,
+        state: KfacState,
+        given: tuple[Any, Any],
+        damping: Any,
     ) -> tuple[Updates, KfacState]:
         """One update, given the statistics and squares of the batch and λ."""
         axis, periods, adaptive = self.axis, self.periods, self.adaptive
@@ -209,20 +231,24 @@ class _Settings(NamedTuple):
         # Sorted, as JAX sorts the keys of a dictionary: clocks are numbered by leaves.
         present = {path: self.known[path] for path in sorted(plain(state.factors))}
         owners = self.owners(present)
-        due = state.refresh.due  # at this step; _clocks sets that of the next
+        # At this step; _clocks sets that of the next.
+        flags = state.refresh.due
+        wanted = flags if due.statistics is None else due.statistics
         state, findings = _average(
-            present, state, statistics, self.factor_decay, self.stale_threshold, axis
+            present,
+            state,
+            statistics,
+            wanted,
+            self.factor_decay,
+            self.stale_threshold,
+            axis,
         )
         state, empty = eigen_moments.average(
             present, state, squares, self.factor_decay, axis
         )
-        scheduled = _units_due(owners, state, findings, periods, adaptive)
         state = _with_damping(state, damping)
-        amounts = renewal.amounts(present, state, state.last_damping, self.norm_damping)
         before = state  # whose bases the moments are in
-        state, inverted = renewal.invert(
-            present, owners, state, scheduled, amounts, axis, periods.delay
-        )
+        state, inverted = self._invert(due, present, owners, state, findings)
         state = eigen_moments.carry(present, owners, before, state, inverted.accepted)
         updates, natural = precondition(present, owners, state, updates, axis)
         state = eigen_moments.scheduled(
@@ -230,13 +256,45 @@ class _Settings(NamedTuple):
         )
         state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            damping=amounts.astype(state.damping.dtype),
             refresh=_clocks(state, findings, periods.statistics, adaptive),
             report=kfac_state.report(
-                present, owners, due, inverted, not adaptive, axis, before.moments
+                present,
+                owners,
+                jnp.broadcast_to(jnp.asarray(wanted), flags.shape),
+                inverted,
+                not adaptive,
+                axis,
+                before.moments,
             ),
         )
         return insert(present, updates, natural), state
+
+    def _invert(
+        self,
+        due: Due,
+        present: Mapping[str, Layer],
+        owners: Owners,
+        state: KfacState,
+        findings: Findings,
+    ) -> tuple[KfacState, Inverted]:
+        """Renews the inverses that are due."""
+        periods = self.periods
+        # BackgroundInversion takes the damping of every step.
+        if due.inverses is False and periods.inverses is not None and not periods.delay:
+            return state, inversion.nothing_inverted(owners)
+        amounts = renewal.amounts(present, state, state.last_damping, self.norm_damping)
+        state = state._replace(damping=amounts.astype(state.damping.dtype))
+        if periods.delay:
+            scheduled = _units_due(due, owners, state, findings, periods, self.adaptive)
+            return renewal.invert_later(
+                present, owners, state, scheduled, amounts, self.axis, periods.delay
+            )
+        if due.inverses is False:
+            return state, inversion.nothing_inverted(owners)
+        if due.inverses is True:
+            return renewal.invert_all(present, owners, state, amounts, self.axis)
+        scheduled = _units_due(due, owners, state, findings, periods, self.adaptive)
+        return renewal.invert(present, owners, state, scheduled, amounts, self.axis)
 
 
 def _is_traced(tree: Any) -> bool:
@@ -275,6 +333,7 @@ def _with_damping(state: KfacState, damping: Any) -> KfacState:
 
 
 def _units_due(
+    due: Due,
     owners: Owners,
     state: KfacState,
     findings: Findings,
@@ -282,6 +341,8 @@ def _units_due(
     adaptive: bool,
 ) -> Bool[Array, " units"]:
     """Returns which units the schedule wants inverted at this step."""
+    if due.inverses is not None:
+        return jnp.broadcast_to(jnp.asarray(due.inverses), (len(owners.units),))
     if periods.inverses is None:  # all but the first are BackgroundInversion's
         return jnp.zeros(len(owners.units), bool)
     if adaptive:  # a unit is due with its statistic
@@ -293,12 +354,17 @@ def _average(
     layers: Mapping[str, Layer],
     state: KfacState,
     statistics: Mapping[str, Any],
+    due: Any,
     factor_decay: Any,
     stale_threshold: Any,
     axis: Axis,
 ) -> tuple[KfacState, Findings]:
     """Folds the statistics that are due and finite into the factors of the state."""
-    due, renewals = state.refresh.due, state.refresh.renewals
+    renewals = state.refresh.renewals
+    if due is False:
+        return state, nothing_found(len(renewals))
+    if due is not True:
+        due = jnp.broadcast_to(due, renewals.shape)
     weights = weight(factor_decay, renewals)
     kinds = kfac_state.kinds(layers)
     factors, tree = jax.tree.flatten(plain(state.factors))

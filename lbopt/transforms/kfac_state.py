@@ -101,6 +101,7 @@ def init_state(
     axis: Axis,
     adaptive: bool,
     delayed: bool = False,
+    periods: tuple[int, int] = (0, 0),
 ) -> KfacState:
     """Returns the state before the first step.
 
@@ -110,6 +111,7 @@ def init_state(
       axis: the devices.
       adaptive: whether the refresh is adaptive.
       delayed: whether inverses take effect later than they are computed.
+      periods: as in ``curvature.refresh.Refresh``.
 
     Returns:
       The state; no two of its arrays share a buffer.
@@ -153,7 +155,9 @@ def init_state(
         factors=factors,
         before=split() if adaptive else (),
         traces=traces,
-        refresh=clocks.init_refresh(len(jax.tree.leaves(factors)), len(owners.units)),
+        refresh=clocks.init_refresh(
+            len(jax.tree.leaves(factors)), len(owners.units), periods
+        ),
         inverses={
             path: layer.block.init(layer.tapped.copies)[1]
             for path, layer in layers.items()

@@ -13,7 +13,7 @@ from lbopt.collectives import Axis
 from lbopt.curvature import unit_wise
 from lbopt.curvature.registry import Layer
 from lbopt.sharding import Owners
-from lbopt.transforms import inversion, kfac_state
+from lbopt.transforms import inversion, kfac_state, scheduled_inversion
 from lbopt.transforms.kfac_state import KfacState, plain
 
 # The factor on a layer's damping after an inverse that was not finite.
@@ -79,11 +79,8 @@ def invert(
     scheduled: Bool[Array, " units"],
     amounts: Float[Array, " units"],
     axis: Axis,
-    delay: Whole | None = None,
 ) -> tuple[KfacState, inversion.Inverted]:
-    """Renews the inverses that are due; with a delay, delivers those due before."""
-    if delay:
-        return _invert_later(layers, owners, state, scheduled, amounts, axis, delay)
+    """Renews the inverses that are due."""
     # A unit without any inverse is due whatever the schedule.
     due = can_be_inverted(layers, owners, state)
     due &= scheduled | (state.refresh.inverse_step < 0)
@@ -102,7 +99,31 @@ def invert(
     ), inverted
 
 
-def _invert_later(
+def invert_all(
+    layers: Mapping[str, Layer],
+    owners: Owners,
+    state: KfacState,
+    amounts: Float[Array, " units"],
+    axis: Axis,
+) -> tuple[KfacState, inversion.Inverted]:
+    """Renews all inverses, in a step at which the host knows that they are due."""
+    known = can_be_inverted(layers, owners, state)
+    inverses, kept, inverted = scheduled_inversion.invert_all(
+        owners,
+        _factor_rows(layers, state, axis),
+        inverse_leaves(layers, state),
+        kfac_state.local(state.kept),
+        known,
+        amounts,
+        axis,
+    )
+    state = with_inverses(layers, state, inverses, kept)
+    return with_outcome(
+        layers, owners, state, known, inverted.accepted, state.count
+    ), inverted
+
+
+def invert_later(
     layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,

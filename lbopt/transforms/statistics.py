@@ -57,7 +57,7 @@ def fold(
     kinds: Sequence[Factor],
     running: Sequence[Running],
     packed: Sequence[Callable[[], Float[Array, "_ _"]]],
-    due: Bool[Array, " statistics"],
+    due: Bool[Array, " statistics"] | bool,
     weights: Float[Array, " statistics"],
     stale_threshold: Scalar | None,
     axis: Axis,
@@ -69,7 +69,8 @@ def fold(
       running: the averages.
       packed: functions that return this device's statistics, ``[copies, size]``;
         called only for those that are due, so that packing the others costs nothing.
-      due: which are due, the same on all devices.
+      due: which are due, the same on all devices; a bool, of all, is resolved while
+        the step is traced.
       weights: the weight of each new statistic in its average.
       stale_threshold: α of the similarity; None for a periodic refresh, in which all
         statistics share one collective instead of having one each.
@@ -79,6 +80,10 @@ def fold(
       The averages, and the flags, the same on all devices.
     """
     numbers = range(len(kinds))
+    if due is False:
+        return list(running), nothing_found(len(kinds))
+    always = due is True
+    due = jnp.broadcast_to(jnp.asarray(due), (len(kinds),))
     # Periodic statistics are all due at the same steps, adaptive ones each at its own.
     joint = stale_threshold is None
     groups = [list(numbers)] if joint else [[i] for i in numbers]
@@ -100,8 +105,9 @@ def fold(
             ]
             return folded, findings
 
-        start = ([running[i] for i in group], _nothing(len(group)))
-        folded, findings = update_if(jnp.any(due[jnp.asarray(group)]), renew, start)
+        start = ([running[i] for i in group], nothing_found(len(group)))
+        some = jnp.any(due[jnp.asarray(group)])
+        folded, findings = renew(start) if always else update_if(some, renew, start)
         after += folded
         found.append(findings)
     return after, jax.tree.map(lambda *x: jnp.concatenate(x), *found)
@@ -145,7 +151,8 @@ def averaged(
     return jnp.where(accepted, new.astype(before.dtype), before)
 
 
-def _nothing(statistics: int) -> Findings:
+def nothing_found(statistics: int) -> Findings:
+    """Returns the flags of a step at which no statistic is due."""
     return Findings(*[jnp.zeros(statistics, bool)] * len(Findings._fields))
 
 

@@ -117,7 +117,13 @@ def repeat(count: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
 
 
 def replace_sound(
-    owners: Owners, units: UnitClass, old: list[Any], inverses: Array, sound: Array
+    owners: Owners,
+    units: UnitClass,
+    old: list[Any],
+    inverses: Array,
+    sound: Array,
+    *,
+    always: bool = False,
 ) -> list[Any]:
     """Returns a class's inverses with those rows replaced whose new ones are sound.
 
@@ -127,6 +133,7 @@ def replace_sound(
       old: the inverses of each of its statistics, copies first in any shape.
       inverses: the packed new inverses, ``[class, packed]``.
       sound: which of them to take, ``[class]``.
+      always: whether nearly every row is new, so that a condition would be in vain.
 
     Returns:
       The inverses of each statistic, in the shapes and dtypes of the old ones.
@@ -140,14 +147,24 @@ def replace_sound(
         def replace_rows(
             old: Any, inverses: Array = inverses[rows], sound: Array = sound[rows]
         ) -> Any:
-            def choose(new: Array, before: Array) -> Array:
-                # One flag for each row, broadcast over its numbers.
-                flags = sound.reshape(-1, *[1] * (new.ndim - 1))
-                chosen = jnp.where(flags, new, before.reshape(new.shape))
-                return chosen.astype(before.dtype).reshape(before.shape)
-
-            return jax.tree.map(choose, units.factor.expand(inverses), old)
+            return _chosen(units.factor.expand(inverses), sound, old)
 
         # Without a sound row the old arrays are passed on, not copied.
-        new.append(update_if(jnp.any(sound[rows]), replace_rows, inverse))
+        new.append(
+            replace_rows(inverse)
+            if always
+            else update_if(jnp.any(sound[rows]), replace_rows, inverse)
+        )
     return new
+
+
+def _chosen(new: Any, sound: Bool[Array, " rows"], old: Any) -> Any:
+    """Returns new inverses where they are sound, in the shapes of the old ones."""
+
+    def choose(new: Array, before: Array) -> Array:
+        # One flag for each row, broadcast over its numbers.
+        flags = sound.reshape(-1, *[1] * (new.ndim - 1))
+        chosen = jnp.where(flags, new, before.reshape(new.shape))
+        return chosen.astype(before.dtype).reshape(before.shape)
+
+    return jax.tree.map(choose, new, old)

@@ -15,6 +15,7 @@ from lbopt._typing import Array, Params, Updates
 from lbopt.collectives import Axis
 from lbopt.curvature import locations
 from lbopt.curvature.eigen_moments import CorrectedStatistics
+from lbopt.curvature.refresh import Due
 from lbopt.curvature.registry import Layer, Layers
 from lbopt.settings import Periods, Placement
 from lbopt.sharding import Sharded
@@ -325,6 +326,28 @@ def check_stale_threshold(
                 f"{stale_threshold}, which compares single statistics and sets the "
                 "times itself; pass stale_threshold=None for averages and periods"
             )
+
+
+def check_due(due: Any, by_flags: bool) -> None:
+    """Raises ValueError unless ``due`` says what a step renews.
+
+    Raises:
+      ValueError: for another type, and for flags given to an optimizer that decides by
+        those in its state.
+    """
+    if not isinstance(due, Due) or not all(
+        flag is None or (jnp.shape(flag) == () and jnp.result_type(flag) == jnp.bool_)
+        for flag in due
+    ):
+        raise ValueError(
+            f"due={due!r} must be an lbopt.Due of flags; pass periods.due(step), as a "
+            "static argument of a function that is jitted, or leave it out"
+        )
+    if by_flags and not all(flag is None for flag in due):
+        raise ValueError(
+            f"due={due} must be left out with stale_threshold= and with "
+            "eigenvalues='corrected': flags in the state say what these renew"
+        )
 
 
 def check_shares(layers: Mapping[str, Layer], factors: Any, axis: Axis) -> None:
