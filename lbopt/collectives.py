@@ -11,6 +11,11 @@ collectives:
 
 ``scatter_mean`` sends each number once over each link, whatever the sizes of the rows;
 ``exchange`` sends at most one row per device, and ``gather`` one row for each device.
+
+On a TPU, reductions and gathers run in two stages, along the columns and along the rows
+of a grid of devices.  XLA:TPU replaces a reduce-scatter over more than one axis of its
+torus by an all-reduce, and an all-gather over 64 devices or more likewise, which send
+twice as much; over one axis of the torus it keeps both.
 """
 
 import math
@@ -25,6 +30,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from lbopt._typing import Array, AxisName
+
+# XLA:TPU pads a piece that is not an even number of tiles, of 8 rows of 128 numbers,
+# and corrects the result with one more collective.
+_LANES, _ROWS = 128, 16
 
 
 class Axis(NamedTuple):
@@ -133,7 +142,12 @@ def scatter_mean(arrays: Sequence[Array], axis: Axis) -> list[Array]:
     pieces = [jnp.moveaxis(cut(x, axis), 1, 0) for x in arrays]  # [devices, m, share]
     # Joined, so that all arrays travel in one collective and pay its latency once.
     joined = jnp.concatenate([x.reshape(axis.size, -1) for x in pieces], 1)
-    mean = lax.psum_scatter(joined, axis.name, scatter_dimension=0) / axis.size
+    total = lax.platform_dependent(
+        joined,
+        tpu=lambda x: scatter_in_two_stages(x, axis),
+        default=lambda x: lax.psum_scatter(x, axis.name, scatter_dimension=0),
+    )
+    mean = total / axis.size
     ends = np.cumsum([x.shape[1] * x.shape[2] for x in pieces])
     parts = jnp.split(mean, ends[:-1])
     return [p.reshape(x.shape[1:]) for p, x in zip(parts, pieces, strict=True)]
@@ -161,7 +175,105 @@ def gather(shares: Float[Array, "m share"], axis: Axis) -> Float[Array, "m padde
     """Whole rows from this device's shares of them (one all-gather)."""
     if axis.name is None:
         return shares
-    return lax.all_gather(shares, axis.name, axis=1, tiled=True)
+    return lax.platform_dependent(
+        shares,
+        tpu=lambda x: gather_in_two_stages(x, axis),
+        default=lambda x: lax.all_gather(x, axis.name, axis=1, tiled=True),
+    )
+
+
+def by_place(devices: Sequence[Any]) -> Sequence[Any]:
+    """Devices of a TPU by their places in the torus, x fastest; others as they are.
+
+    In this order the rows and columns of ``grid`` are those of the torus.
+
+    Args:
+      devices: the devices.
+
+    Returns:
+      The same devices.
+    """
+    if not all(hasattr(device, "coords") for device in devices):
+        return devices
+    return sorted(devices, key=lambda d: (*reversed(d.coords), d.core_on_chip))
+
+
+def grid(devices: int) -> np.ndarray:
+    """The most nearly square grid of so many devices, at least as high as wide.
+
+    Slices of a TPU whose torus has two dimensions have this shape.
+
+    Args:
+      devices: number of devices.
+
+    Returns:
+      Their indices along the mesh axis, ``[height, width]``.
+    """
+    width = max(w for w in range(1, math.isqrt(devices) + 1) if devices % w == 0)
+    return np.arange(devices).reshape(-1, width)
+
+
+def scatter_in_two_stages(
+    rows: Float[Array, "devices size"], axis: Axis
+) -> Float[Array, " size"]:
+    """This device's row of the sum over devices, by a reduce-scatter along each axis.
+
+    Device (i, j) of the grid receives the sums over its column of the rows for all
+    devices of line i, and then the sum over that line of the row for itself:
+
+        Σ_j' Σ_i' rows_i'j'[i, j].
+
+    Args:
+      rows: a row for each device.
+      axis: the devices.
+
+    Returns:
+      The sum of this device's row.
+    """
+    devices, size = rows.shape
+    places = grid(devices)
+    height = _ROWS * -(-size // (_ROWS * _LANES))
+    # XLA:TPU has no reduce-scatter over an odd number of devices. The all-reduce that
+    # it makes of the plain one sends twice the numbers; padding of short rows, more.
+    odd = any(side > 1 and side % 2 for side in places.shape)
+    if odd or height * _LANES > 2 * size:
+        return lax.psum_scatter(rows, axis.name, scatter_dimension=0)
+    padded = jnp.pad(rows, ((0, 0), (0, height * _LANES - size)))
+    pieces = padded.reshape(*places.shape, height, _LANES)
+    # Columns first: each stage then cuts the array's first axis, which needs no copy.
+    for groups in (places.T, places):
+        pieces = lax.psum_scatter(
+            pieces,
+            axis.name,
+            scatter_dimension=0,
+            axis_index_groups=groups.tolist(),
+        )
+    return pieces.reshape(-1)[:size]
+
+
+def gather_in_two_stages(
+    shares: Float[Array, "m share"], axis: Axis
+) -> Float[Array, "m padded"]:
+    """Whole rows from this device's shares of them, by an all-gather along each axis.
+
+    Args:
+      shares: this device's shares.
+      axis: the devices.
+
+    Returns:
+      The whole rows.
+    """
+    m, share = shares.shape
+    height = -(-shares.size // _LANES)
+    padded = jnp.pad(shares.reshape(-1), (0, height * _LANES - shares.size))
+    places = grid(axis.size)
+    whole = padded.reshape(height, _LANES)
+    for groups in (places, places.T):
+        whole = lax.all_gather(whole, axis.name, axis_index_groups=groups.tolist())
+    whole = whole.reshape(axis.size, height * _LANES)[:, : shares.size]
+    return jnp.moveaxis(whole.reshape(axis.size, m, share), 0, 1).reshape(
+        m, axis.size * share
+    )
 
 
 def mapped_axis(name: str) -> Axis:

@@ -34,7 +34,8 @@ def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") 
     """A mesh with one axis over the given devices.
 
     Args:
-      devices: the devices in order; None for all of the machine's.
+      devices: the devices in order; None for all of the machine's, those of a TPU in
+        the order of their places in the torus.
       axis_name: the axis's name.
 
     Returns:
@@ -45,7 +46,7 @@ def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") 
       >>> sharding.make_mesh().axis_names
       ('data',)
     """
-    devices = jax.devices() if devices is None else devices
+    devices = collectives.by_place(jax.devices()) if devices is None else devices
     # Explicit axes, jax.make_mesh's default, want a sharding named for every product.
     return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
 

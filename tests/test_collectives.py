@@ -1,9 +1,12 @@
 """Moves between devices, under ``shard_map`` and ``pmap``, against NumPy."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from lbopt import collectives
 from lbopt.collectives import Axis
@@ -71,6 +74,72 @@ def test_every_collective_is_what_numpy_says(devices, parallel):
     np.testing.assert_array_equal(found["again"], x)
 
 
+# 3 devices have no even grid, 2 have one column; rows of 900 numbers are too short.
+@everywhere
+@pytest.mark.parametrize(
+    ("devices", "size"), [(1, 1100), (2, 1100), (3, 1100), (4, 900), (8, 1100)]
+)
+def test_stages_along_a_grid_are_one_collective(devices, size, parallel):
+    axis = Axis(AXIS, devices)
+    whole, shares = rows(devices, devices, size), rows(devices, 2, 70)
+
+    def run(whole, shares):
+        return (
+            collectives.scatter_in_two_stages(whole, axis),
+            collectives.gather_in_two_stages(shares, axis),
+        )
+
+    scattered, gathered = on_devices(devices, run, whole, shares, parallel=parallel)
+    np.testing.assert_allclose(scattered, whole.sum(0), 1e-5, 1e-6)
+    expected = np.concatenate(list(shares), 1)
+    for one in gathered:
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_stages_over_several_axes_of_a_mesh():
+    axis, along = Axis(("slow", "fast"), 8), PartitionSpec(("slow", "fast"))
+    auto = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("slow", "fast"), axis_types=auto)
+    whole = rows(8, 8, 1100)
+
+    def run(x):
+        share = collectives.scatter_in_two_stages(x[0], axis)[None]
+        return share, collectives.gather_in_two_stages(share, axis)
+
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=along, out_specs=along, check_vma=False
+    )
+    scattered, gathered = jax.jit(mapped)(whole)
+    np.testing.assert_allclose(scattered, whole.sum(0), 1e-5, 1e-6)
+    for one in gathered:
+        np.testing.assert_array_equal(one, np.asarray(scattered).reshape(-1))
+
+
+@pytest.mark.parametrize(("platform", "number"), [("cpu", 1), ("cuda", 1), ("tpu", 2)])
+def test_only_a_tpu_sends_in_two_stages(platform, number):
+    axis, along = Axis(AXIS, 4), PartitionSpec(AXIS)
+
+    def run(x):
+        return collectives.gather(collectives.scatter_mean([x], axis)[0], axis)
+
+    mesh = jax.sharding.AbstractMesh((4,), (AXIS,))
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=along, out_specs=along, check_vma=False
+    )
+    traced = jax.jit(mapped).trace(jax.ShapeDtypeStruct((4, 9000), jnp.float32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    for kind in ("reduce_scatter", "all_gather"):
+        assert text.count(f'"stablehlo.{kind}"(') == number
+
+
+def test_the_grid_is_nearly_square():
+    sizes = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
+    shapes = [collectives.grid(size).shape for size in sizes]
+    assert shapes[:5] == [(1, 1), (2, 1), (3, 1), (2, 2), (3, 2)]
+    # The tori of a TPU v5e.
+    assert shapes[5:] == [(4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16)]
+
+
 def test_without_an_axis_nothing_moves():
     axis = Axis(None, 1)
     x = jnp.asarray(rows(1, 2, 7)[0])
@@ -114,3 +183,22 @@ def test_an_axis_of_another_size(parallel):
     message = r"axis_size=3, but the axis 'data' has 2 devices; pass lbopt\.Placement"
     with pytest.raises(ValueError, match=message):
         run(3)
+
+
+def test_devices_of_a_torus_are_ordered_by_place():
+    class Chip(NamedTuple):
+        id: int
+        coords: tuple[int, ...]
+        core_on_chip: int
+
+    # Each host's four chips together, as JAX may list them, and two cores on a chip.
+    places = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
+    chips = [
+        Chip(2 * i + core, (*place, 0), core)
+        for i, place in enumerate(places)
+        for core in (1, 0)
+    ]
+    found = [chip.id for chip in collectives.by_place(chips)]
+    assert found == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+    devices = jax.devices()[::-1]
+    assert collectives.by_place(devices) == devices
