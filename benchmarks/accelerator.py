@@ -196,12 +196,7 @@ def plan(sizes: Sizes) -> list[Part]:
     of_inverses = {"cases": sizes.matrices, "eigh_most": sizes.eigh_most}
     ekfac = {"network": sizes.eigen_network, "batch_size": sizes.eigen_batch}
     return [
-        Part(
-            "agreement",
-            accelerator_agreement.measure,
-            100.0,
-            {"dtypes": ("float32", "bfloat16")},
-        ),
+        Part("agreement", accelerator_agreement.measure, 100.0, {}),
         steps("curvature", 150.0, "curvature", **small),
         shares("shares", limit=80.0, settings=network | small),
         Part(
