@@ -28,8 +28,8 @@ from benchmarks.parts import Run
 BATCH, CLASSES, WORDS, WIDTH = 32, 10, 24, 16
 DAMPING = 1e-2
 
-# Relative, see ``error``.  Sums in another order differ by 1e-6 at most; the rounding of
-# TF32 is 1e-3.  An inverse is as much as a hundred times as sensitive as its factor, the
+# Relative, see ``error``.  Sums in another order differ by 1e-6 at most; the rounding
+# of TF32 is 1e-3.  An inverse is up to a hundred times as sensitive as its factor, the
 # mean eigenvalue over the damping.
 FLOAT32 = {
     "loss": 1e-5,
@@ -136,26 +136,32 @@ def measure(run: Run) -> None:
             "with which the accelerator is compared; append ',cpu' to it, or unset it"
         ) from missing
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {}
+        waiting: list[tuple[str, list[Any]]] = []
         for name, case in CASES.items():
+            jobs = []
             for dtype in ("float32", "bfloat16"):
                 program, arguments = problem(case, dtype)
                 for device in devices:
                     own = jax.device_put(arguments, device)
                     with jax.default_matmul_precision(precision(dtype)):
                         lowered = jax.jit(program).lower(*own)
-                    job = pool.submit(lowered.compile)
-                    waiting.setdefault((name, dtype), []).append((job, own))
-        for name in CASES:
-            single, half = (
-                [
-                    jax.device_get(job.result()(*own))
-                    for job, own in waiting[name, dtype]
-                ]
-                for dtype in ("float32", "bfloat16")
-            )
-            run.report(f"{name}, float32", compared(single[0], single[1]))
-            run.report(f"{name}, bfloat16", compared(half[0], single[1], half[1]))
+                    jobs.append(pool.submit(_results, lowered, own))
+            waiting.append((name, jobs))
+            # Early, so that a part that is stopped has what was ready.
+            while waiting and all(job.done() for job in waiting[0][1]):
+                _report(run, *waiting.pop(0))
+        for name, jobs in waiting:
+            _report(run, name, jobs)
+
+
+def _results(lowered: jax.stages.Lowered, arguments: tuple[Any, ...]) -> Record:
+    return jax.device_get(lowered.compile()(*arguments))
+
+
+def _report(run: Run, name: str, jobs: list[Any]) -> None:
+    ours, cpu, our_half, cpu_half = (job.result() for job in jobs)
+    run.report(f"{name}, float32", compared(ours, cpu))
+    run.report(f"{name}, bfloat16", compared(our_half, cpu, cpu_half))
 
 
 def precision(dtype: str) -> str:

@@ -41,7 +41,8 @@ def eigh(packed: jax.Array, damping: jax.Array) -> jax.Array:
 
 def _damped(packed: jax.Array, damping: jax.Array) -> jax.Array:
     matrix = linalg.unpack(packed)
-    return matrix + damping[..., None, None] * jnp.eye(matrix.shape[-1])
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1]), matrix.shape)
+    return matrix + damping[..., None, None] * eye
 
 
 METHODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
