@@ -98,6 +98,7 @@ def _steps(rows: Mapping[str, Record]) -> list[str]:
         if "error" in row:
             body.append((name, row["error"], "", "", "", "", "", "", ""))
             continue
+        skipped = row["skipped"]  # steps with numbers that were not finite
         body.append(
             (
                 name,
@@ -108,7 +109,7 @@ def _steps(rows: Mapping[str, Record]) -> list[str]:
                 f"{row['state_bytes'] / 1e6:.0f}",
                 f"{max(b['total'] for b in row['bytes'].values()) / 1e6:.0f}",
                 _megabytes(row["peak_bytes_so_far"]),
-                row["course"],
+                row["course"] + (f", {skipped} SKIPPED" if skipped else ""),
             )
         )
     batch = next(iter(rows.values()))["batch_size"]

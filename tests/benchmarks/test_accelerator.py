@@ -46,7 +46,8 @@ def run_of(rows, left=60.0):
 def check_steps(rows, names):
     assert list(rows) == ["SGD", *names]
     for name, row in rows.items():
-        assert row["finite"], name
+        assert row["skipped"] == 0, name
+        assert "NOT FINITE" not in row["course"]
         assert row["state_bytes"] > 0
         assert {b["total"] > b["temporary"] for b in row["bytes"].values()} == {True}
         for s in (*row["ratios"].values(), *row["milliseconds"].values()):
@@ -104,9 +105,10 @@ def test_the_small_command_in_processes_of_its_own(tmp_path):
     } == {}
     found = {name: entry["rows"] for name, entry in entries.items()}
     assert len(found["agreement"]) == 2 * len(CASES)
-    for row in found["agreement"].values():  # the same device: not a bit differs
-        assert set(row["errors"].values()) == {0.0} or "bfloat16" in row
+    for name, row in found["agreement"].items():
         assert row["agrees"]
+        if "float32" in name:  # the same device: not a bit differs
+            assert set(row["errors"].values()) == {0.0}
     for suffix in ("", ", largest batch"):
         check_steps(found[f"curvature{suffix}"], ["K-FAC", "SP-NGD"])
         check_steps(found[f"first order{suffix}"], ["LARS", "AdamW", "Muon", "NLCG"])
@@ -149,8 +151,9 @@ def test_a_part_that_does_not_end_well_keeps_its_rows(
     tmp_path, measure, settings, status, why
 ):
     rows = {}
-    part = parts.Part("some", measure, 20.0, settings)
-    outcome = parts.in_own_process(part, run_of(rows, left=20.0), tmp_path)
+    # The start of a process is part of it.
+    part = parts.Part("some", measure, 40.0, settings)
+    outcome = parts.in_own_process(part, run_of(rows, left=part.limit), tmp_path)
     assert outcome.status == status
     assert why in outcome.why
     assert rows == {"before": {"x": 1}}
