@@ -40,7 +40,7 @@ from benchmarks import (
     harness,
     parts,
 )
-from benchmarks.accelerator_entrants import ADAPTIVE_RATE, RATE, Network
+from benchmarks.accelerator_entrants import ADAPTIVE_RATE, LARS_RATE, RATE, Network
 from benchmarks.harness import Record
 from benchmarks.parts import Part, Run
 from experiments.runs import write_text
@@ -177,9 +177,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def machine(run: Run, *, argv: Sequence[str] | None) -> None:
     """Reports the machine, its device and the versions."""
-    settings = contestants.SETTINGS | {
+    settings = {
         "learning_rate": RATE,
+        "lars_learning_rate": LARS_RATE,
         "adaptive_learning_rate": ADAPTIVE_RATE,
+        "momentum_of_sgd": contestants.MOMENTUM,
+        "statistics_period": contestants.STATS_PERIOD,
+        "inverse_period": contestants.INVERSE_PERIOD,
     }
     record = harness.begin("accelerator", argv, settings)
     jax.config.update("jax_enable_compilation_cache", True)  # begin turns it off

@@ -25,6 +25,7 @@ from lbopt.curvature.registry import Layers
 
 CYCLE = step_time.CYCLE
 RATE = 1e-3
+LARS_RATE = 1.0  # multiplied by the trust coefficient, which is 1e-3
 # So small that statistics of one batch stay similar: each step then renews all or none.
 ADAPTIVE_RATE = 1e-7
 
@@ -90,7 +91,7 @@ CURVATURE = {
     "SP-NGD": Entrant(lambda layers: lbopt.sp_ngd(ADAPTIVE_RATE, layers), "adaptive"),
 }
 FIRST_ORDER = {
-    "LARS": Entrant(lambda _: lbopt.lars(RATE)),
+    "LARS": Entrant(lambda _: lbopt.lars(LARS_RATE)),
     "AdamW": Entrant(lambda _: optax.adamw(RATE)),
     "Muon": Entrant(
         lambda _: optax.contrib.muon(RATE, muon_weight_dimension_numbers=_muon_axes)

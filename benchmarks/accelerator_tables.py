@@ -106,8 +106,8 @@ def _steps(rows: Mapping[str, Record]) -> list[str]:
                 _spreads(row["ratios"], _KINDS),
                 _spreads(row["ratios"], _MIXED),
                 f"{row['queued_milliseconds']:.1f} ({row['queued_ratio']:.2f}×)",
-                f"{row['state_bytes'] / 1e6:.0f}",
-                f"{max(b['total'] for b in row['bytes'].values()) / 1e6:.0f}",
+                _megabytes(row["state_bytes"]),
+                _megabytes(max(b["total"] for b in row["bytes"].values())),
                 _megabytes(row["peak_bytes_so_far"]),
                 row["course"] + (f", {skipped} SKIPPED" if skipped else ""),
             )
@@ -147,7 +147,7 @@ def _largest(rows: Mapping[str, Record]) -> list[str]:
 
 
 def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.0f}"
+    return "" if count is None else f"{count / 1e6:.1f}"
 
 
 def parts_of_step(rows: Mapping[str, Record]) -> dict[str, float]:
