@@ -25,6 +25,8 @@ SETTINGS = {
 }
 STATS_PERIOD = 2
 INVERSE_PERIOD = 4
+DUE = {"none": (False, False), "stats": (True, False), "full": (True, True)}
+"""Whether statistics and inverses are renewed, by kind of step."""
 
 
 class Compiled(NamedTuple):
@@ -80,6 +82,16 @@ def compile_step(function: Any, *args: Any) -> Compiled:
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     return Compiled(program, seconds, int(memory.temp_size_in_bytes))
+
+
+def due(kind: str) -> dict[str, Any]:
+    """Returns the argument ``due=`` of a kind of step of fixed periods.
+
+    Empty for a library whose steps hold all kinds in one program, which picks by the
+    number of the step.
+    """
+    by_kind = getattr(lbopt, "Due", None)
+    return {} if by_kind is None else {"due": by_kind(*DUE[kind])}
 
 
 def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> Contestant:

@@ -118,6 +118,11 @@ def write(record: Record, path: pathlib.Path | None) -> None:
         path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
+def read(path: pathlib.Path) -> Record:
+    """Reads a record; empty if there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """Returns ``function(*args)``, computed in a process that ends afterwards."""
     spawn = multiprocessing.get_context("spawn")
@@ -139,6 +144,12 @@ def page(*parts: str | Sequence[Sequence[str]]) -> str:
         else:  # numbers after a first column of words
             lines += [*tables.aligned(part, right=range(1, len(part[0]))), ""]
     return "\n".join(lines)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def course(losses: Sequence[float]) -> str:

@@ -78,9 +78,43 @@ def image_classifier(
         noise = jax.random.normal(noise_rng, (batch_size, *shape))
         return {"inputs": prototypes[labels] + 0.5 * noise, "targets": labels}
 
-    batch = sample(batch_rng)
+    return _classifier(name, model, sample(batch_rng), sample, init_rng)
+
+
+def random_images(
+    name: str, model: resnet.ResNet, image_size: int, batch_size: int
+) -> Workload:
+    """Returns a residual network on noise and random classes, in the model's dtype.
+
+    For large images and many classes, whose pictures would fill the device's memory.
+    The loss of one batch falls all the same.
+    """
+    batch_rng, init_rng = jax.random.split(jax.random.key(0))
+    shape = (batch_size, image_size, image_size, 3)
+
+    @jax.jit
+    def sample(rng: jax.Array) -> dict[str, jax.Array]:
+        label_rng, noise_rng = jax.random.split(rng)
+        labels = jax.random.randint(label_rng, (batch_size,), 0, model.num_classes)
+        return {
+            "inputs": jax.random.normal(noise_rng, shape, model.dtype),
+            "targets": labels,
+        }
+
+    return _classifier(name, model, sample(batch_rng), sample, init_rng)
+
+
+def _classifier(
+    name: str,
+    model: resnet.ResNet,
+    batch: dict[str, jax.Array],
+    sample: Callable[[jax.Array], dict[str, jax.Array]],
+    rng: jax.Array,
+) -> Workload:
+    """Returns a residual network on given batches."""
+    batch_size, image_size = batch["inputs"].shape[:2]
     init = jax.jit(functools.partial(model.init, train=True))
-    variables = dict(init(init_rng, batch["inputs"]))
+    variables = dict(init(rng, batch["inputs"]))
     params = variables.pop("params")
 
     def predict(params, model_state, inputs):
