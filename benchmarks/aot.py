@@ -1,465 +1,147 @@
-"""Compiles training steps for accelerators that are not there, and reads the programs.
+"""Training steps compiled for TPUs and GPUs that are not there: time, size, cost.
 
     python -m benchmarks.aot --target v5e:4 h100:1 --model resnet20 --output aot.json
     python -m benchmarks.aot --acceptance --output aot.json
 
-XLA compiles for a TPU (``pip install 'lbopt[aot-tpu]'``) or an H100 (``aot-gpu``) on
-a machine that has neither.  The programs are the real ones; nothing runs.  Each is
-compiled in a process of its own and added to the record at once.  What the record
-holds already is left out, unless ``--again`` is given.
+Nothing runs; XLA compiles on a CPU (``pip install 'lbopt[aot-tpu]'`` or ``aot-gpu``).
+Each step is compiled in a process of its own and added to the record at once; what the
+record holds already is left out, unless ``--again`` is given.
 
-Before the optimizers of each problem, SGD is compiled, in the same run: ratios are over
-that one, so that a busy machine slows both.
+SGD's step is compiled before the others of a problem, in the same run, and ratios are
+over that one, so that a busy machine slows both.
 """
 
 import argparse
+import contextlib
 import datetime
-import gzip
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
-import resource
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.experimental import topologies
 
-import lbopt
-from benchmarks import aot_program, harness, workloads
-from experiments.models import resnet
-from lbopt import memory_plan, sharding, training
-from lbopt.curvature.registry import Layers
+from benchmarks import aot_steps, harness
+from benchmarks.aot_program import INVERSION, PART_NAMES
+from benchmarks.aot_steps import CHIPS, MODELS, Case, Target
 
-# ------------------------------------------------------------------------ the targets
-
-_TORUS_2D = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
-_TORUS_3D = {1: "2x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-runtime_version { major: 12 minor: 9 patch: 0 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-class Chip(NamedTuple):
-    """A kind of device.
-
-    Attributes:
-      platform: the compiler's: ``"tpu"``, ``"cuda"`` or ``"cpu"``.
-      memory: bytes that programs may use; 0 for the host's.
-      topologies: names of the topologies by number of devices; empty for any number.
-    """
-
-    platform: Literal["tpu", "cuda", "cpu"]
-    memory: int
-    topologies: dict[int, str]
-
-
-CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * 2**30), _TORUS_2D),
-    "v6e": Chip("tpu", int(31.25 * 2**30), _TORUS_2D),
-    "v5p": Chip("tpu", 95 * 2**30, _TORUS_3D),
-    "h100": Chip("cuda", 84929347584, {n: f"1x1x{n}" for n in (1, 2, 4, 8)}),
-    "cpu": Chip("cpu", 0, {}),
-}
-_PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin"}
-_EXTRAS = {"tpu": "aot-tpu", "cuda": "aot-gpu"}
-_VARIABLES = {
-    "tpu": {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        # Else one process at a time may load the compiler.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    },
-    # Autotuning would need the device.
-    "cuda": {"XLA_FLAGS": "--xla_gpu_shard_autotuning=false"},
-    "cpu": {},
-}
-LOW_EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
-
-
-class Target(NamedTuple):
-    """A kind of device and their number."""
-
-    chip: str
-    devices: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """Parses ``"v5e:4"``.
-
-        Args:
-          text: the chip and the number of devices.
-
-        Returns:
-          The target.
-
-        Raises:
-          ArgumentTypeError: for a target that is not known.
-        """
-        chip, _, devices = text.partition(":")
-        known = CHIPS[chip].topologies if chip in CHIPS else None
-        if known is None or not devices.isdigit() or (known and int(devices) not in known):
-            names = [f"{c}:{'|'.join(map(str, CHIPS[c].topologies)) or 'N'}" for c in CHIPS]
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is none of the targets {', '.join(names)}"
-            )
-        return cls(chip, int(devices))
-
-    def __str__(self) -> str:
-        """Returns the form that ``parse`` reads."""
-        return f"{self.chip}:{self.devices}"
-
-    def make_devices(self) -> Sequence[Any]:
-        """Returns the devices, of which no more than a description need exist."""
-        chip = CHIPS[self.chip]
-        if chip.platform == "cpu":
-            jax.config.update("jax_num_cpu_devices", self.devices)
-            return jax.devices()[: self.devices]
-        name = chip.topologies[self.devices]
-        if chip.platform == "tpu":
-            found = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{self.chip}:{name}"
-            )
-        else:
-            found = topologies.get_topology_desc(
-                self.chip, "cuda", target_config=_H100, topology=name
-            )
-        return found.devices[: self.devices]
-
-
-def missing_extra(chip: Chip) -> str | None:
-    """Returns what to install for a chip's compiler; None if it is there."""
-    package = _PACKAGES.get(chip.platform)
-    if package is None or _version(package):
-        return None
-    extra = _EXTRAS[chip.platform]
-    return f"{package} is not installed; pip install 'lbopt[{extra}]' installs it"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-# -------------------------------------------------------------------------- the steps
-
-MODELS = {
-    "tiny": (workloads.TINY, 8, 8),
-    "resnet20": (resnet.ResNet20(num_classes=10), 32, 128),
-    "resnet50": (resnet.ResNet50(num_classes=1000), 224, 32),
-}
-"""Models with their default image size, and default batch of each device."""
-FIRST_ORDER = ("sgd", "lars", "nlcg")
-FIXED = ("kfac", "sp_ngd")
-"""Optimizers with fixed periods, whose steps the host tells apart."""
-OPTIMIZERS = (*FIRST_ORDER, *FIXED, "sp_ngd_adaptive")
-DUES = ("flags", "none", "statistics", "all")
-
-
-class Case(NamedTuple):
-    """A step to compile.
-
-    Attributes:
-      target: the devices.
-      model: the model's name.
-      batch: images on each device.
-      image: pixels along each side.
-      effort: the compiler's effort, ``"low"`` or ``"default"``.
-      optimizer: the optimizer's name.
-      placement: where inverses live.
-      due: what the step renews, or ``"flags"`` to leave that to flags in the state.
-      weight_sharing: the approximation for convolutions.
-      label: a name for the version of the code.
-    """
-
-    target: str
-    model: str
-    batch: int
-    image: int
-    effort: str
-    optimizer: str
-    placement: str
-    due: str
-    weight_sharing: str
-    label: str
-
-    def baseline(self) -> "Case":
-        """Returns SGD's step on the same problem."""
-        return self._replace(
-            optimizer="sgd", placement="", due="flags", weight_sharing=""
-        )
-
-    def normalised(self) -> "Case":
-        """Returns the case without the settings that its optimizer does not have."""
-        if self.optimizer in FIRST_ORDER:
-            return self.baseline()._replace(optimizer=self.optimizer)
-        return self if self.optimizer in FIXED else self._replace(due="flags")
-
-
-def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
-    """Compiles a step; meant to run in a process of its own.
-
-    Args:
-      case: the step.
-      programs: a folder to write the program's text to.
-
-    Returns:
-      The case's row of the record.
-    """
-    jax.config.update("jax_enable_compilation_cache", False)
-    target = Target.parse(case.target)
-    row: harness.Record = case._asdict()
-    start = time.perf_counter()
-    try:
-        lowered = lower(case, target.make_devices())
-        row["lower_seconds"] = time.perf_counter() - start
-        start = time.perf_counter()
-        options = LOW_EFFORT if case.effort == "low" else None
-        compiled = lowered.compile(compiler_options=options)
-        row["compile_seconds"] = time.perf_counter() - start
-    # Whatever it is, the other cases go on; the message stands in the record.
-    except Exception as error:
-        row["failed_after_seconds"] = time.perf_counter() - start
-        row["error"] = f"{type(error).__name__}: {error}"[:2000]
-        return row
-    text = compiled.as_text()
-    if programs is not None:
-        name = "-".join(str(x).replace(":", "_") for x in case if x)
-        with gzip.open(programs / f"{name}.hlo.gz", "wt") as file:
-            file.write(text)
-    row["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row["text_bytes"] = len(text)
-    row["memory"] = memory_of(compiled, CHIPS[target.chip])
-    row["program"] = aot_program.figures(aot_program.parse(text))._asdict()
-    return row
-
-
-def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int | bool]:
-    """Returns the bytes of a program on each device, and whether they fit."""
-    counted = compiled.memory_analysis()
-    assert counted is not None  # every compiler here counts
-    sizes = {
-        "arguments": counted.argument_size_in_bytes,
-        "outputs": counted.output_size_in_bytes,
-        "aliased": counted.alias_size_in_bytes,
-        "temporaries": counted.temp_size_in_bytes,
-        "code": counted.generated_code_size_in_bytes,
-    }
-    # Aliased bytes are counted among the arguments and the outputs.
-    total = sum(sizes.values()) - 2 * sizes["aliased"]
-    return {**sizes, "total": total, "fits": not chip.memory or total <= chip.memory}
-
-
-def lower(case: Case, devices: Sequence[Any]) -> Any:
-    """Lowers a step for devices."""
-    network, _, _ = MODELS[case.model]
-    model = network.clone(dtype=jnp.bfloat16)
-
-    def batch(examples: int) -> dict[str, Any]:
-        shape = (examples, case.image, case.image, 3)
-        return {
-            "x": jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-            "y": jax.ShapeDtypeStruct((examples,), jnp.int32),
-        }
-
-    def loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
-        del rng
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(
-            variables, batch["x"], train=True, mutable=list(model_state)
-        )
-        lbopt.likelihood(logits, "categorical")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return jnp.mean(losses), (model_state, {})
-
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    init = jax.eval_shape(lambda r, x: model.init(r, x, train=True), rng, batch(2)["x"])
-    model_state = dict(init)
-    params = model_state.pop("params")
-    layers = None
-    if case.optimizer not in FIRST_ORDER:
-        layers = lbopt.trace_layers(
-            loss_fn,
-            params,
-            model_state,
-            batch(2),
-            rng,
-            has_aux=True,
-            weight_sharing=case.weight_sharing,
-        )
-    tx = optimizer(case, layers, len(devices))
-    state = jax.eval_shape(
-        lambda *args: training.init_state(tx, *args), params, model_state, rng
-    )
-    mesh = sharding.make_mesh(devices)
-    step: Any = training.make_train_step(loss_fn, tx, layers, mesh)
-    shapes = memory_plan.on_mesh(state, batch(case.batch * len(devices)), mesh)
-    if case.due == "flags":
-        return step.lower(*shapes)
-    renewed = lbopt.Due(case.due != "none", case.due == "all")
-    return step.lower(*shapes, due=renewed)
-
-
-def optimizer(
-    case: Case, layers: Layers | None, devices: int
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a case's optimizer."""
-    if layers is None:
-        first_order = {
-            "sgd": lambda: optax.with_extra_args_support(optax.sgd(0.1, momentum=0.9)),
-            "lars": lambda: lbopt.lars(0.1),
-            "nlcg": lambda: lbopt.nlcg(0.1),
-        }
-        return first_order[case.optimizer]()
-    placement = lbopt.Placement("data", devices, case.placement)
-    if case.optimizer == "kfac":
-        periods = lbopt.Periods(statistics=10, inverses=10)
-        return lbopt.kfac(0.03, layers, periods=periods, placement=placement)
-    threshold = 0.1 if case.optimizer == "sp_ngd_adaptive" else None
-    return lbopt.sp_ngd(0.03, layers, stale_threshold=threshold, placement=placement)
-
-
-# ------------------------------------------------------------------------ the command
+_KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all")
 
 
 def main(argv: Sequence[str] | None = None) -> harness.Record:
     """Runs the command and returns its record."""
-    options = _parser().parse_args(argv)
-    record = _begin(argv, options.output)
+    parser = _parser()
+    options = parser.parse_args(argv)
     wanted = acceptance(options) if options.acceptance else chosen(options)
-    runnable = []
-    for target, cases in itertools.groupby(wanted, lambda case: case.target):
-        if message := missing_extra(CHIPS[Target.parse(target).chip]):
-            harness.tell(f"{target} is left out: {message}")
-        else:
-            runnable += cases
-    known = set() if options.again else {_key(r) for r in record["rows"]}
-    todo = [case for case in runnable if case not in known]
-    for case in with_baselines(todo):
-        harness.tell(f"compiling {' '.join(str(x) for x in case if x)}")
-        row = _in_child(case, options.programs)
-        row |= {"date": _now(), "run": record["date"], "versions": record["versions"]}
+    missing = {case.target: case.target.kind.missing() for case in wanted}
+    notes = [f"{target} is left out: {why}" for target, why in missing.items() if why]
+    wanted = [case for case in wanted if not missing[case.target]]
+    if not wanted:
+        parser.error("; ".join(notes))
+    record = _begin(argv, options.output)
+    done = set() if options.again else set(map(case_of, record["rows"]))
+    for case in with_baselines([case for case in wanted if case not in done]):
+        harness.tell(f"compiling {case.problem()}: {case.step()}")
+        row = case._asdict() | {"target": str(case.target), "run": record["date"]}
+        row |= {"date": _now(), "versions": record["versions"]}
+        row |= in_child(case, options.programs)
         record["rows"].append(row)
         # Written as it grows: a run may take hours.
         harness.write(record, options.output)
-        harness.tell(_line(row))
-    shown = set(runnable) | {case.baseline() for case in runnable}
-    print(table([row for row in record["rows"] if _key(row) in shown]))
+    shown = {*wanted, *(case.baseline() for case in wanted)}
+    print(table([row for row in record["rows"] if case_of(row) in shown]))
+    print("\n".join(notes))
     return record
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = harness.parser("aot", __doc__)
-    several = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--target", type=Target.parse, default=[Target("v5e", 4)], **several)
-    parser.add_argument("--model", choices=tuple(MODELS), default=["resnet50"], **several)
+
+    def several(name: str, known: Sequence[str], *default: str) -> None:
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=known, default=default, metavar="NAME"
+        )
+
     parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default=["sp_ngd", "sp_ngd_adaptive"], **several
+        "--target",
+        nargs="+",
+        type=aot_steps.parse_target,
+        default=[Target("v5e", 4)],
+        metavar="CHIP:DEVICES",
+        help=f"chips: {', '.join(CHIPS)}",
     )
-    parser.add_argument("--placement", choices=("comm", "memory"), default=["comm"], **several)
-    parser.add_argument(
-        "--due",
-        choices=DUES,
-        default=["none", "statistics", "all"],
-        help="what steps with fixed periods renew; flags in the state decide the others",
-        **several,
-    )
-    parser.add_argument(
-        "--weight-sharing", choices=("expand", "reduce"), default=["expand"], **several
-    )
+    several("model", tuple(MODELS), "resnet50")
+    several("optimizer", aot_steps.OPTIMIZERS, "sp_ngd", "sp_ngd_adaptive")
+    several("placement", ("comm", "memory"), "comm")
+    several("due", aot_steps.DUES, "none", "statistics", "all")
+    several("weight-sharing", ("expand", "reduce"), "expand")
     parser.add_argument("--batch", type=int, help="images on each device")
     parser.add_argument("--image", type=int, help="pixels along each side")
     parser.add_argument("--effort", choices=("low", "default"), default="low")
-    parser.add_argument("--label", default="", help="a name for the version of the code")
+    parser.add_argument("--label", default="", help="a name for the code's version")
+    parser.add_argument("--programs", type=pathlib.Path, help="folder for their text")
     parser.add_argument(
         "--acceptance", action="store_true", help="the programs that have bounds"
     )
     parser.add_argument(
         "--again", action="store_true", help="also what the record holds already"
     )
-    parser.add_argument(
-        "--programs", type=pathlib.Path, help="folder for the programs' text"
-    )
     return parser
 
 
-def _begin(argv: Sequence[str] | None, path: pathlib.Path | None) -> harness.Record:
-    """Starts a record, with the rows that its file holds already."""
-    # The machine's own accelerator, if it has one, is of no use here.
-    jax.config.update("jax_platforms", "cpu")
-    record = harness.begin("aot", argv, {})
-    packages = {name: _version(name) for name in _PACKAGES.values()}
-    record["versions"] |= {name: v for name, v in packages.items() if v}
-    known = path is not None and path.exists()
-    record["rows"] = json.loads(path.read_text("utf-8"))["rows"] if known else []
-    return record
-
-
 def chosen(options: argparse.Namespace) -> list[Case]:
-    """Returns the cases that the command line names."""
-    cases = []
-    for target, model, name, placement, due, sharing in itertools.product(
-        options.target,
-        options.model,
-        options.optimizer,
-        options.placement,
-        options.due,
-        options.weight_sharing,
-    ):
-        _, image, batch = MODELS[model]
-        case = Case(
-            target=str(target),
+    """Returns the cases that a command line names."""
+    cases = (
+        Case(
+            target=target,
             model=model,
-            batch=options.batch or batch,
-            image=options.image or image,
+            batch=options.batch or MODELS[model][2],
+            image=options.image or MODELS[model][1],
             effort=options.effort,
-            optimizer=name,
+            label=options.label,
+            optimizer=optimizer,
             placement=placement,
             due=due,
             weight_sharing=sharing,
-            label=options.label,
         )
-        cases.append(case.normalised())
-    return list(dict.fromkeys(cases))
+        for target, model, optimizer, placement, sharing, due in itertools.product(
+            options.target,
+            options.model,
+            options.optimizer,
+            options.placement,
+            options.weight_sharing,
+            options.due,
+        )
+    )
+    return list(dict.fromkeys(case.normal() for case in cases))
 
 
 def acceptance(options: argparse.Namespace) -> list[Case]:
-    """Returns the cases that have bounds."""
+    """Returns the cases that have bounds, with the command line's other settings."""
+    v5e, h100 = [Target("v5e", 4)], [Target("h100", 1), Target("h100", 8)]
+    larger = [Target("v5e", n) for n in (16, 64, 256)]
+    common = {
+        "model": ["resnet50"],
+        "optimizer": ["sp_ngd"],
+        "placement": ["comm"],
+        "due": ["none", "statistics", "all"],
+        "weight_sharing": ["expand"],
+    }
+    scattered = {"placement": ["comm", "memory"], "due": ["all"]}
     cases = []
     for changes in (
-        {"target": ["v5e:4"], "weight_sharing": ["expand", "reduce"]},
-        {"target": ["h100:1", "h100:8"], "model": ["resnet20", "resnet50"]},
-        {
-            "target": ["v5e:16", "v5e:64", "v5e:256"],
-            "placement": ["comm", "memory"],
-            "optimizer": ["sp_ngd"],
-            "due": ["all"],
-        },
+        {"target": v5e, "optimizer": ["sp_ngd", "sp_ngd_adaptive"]},
+        {"target": v5e, "due": ["all"], "weight_sharing": ["reduce"]},
+        {"target": h100, "model": ["resnet20", "resnet50"]},
+        {"target": [*v5e, *larger, h100[-1]], **scattered},
     ):
-        cases += chosen(argparse.Namespace(**{**vars(options), **changes}))
-    return list(dict.fromkeys(cases))
+        settings = {**vars(options), **common, **changes}
+        cases += chosen(argparse.Namespace(**settings))
+    # Those of one problem together, for a single SGD before them.
+    return sorted(set(cases), key=lambda case: (case[:3], cases.index(case)))
 
 
 def with_baselines(cases: Sequence[Case]) -> Iterator[Case]:
@@ -469,62 +151,122 @@ def with_baselines(cases: Sequence[Case]) -> Iterator[Case]:
         yield from (case for case in group if case != baseline)
 
 
-def _in_child(case: Case, programs: pathlib.Path | None) -> harness.Record:
-    """Compiles a case in a process with the variables of its compiler."""
+def in_child(case: Case, programs: pathlib.Path | None) -> harness.Record:
+    """Compiles a case in a process with the environment that its compiler needs."""
     if programs is not None:
         programs.mkdir(parents=True, exist_ok=True)
-    variables = dict(_VARIABLES[CHIPS[Target.parse(case.target).chip].platform])
-    if "XLA_FLAGS" in variables:
-        variables["XLA_FLAGS"] += f" {os.environ.get('XLA_FLAGS', '')}"
-    variables["JAX_PLATFORMS"] = "cpu"
+    with _environment({"JAX_PLATFORMS": "cpu", **case.target.kind.variables}):
+        try:
+            return harness.in_new_process(aot_steps.compile_case, case, programs)
+        except BrokenProcessPool:
+            return {"error": "the process died, as it does when memory runs out"}
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(variables)
+    if flags := before.get("XLA_FLAGS"):
+        os.environ["XLA_FLAGS"] = f"{flags} {variables.get('XLA_FLAGS', '')}"
     try:
-        return harness.in_new_process(compile_case, case, programs)
-    except BrokenProcessPool:
-        return case._asdict() | {"error": "the process died; is the memory used up?"}
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def _key(row: harness.Record) -> Case:
-    return Case(*(row[field] for field in Case._fields))
+def _begin(argv: Sequence[str] | None, path: pathlib.Path | None) -> harness.Record:
+    """Starts a record with the rows that its file holds already."""
+    # An accelerator that the machine has is of no use here.
+    jax.config.update("jax_platforms", "cpu")
+    record = harness.begin("aot", argv, {"dtype": "bfloat16"})
+    packages = {chip.package for chip in CHIPS.values() if chip.package}
+    for package in sorted(packages):
+        if version := aot_steps.version(package):
+            record["versions"][package] = version
+    old = json.loads(path.read_text("utf-8")) if path and path.exists() else {}
+    record["rows"] = old.get("rows", [])
+    return record
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def case_of(row: harness.Record) -> Case:
+    """Returns the case of a row."""
+    settings = {field: row[field] for field in Case._fields}
+    return Case(**settings | {"target": aot_steps.parse_target(row["target"])})
+
+
 # -------------------------------------------------------------------------- the table
 
 
 def table(rows: Sequence[harness.Record]) -> str:
-    """Formats rows in Markdown, the latest of each case, beside SGD's of its run."""
-    latest = {_key(row): row for row in rows}
-    base = {(row["run"], _key(row)): row for row in rows}
-    heads = (
-        "target", "model", "optimizer", "due", "lower s", "compile s", "code MB",
-        "text MB", "arguments MB", "temporaries MB", "fits", "loops", "conditionals",
-        "fusions", "collectives (MB)", "statistics' all-reduce", "cycles, M",
-        "statistics", "averaging", "inversion", "preconditioning", "everything else",
-    )
-    lines = [heads, ["---"] * len(heads)]
-    for case, row in latest.items():
-        lines.append(_cells(case, row, base.get((row["run"], case.baseline()))))
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    """Formats the latest row of each case in Markdown, beside SGD's of its run."""
+    latest = {case_of(row): row for row in rows}
+    by_run = {(row["run"], case_of(row)): row for row in rows}
+    parts = []
+    for problem, group in itertools.groupby(latest, Case.problem):
+        pairs = []
+        for case in group:
+            base = by_run.get((latest[case]["run"], case.baseline()), {})
+            pairs.append((case, latest[case], base))
+        parts.append(f"\n**{problem}**")
+        parts.append(_markdown([_sizes(*pair) for pair in pairs]))
+        costs = [_costs(*pair) for pair in pairs if pair[1].get("cycles")]
+        parts += [_markdown(costs)] if costs else []
+    return "\n\n".join(parts)
 
 
-def _cells(case, row, sgd):
-    names = [case.optimizer, case.placement, case.weight_sharing if case.weight_sharing != "expand" else "", case.label]
-    first = [case.target, f"{case.model}, {case.batch}×{case.image}²", ", ".join(x for x in names if x), case.due]
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    heads = max(rows, key=len)  # a step that failed has fewer cells
+    lines = [list(heads), ["---"] * len(heads)]
+    lines += [[row.get(head, "") for head in heads] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _sizes(case: Case, row: harness.Record, base: harness.Record) -> dict[str, str]:
+    """The cells of a step: compiling, memory, and what the program holds."""
+    cells = {"step": case.step()}
     if "error" in row:
-        return [*first, f"FAILED: {row['error'].splitlines()[0][:120]}"]
-    return first
+        return {**cells, "lower s": f"FAILED {row['error'].splitlines()[0][:150]}"}
+    memory, opcodes = row["memory"], row["instructions"]
+    cells |= {
+        "lower s": _over(row["lower_seconds"], base.get("lower_seconds")),
+        "compile s": _over(row["compile_seconds"], base.get("compile_seconds")),
+        "text MB": _over(row["text_bytes"] / 1e6, base.get("text_bytes", 0) / 1e6),
+    }
+    for kind in ("code", "arguments", "temporaries"):
+        cells[f"{kind} MB"] = f"{memory[kind] / 1e6:,.0f}"
+    cells["fits"] = "yes" if memory["fits"] else "NO"
+    for opcode in ("while", "conditional", "fusion", "copy"):
+        cells[opcode] = f"{opcodes.get(opcode, 0):,}"
+    for kind in _KINDS:
+        found = [one for one in row["collectives"] if one["kind"] == kind]
+        count, size = (sum(one[key] for one in found) for key in ("count", "bytes"))
+        cells[f"{kind} (MB)"] = f"{count} ({size / 1e6:.1f})" if count else "0"
+    cells["statistics' all-reduce"] = f"{row['statistics_all_reduce']:,}"
+    return cells
 
 
-def _line(row):
-    return json.dumps({k: v for k, v in row.items() if k not in Case._fields})
+def _costs(case: Case, row: harness.Record, base: harness.Record) -> dict[str, str]:
+    """The cells of a step's estimated cycles."""
+    cycles: dict[str, Any] = row["cycles"]
+    million = {part: cycles.get(part, 0) / 1e6 for part in PART_NAMES}
+    total, sgd = sum(million.values()), sum(base.get("cycles", {}).values()) / 1e6
+    return {
+        "estimated cycles, millions": case.step(),
+        "in all": _over(total, sgd),
+        "all but inversion": _over(total - million[INVERSION], sgd),
+        **{part: f"{cost:.2f}" for part, cost in million.items()},
+        "loops counted once": str(row["open_loops"]),
+    }
+
+
+def _over(value: float, base: float | None) -> str:
+    """Formats a number and its ratio over SGD's."""
+    return f"{value:.1f} ({value / base:.2f}×)" if base else f"{value:.1f}"
 
 
 if __name__ == "__main__":
