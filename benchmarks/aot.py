@@ -195,8 +195,8 @@ def _now() -> str:
 
 def case_of(row: harness.Record) -> Case:
     """Returns the case of a row."""
-    settings = {field: row[field] for field in Case._fields}
-    return Case(**settings | {"target": aot_steps.parse_target(row["target"])})
+    case = Case._make(row[field] for field in Case._fields)
+    return case._replace(target=aot_steps.parse_target(row["target"]))
 
 
 # -------------------------------------------------------------------------- the table

@@ -386,7 +386,7 @@ def part_of(program: Program, instruction: Instruction, around: str = REST) -> s
     frame = program.frames.get(instruction.frame)
     while frame is not None:
         end = "/".join(pathlib.PurePath(frame.file).parts[-2:])
-        part = PARTS.get(end) or PARTS.get(f"{end}:{frame.function}")
+        part = PARTS.get(f"{end}:{frame.function}") or PARTS.get(end)
         if part is not None:
             return part
         frame = program.frames.get(frame.caller)

@@ -216,7 +216,7 @@ class Case(NamedTuple):
     optimizer: str
     placement: str
     due: str
-    weight_sharing: str
+    weight_sharing: Literal["expand", "reduce"]
 
     def baseline(self) -> "Case":
         """Returns SGD's step on the same problem."""
@@ -224,13 +224,16 @@ class Case(NamedTuple):
 
     def normal(self) -> "Case":
         """Returns the case without the settings that its optimizer does not have."""
+        # Low effort is for XLA:TPU, whose default takes many minutes.
+        effort = self.effort if self.target.kind.platform == "tpu" else "default"
+        case = self._replace(effort=effort)
         if self.optimizer in FIRST_ORDER:
-            return self._of(self.optimizer)
-        return self if self.optimizer in FIXED else self._replace(due="flags")
+            return case._of(self.optimizer)
+        return case if self.optimizer in FIXED else case._replace(due="flags")
 
     def _of(self, first_order: str) -> "Case":
         return self._replace(
-            optimizer=first_order, placement="", due="flags", weight_sharing=""
+            optimizer=first_order, placement="", due="flags", weight_sharing="expand"
         )
 
     def step(self) -> str:
@@ -264,7 +267,8 @@ def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
       What the record holds of the case beside its settings.
     """
     jax.config.update("jax_enable_compilation_cache", False)
-    low = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+    # Typed as strings by jax, which takes numbers only.
+    low: Any = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
     start = time.perf_counter()
     try:
         devices = case.target.make_devices()
@@ -283,7 +287,7 @@ def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
     except Exception as error:
         seconds = time.perf_counter() - start
         return {"error": f"after {seconds:.0f} s: {error}"[:2000]}
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     if programs is not None:
         words = f"{case.target} {case.model} {case.step()}".replace(":", "_")
         path = programs / f"{words.replace(' ', '-')}.hlo.gz"
