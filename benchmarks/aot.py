@@ -8,7 +8,7 @@ Each step is compiled in a process of its own and added to the record at once; w
 record holds already is left out, unless ``--again`` is given.
 
 SGD's step is compiled before the others of a problem, in the same run, and ratios are
-over that one, so that a busy machine slows both.
+over that one.  On a busy machine those of CPU seconds are the ones to read.
 """
 
 import argparse
@@ -235,6 +235,7 @@ def _sizes(case: Case, row: harness.Record, base: harness.Record) -> dict[str, s
     cells |= {
         "lower s": _over(row["lower_seconds"], base.get("lower_seconds")),
         "compile s": _over(row["compile_seconds"], base.get("compile_seconds")),
+        "CPU s": _over(row["compile_cpu_seconds"], base.get("compile_cpu_seconds")),
         "text MB": _over(row["text_bytes"] / 1e6, base.get("text_bytes", 0) / 1e6),
     }
     for kind in ("code", "arguments", "temporaries"):

@@ -42,6 +42,7 @@ PARTS: Mapping[str, str] = {
     "transforms/statistics.py": AVERAGING,
     "transforms/renewal.py": INVERSION,
     "transforms/inversion.py": INVERSION,
+    "transforms/scheduled_inversion.py": INVERSION,
     "transforms/owner_buffers.py": INVERSION,
     "transforms/unit_classes.py": INVERSION,
     "transforms/eigen_moments.py": INVERSION,

@@ -9,6 +9,7 @@ gigabytes, and may die.
 import argparse
 import gzip
 import importlib.metadata
+import os
 import pathlib
 import resource
 import time
@@ -278,11 +279,11 @@ def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
         jax.jit(jnp.sin).lower(number).compile()
         start = time.perf_counter()
         lowered = lower(case, devices)
-        between = time.perf_counter()
+        between, before = time.perf_counter(), os.times()
         compiled = lowered.compile(
             compiler_options=low if case.effort == "low" else None
         )
-        end = time.perf_counter()
+        end, after = time.perf_counter(), os.times()
     # Whatever fails is a finding, and the other cases go on.
     except Exception as error:
         seconds = time.perf_counter() - start
@@ -296,6 +297,8 @@ def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
     return {
         "lower_seconds": round(between - start, 2),
         "compile_seconds": round(end - between, 2),
+        # Of all threads and children, which other work on the machine changes least.
+        "compile_cpu_seconds": round(sum(after[:4]) - sum(before[:4]), 2),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "text_bytes": len(text),
         "memory": memory_of(compiled, case.target.kind),

@@ -19,6 +19,7 @@ def fake(seconds, **other):
     return {
         "lower_seconds": 1.0,
         "compile_seconds": seconds,
+        "compile_cpu_seconds": 2 * seconds,
         "text_bytes": 3_000_000,
         "memory": memory | {"fits": True},
         "instructions": {"while": 5, "fusion": 70},
@@ -41,6 +42,7 @@ def test_a_step_is_compiled_in_a_child_and_not_again(tmp_path, monkeypatch, caps
     assert json.loads(output.read_text("utf-8")) == first
     [row] = first["rows"]
     assert row["compile_seconds"] > 0
+    assert row["compile_cpu_seconds"] > 0
     assert row["memory"]["arguments"] > 2 * 8 * 8 * 8 * 3  # images in bfloat16
     assert row["memory"]["fits"] is True
     # The mean of gradients and loss, and that of the model's running averages.
@@ -83,7 +85,9 @@ def test_ratios_are_over_the_sgd_of_the_same_run(tmp_path, monkeypatch, capsys):
     print(aot.table(record["rows"]))
     lines = capsys.readouterr().out.splitlines()
     sizes = {line.split(" | ")[0][2:]: line for line in lines if "yes" in line}
-    assert "8.0 (4.00×)" in sizes["lars"]  # the first run's, and not the last one's
+    assert (
+        "8.0 (4.00×) | 16.0 (4.00×)" in sizes["lars"]
+    )  # the first run's, and not the last one's
     assert "8.0 (2.00×)" in sizes["nlcg"]
     assert "| 5 | 0 | 70 | 0 | 2 (2.0) |" in sizes["nlcg"]
     assert "4,321" in sizes["nlcg"]

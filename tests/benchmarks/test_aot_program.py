@@ -1,10 +1,13 @@
 """The reader of compiled programs: a program of this machine, and lines of a TPU's."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import lbopt
 from benchmarks import aot_program
 from benchmarks.aot_program import AVERAGING, INVERSION, REST, STATISTICS, Collective
 from lbopt import sharding
@@ -185,3 +188,13 @@ def test_bytes_of_an_all_reduce_of_statistics():
     text = TPU.replace('op_name="ar" stack_frame_id=5', 'op_name="ar" stack_frame_id=4')
     found = aot_program.figures(aot_program.parse(text))
     assert found.statistics_all_reduce == 1024 + 5
+
+
+def test_every_part_has_a_file():
+    root = pathlib.Path(lbopt.__file__).parent
+    places = (place.partition(":")[0] for place in aot_program.PARTS)
+    files = {place for place in places if (root / place).exists()}
+    found = {
+        part for at, part in aot_program.PARTS.items() if at.split(":")[0] in files
+    }
+    assert found == set(aot_program.PART_NAMES) - {REST}
