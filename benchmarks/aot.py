@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from benchmarks import aot_steps, harness
-from benchmarks.aot_program import INVERSION, PART_NAMES
+from benchmarks.aot_figures import INVERSION, PART_NAMES
 from benchmarks.aot_steps import CHIPS, MODELS, Case, Target
 
 _KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all")
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> harness.Record:
         row = case._asdict() | {"target": str(case.target), "run": record["date"]}
         row |= {"date": _now(), "versions": record["versions"]}
         row |= in_child(case, options.programs)
-        record["rows"].append(row)
+        # Read anew, for the other compiler's environment may write to the same file.
+        record["rows"] = [*rows_of(options.output, record["rows"]), row]
         # Written as it grows: a run may take hours.
         harness.write(record, options.output)
     shown = {*wanted, *(case.baseline() for case in wanted)}
@@ -184,9 +185,17 @@ def _begin(argv: Sequence[str] | None, path: pathlib.Path | None) -> harness.Rec
     for package in sorted(packages):
         if version := aot_steps.version(package):
             record["versions"][package] = version
-    old = json.loads(path.read_text("utf-8")) if path and path.exists() else {}
-    record["rows"] = old.get("rows", [])
+    record["rows"] = rows_of(path, [])
     return record
+
+
+def rows_of(
+    path: pathlib.Path | None, known: Sequence[harness.Record]
+) -> list[harness.Record]:
+    """Returns the rows of a record's file, those known where there is no file."""
+    if path is None or not path.exists():
+        return list(known)
+    return json.loads(path.read_text("utf-8"))["rows"]
 
 
 def _now() -> str:

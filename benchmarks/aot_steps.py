@@ -22,7 +22,7 @@ import optax
 from jax.experimental import topologies
 
 import lbopt
-from benchmarks import aot_program, harness, workloads
+from benchmarks import aot_figures, aot_program, harness, workloads
 from experiments.models import resnet
 from lbopt import memory_plan, sharding, training
 from lbopt.curvature.registry import Layers
@@ -293,7 +293,7 @@ def compile_case(case: Case, programs: pathlib.Path | None) -> harness.Record:
         words = f"{case.target} {case.model} {case.step()}".replace(":", "_")
         path = programs / f"{words.replace(' ', '-')}.hlo.gz"
         path.write_bytes(gzip.compress(text.encode()))
-    figures = aot_program.figures(aot_program.parse(text))
+    figures = aot_figures.figures(aot_program.parse(text))
     return {
         "lower_seconds": round(between - start, 2),
         "compile_seconds": round(end - between, 2),

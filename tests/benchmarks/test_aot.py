@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from benchmarks import aot, aot_steps, harness
-from benchmarks.aot_program import PART_NAMES
+from benchmarks.aot_figures import PART_NAMES
 from benchmarks.aot_steps import Target
 
 ON_CPU = ("--target", "cpu:2", "--model", "tiny")

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lbopt
-from benchmarks import aot_program
-from benchmarks.aot_program import AVERAGING, INVERSION, REST, STATISTICS, Collective
+from benchmarks import aot_figures, aot_program
+from benchmarks.aot_figures import AVERAGING, INVERSION, REST, STATISTICS, Collective
 from lbopt import sharding
 
 DEVICES = 4
@@ -43,9 +43,9 @@ def test_a_program_of_this_machine_is_read(program, monkeypatch):
     # A caller's file decides where the innermost is not listed.
     here = "benchmarks/test_aot_program.py"
     monkeypatch.setattr(
-        aot_program, "PARTS", {f"{here}:averaged": AVERAGING, here: STATISTICS}
+        aot_figures, "PARTS", {f"{here}:averaged": AVERAGING, here: STATISTICS}
     )
-    found = aot_program.figures(program)
+    found = aot_figures.figures(program)
     assert found.instructions["while"] == 1
     assert found.instructions["conditional"] == 1
     # Each device puts in a square of float32, or one column of it.
@@ -62,10 +62,10 @@ def test_a_program_of_this_machine_is_read(program, monkeypatch):
 def test_a_loop_runs_from_its_start_to_its_bound(program):
     [(computation, loop)] = [
         (computation, one)
-        for computation, one, _ in aot_program.scheduled(program)
+        for computation, one, _ in aot_figures.scheduled(program)
         if one.opcode == "while"
     ]
-    assert aot_program.rounds(program, computation, loop) == 7
+    assert aot_figures.rounds(program, computation, loop) == 7
 
 
 TPU = """
@@ -165,7 +165,7 @@ stack_frame_id=2}, backend_config={"estimated_cycles":"100"}
 
 
 def test_a_program_of_a_tpu_is_read():
-    found = aot_program.figures(aot_program.parse(TPU))
+    found = aot_figures.figures(aot_program.parse(TPU))
     assert found.collectives == [
         # The operand alone, where the type of an asynchronous one has both.
         Collective("all-gather", REST, 1, 10, 5),
@@ -184,17 +184,54 @@ def test_a_program_of_a_tpu_is_read():
     assert found.instructions["fusion"] == 2
 
 
-def test_bytes_of_an_all_reduce_of_statistics():
-    text = TPU.replace('op_name="ar" stack_frame_id=5', 'op_name="ar" stack_frame_id=4')
-    found = aot_program.figures(aot_program.parse(text))
-    assert found.statistics_all_reduce == 1024 + 5
+GPU = """
+StackFrames
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b), metadata={op_name="add" stack_frame_id=4}
+}
+
+%concatenated (a: f32[100], b: f32[3], c: f32[7]) -> f32[110] {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[3]{0} parameter(1)
+  %c = f32[7]{0} parameter(2)
+  ROOT %all = f32[110]{0} concatenate(%a, %b, %c), dimensions={0}
+}
+
+ENTRY %main (x: f32[10,10], y: f32[3]) -> f32[110] {
+  %x = f32[10,10]{1,0} parameter(0), metadata={op_name="x"}
+  %y = f32[3]{0} parameter(1), metadata={op_name="y"}
+  %gradient = f32[10,10]{1,0} negate(%x), metadata={op_name="g" stack_frame_id=2}
+  %flat = f32[100]{0} bitcast(%gradient)
+  %statistic = f32[3]{0} negate(%y), metadata={op_name="s" stack_frame_id=4}
+  %inverse = f32[7]{0} slice(%flat), metadata={op_name="i" stack_frame_id=5}
+  %joined = f32[110]{0} fusion(%flat, %statistic, %inverse), kind=kLoop, \
+calls=%concatenated
+  ROOT %out = f32[110]{0} all-reduce-start(%joined), to_apply=%sum
+}
+"""
+
+
+def test_a_combined_collective_is_divided_by_what_made_its_operands():
+    # Frames of the program above; its sum is that of the statistics, as shared.
+    tables = TPU[: TPU.index("%sum")].rpartition("StackFrames\n")
+    text = tables[0] + GPU.replace("StackFrames", f"StackFrames\n{tables[2].strip()}")
+    found = aot_figures.figures(aot_program.parse(text))
+    assert found.collectives == [
+        Collective("all-reduce", AVERAGING, 0, 12, 3),
+        Collective("all-reduce", REST, 1, 400, 100),
+        Collective("all-reduce", INVERSION, 0, 28, 7),
+    ]
+    assert found.statistics_all_reduce == 3
 
 
 def test_every_part_has_a_file():
     root = pathlib.Path(lbopt.__file__).parent
-    places = (place.partition(":")[0] for place in aot_program.PARTS)
+    places = (place.partition(":")[0] for place in aot_figures.PARTS)
     files = {place for place in places if (root / place).exists()}
     found = {
-        part for at, part in aot_program.PARTS.items() if at.split(":")[0] in files
+        part for at, part in aot_figures.PARTS.items() if at.split(":")[0] in files
     }
-    assert found == set(aot_program.PART_NAMES) - {REST}
+    assert found == set(aot_figures.PART_NAMES) - {REST}
