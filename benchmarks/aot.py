@@ -248,7 +248,8 @@ def _sizes(case: Case, row: harness.Record, base: harness.Record) -> dict[str, s
         "text MB": _over(row["text_bytes"] / 1e6, base.get("text_bytes", 0) / 1e6),
     }
     for kind in ("code", "arguments", "temporaries"):
-        cells[f"{kind} MB"] = f"{memory[kind] / 1e6:,.0f}"
+        # XLA:GPU does not count the code.
+        cells[f"{kind} MB"] = f"{memory[kind] / 1e6:,.0f}" if memory[kind] else "–"
     cells["fits"] = "yes" if memory["fits"] else "NO"
     for opcode in ("while", "conditional", "fusion", "copy"):
         cells[opcode] = f"{opcodes.get(opcode, 0):,}"
