@@ -238,16 +238,17 @@ def _quantities(
     tx = lbopt.scale_by_kfac(layers, damping=DAMPING, periods=periods, **options)
     state = tx.init(params)
     f = lbopt.value_grad_and_curvature(loss_fn, layers)
-    mask = lbopt.refresh(state, *contestants.due("full").values())
-    loss, grads, curvature = f(params, *batch, due=mask)
-    updates, state = tx.update(
-        grads, state, params, curvature=curvature, **contestants.due("full")
+    # Corrected eigenvalues are renewed as flags in the state say.
+    by_flags = "eigenvalues" in options
+    all_due, none_due = (
+        {} if by_flags else contestants.due(kind) for kind in ("full", "none")
     )
+    mask = lbopt.refresh(state, **all_due)
+    loss, grads, curvature = f(params, *batch, due=mask)
+    updates, state = tx.update(grads, state, params, curvature=curvature, **all_due)
     averages = lbopt.layer_factors(state, layers)
     # The second step renews nothing: the inverses are those of the first.
-    applied, _ = tx.update(
-        probe, state, params, curvature=curvature, **contestants.due("none")
-    )
+    applied, _ = tx.update(probe, state, params, curvature=curvature, **none_due)
     return {
         "loss": loss,
         "gradients": grads,

@@ -69,7 +69,7 @@ def measure(run: Run, *, network: Network, batch_size: int | None, rounds: int) 
         return update.lower(state, grads, workload.params, curvature)
 
     lowered = [gradient.lower(*arguments), with_statistics.lower(*arguments)]
-    kinds = list(dict.fromkeys(CYCLE)) if contestants.due("none") else ["full"]
+    kinds = list(dict.fromkeys(CYCLE))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         lowered += [lower(kind) for kind in kinds]
         first, second, *updates = pool.map(lambda x: x.compile(), lowered)

@@ -85,13 +85,8 @@ def compile_step(function: Any, *args: Any) -> Compiled:
 
 
 def due(kind: str) -> dict[str, Any]:
-    """Returns the argument ``due=`` of a kind of step of fixed periods.
-
-    Empty for a library whose steps hold all kinds in one program, which picks by the
-    number of the step.
-    """
-    by_kind = getattr(lbopt, "Due", None)
-    return {} if by_kind is None else {"due": by_kind(*DUE[kind])}
+    """Returns the argument ``due=`` of a kind of step of fixed periods."""
+    return {"due": lbopt.Due(*DUE[kind])}
 
 
 def sgd(workload: Workload, learning_rate: float = LEARNING_RATE) -> Contestant:
