@@ -214,7 +214,12 @@ def pi_damping(
 def damped_inverse(
     packed: Float[Array, "*stack packed"], damping: Float[Array, "*stack"]
 ) -> Float[Array, "*stack n n"]:
-    """The full inverses ``(M + λI)⁻¹`` of packed matrices; see ``invert``.
+    """The full inverses ``(M + λI)⁻¹`` of packed matrices.
+
+    On a CPU stacked matrices are inverted one after another by ``recursive_inverse``,
+    whose products are the fastest there; on accelerators they are inverted together by
+    ``swept_inverse``, whose program is short.  A matrix that is not positive definite,
+    or holds NaN, gives NaN.
 
     Args:
       packed: packed symmetric matrices.
@@ -226,65 +231,20 @@ def damped_inverse(
     Raises:
       ValueError: if the last axis is not ``n (n + 1) / 2`` for any ``n``.
     """
-    return _per_platform(lambda one: _inverse(unpack(one[0]), one[1]), packed, damping)
 
-
-def invert(
-    matrix: Float[Array, "*stack n n"], damping: Float[Array, "*stack"]
-) -> Float[Array, "*stack n n"]:
-    r"""The inverse :math:`(M + \lambda I)^{-1}`, by a blocked symmetric sweep.
-
-    The sweep takes the diagonal blocks :math:`D = L L^\top` in turn as pivots.  With
-    the other rows of the pivot's columns in :math:`C` and the rest of the matrix in
-    :math:`Z`,
-
-    .. math::
-      \begin{pmatrix} D & C^\top \\ C & Z \end{pmatrix} \to
-      \begin{pmatrix} 0 & 0 \\ 0 & Z \end{pmatrix} - Y^\top Y, \qquad
-      Y = L^{-1} \begin{pmatrix} -I & C^\top \end{pmatrix},
-
-    and after the last pivot the matrix is :math:`-M^{-1}`.  The pivots are one loop
-    with one body, so that the compiled program does not grow with n.  A matrix that is
-    not positive definite, or holds NaN, gives NaN.
-
-    Args:
-      matrix: symmetric matrices.
-      damping: λ, one for each matrix.
-
-    Returns:
-      The inverses, exactly symmetric.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from lbopt import linalg
-      >>> m = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-      >>> print(linalg.invert(m, jnp.array(1.0)) * 11)
-      [[ 4. -1.]
-       [-1.  3.]]
-
-    Source: Goodnight, A Tutorial on the SWEEP Operator, 1979, with blocks as pivots.
-    ``Y`` in place of :math:`D^{-1} C^\top` keeps the error that of a Cholesky.
-    """
-    return _per_platform(lambda one: _inverse(*one), matrix, damping)
-
-
-def _per_platform(
-    function: Callable[[tuple[Array, ...]], Array], *arrays: Array
-) -> Array:
-    """Applies a function of one matrix: in turn on a CPU, batched on accelerators."""
-
-    def batched(*arrays: Array) -> Array:
-        leading = arrays[-1].shape
-        flat = tuple(x.reshape(-1, *x.shape[len(leading) :]) for x in arrays)
-        results = jax.vmap(lambda *one: function(one))(*flat)
-        return results.reshape(*leading, *results.shape[1:])
+    def damped(one: tuple[Array, ...]) -> Array:
+        matrix, amount = unpack(one[0]), one[1]
+        return matrix + amount * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
     def in_turn(*arrays: Array) -> Array:
-        return one_by_one(function, *arrays)
+        return one_by_one(lambda one: recursive_inverse(damped(one)), *arrays)
 
-    if not arrays[-1].ndim:
-        return function(arrays)
-    return lax.platform_dependent(*arrays, cpu=in_turn, default=batched)
+    def together(packed: Array, damping: Array) -> Array:
+        flat = packed.reshape(-1, packed.shape[-1]), damping.reshape(-1)
+        inverses = jax.vmap(lambda *one: swept_inverse(damped(one)))(*flat)
+        return inverses.reshape(*damping.shape, *inverses.shape[1:])
+
+    return lax.platform_dependent(packed, damping, cpu=in_turn, default=together)
 
 
 def one_by_one(function: Callable[[Any], Any], *arrays: Array) -> Any:
@@ -307,35 +267,113 @@ def one_by_one(function: Callable[[Any], Any], *arrays: Array) -> Any:
     return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), results)
 
 
-def _inverse(m: Float[Array, "n n"], damping: Float[Array, ""]) -> Float[Array, "n n"]:
-    """The inverse of one damped matrix, as in ``invert``."""
+def recursive_inverse(m: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    r"""The inverse of a positive definite matrix, by a Cholesky in halves.
+
+    With ``M = [[M₁₁, ·], [M₂₁, M₂₂]]`` and the inverse factor ``A = L₁₁⁻¹``,
+
+    .. math::
+      L_{21} = M_{21} A^\top, \qquad
+      C = \operatorname{chol}(M_{22} - L_{21} L_{21}^\top)^{-1}, \qquad
+      B = -C L_{21} A
+
+    give :math:`L^{-1} = [[A, 0], [B, C]]` and the inverse
+    :math:`L^{-\top} L^{-1}` block by block, so that nearly all the work is matrix
+    products.
+
+    Args:
+      m: the matrix; only its lower triangle is read.
+
+    Returns:
+      The inverse, exactly symmetric.
+    """
+    return _inverse_factor(m)[1]
+
+
+def _inverse_factor(
+    m: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+    """The inverse Cholesky factor ``L⁻¹`` and the inverse ``L⁻ᵀ L⁻¹``."""
     n = m.shape[-1]
-    blocks = 1 if n <= _PLAIN else round(n / _BLOCK)
+    if n <= _PLAIN:
+        a = _plain_factor(m)
+        return a, _gram(a)
+    k = n // 2
+    m11, m21, m22 = m[..., :k, :k], m[..., k:, :k], m[..., k:, k:]
+    a, inverse11 = _inverse_factor(m11)
+    l21 = matmul(m21, jnp.swapaxes(a, -1, -2))
+    c, inverse22 = _inverse_factor(m22 - matmul(l21, jnp.swapaxes(l21, -1, -2)))
+    b = -matmul(c, matmul(l21, a))
+    inverse21 = matmul(jnp.swapaxes(c, -1, -2), b)
+    zeros = jnp.zeros_like(jnp.swapaxes(b, -1, -2))
+    factor = jnp.concatenate(
+        [jnp.concatenate([a, zeros], -1), jnp.concatenate([b, c], -1)], -2
+    )
+    return factor, _join(inverse11 + _gram(b), inverse21, inverse22)
+
+
+def swept_inverse(m: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    r"""The inverse of a positive definite matrix, by a blocked symmetric sweep.
+
+    The sweep takes the diagonal blocks :math:`D = L L^\top` in turn as pivots.  With
+    the other rows of the pivot's columns in :math:`C` and the rest of the matrix in
+    :math:`Z`,
+
+    .. math::
+      \begin{pmatrix} D & C^\top \\ C & Z \end{pmatrix} \to
+      \begin{pmatrix} 0 & 0 \\ 0 & Z \end{pmatrix} - Y^\top Y, \qquad
+      Y = L^{-1} \begin{pmatrix} -I & C^\top \end{pmatrix},
+
+    and after the last pivot the matrix is :math:`-M^{-1}`.  The pivots are one loop
+    with one body, so that the compiled program does not grow with n.
+
+    Args:
+      m: the symmetric matrix.
+
+    Returns:
+      The inverse, exactly symmetric.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lbopt import linalg
+      >>> m = jnp.array([[3.0, 1.0], [1.0, 4.0]])
+      >>> print((linalg.swept_inverse(m) * 11).round(5))
+      [[ 4. -1.]
+       [-1.  3.]]
+
+    Source: Goodnight, A Tutorial on the SWEEP Operator, 1979, with blocks as pivots.
+    ``Y`` in place of :math:`D^{-1} C^\top` keeps the error that of a Cholesky.
+    """
+    n = m.shape[-1]
+    if n <= _PLAIN:
+        return _gram(_plain_factor(m))
+    blocks = round(n / _BLOCK)
     block = -(-n // blocks)
     size = blocks * block
     # Padded with the identity, which the inverse keeps apart.
     m = jnp.pad(m, (0, size - n))
-    m = m + jnp.diag(jnp.where(jnp.arange(size) < n, damping, 1).astype(m.dtype))
+    m = m + jnp.diag(jnp.where(jnp.arange(size) < n, 0, 1).astype(m.dtype))
     eye = jnp.eye(block, dtype=m.dtype)
-
-    def inverse_factor(pivot: Array) -> Array:
-        # Reads the lower triangle only; symmetrizing would be another pass over it.
-        factor = lax.linalg.cholesky(pivot, symmetrize_input=False)
-        return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
     def sweep(i: Array, a: Array) -> Array:
         start = i * block
         rows = lax.dynamic_slice_in_dim(a, start, block, 0)
         pivot = lax.dynamic_slice_in_dim(rows, start, block, 1)
         rows = lax.dynamic_update_slice_in_dim(rows, -eye, start, 1)
-        y = matmul(inverse_factor(pivot), rows)
+        y = matmul(_plain_factor(pivot), rows)
         in_pivot = jnp.arange(size) // block == i
         kept = ~(in_pivot[:, None] | in_pivot[None, :])
         return jnp.where(kept, a, 0) - _gram(y)
 
-    if blocks == 1:
-        return _gram(inverse_factor(m))
     return _from_lower(-lax.fori_loop(0, blocks, sweep, m)[:n, :n])
+
+
+def _plain_factor(m: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse Cholesky factor ``L⁻¹`` by the backend's own routines."""
+    # Reads the lower triangle only; symmetrizing would be another pass over m.
+    factor = lax.linalg.cholesky(m, symmetrize_input=False)
+    eye = jnp.eye(m.shape[-1], dtype=m.dtype)
+    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
 def eigendecompose(
@@ -386,7 +424,11 @@ def _columns(x: Array) -> Array:
 
 def _from_lower(x: Array) -> Array:
     """The symmetric matrix with the lower triangle of ``x``."""
-    return jnp.where(_rows(x) >= _columns(x), x, jnp.swapaxes(x, -1, -2))
+    lower = jnp.where(_rows(x) >= _columns(x), x, 0)
+    below = jnp.where(_rows(x) > _columns(x), x, 0)
+    # A sum, not a selection between x and its transpose: XLA:CPU of jaxlib 0.10
+    # compiles such a selection for minutes at some sizes (512 and 1,000 among them).
+    return lower + jnp.swapaxes(below, -1, -2)
 
 
 def _join(m11: Array, m21: Array, m22: Array) -> Array:

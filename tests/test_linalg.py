@@ -178,6 +178,44 @@ def test_what_is_not_positive_definite_gives_numbers_that_are_not_finite(
 # ------------------------------------------------------------------ eigenvalues
 
 
+@pytest.mark.parametrize("n", [1, 2, 17, 257, 300, 513])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_the_sweep_of_accelerators_is_as_good_as_a_cholesky(n, condition):
+    matrix = spd(3, n, condition).astype(np.float32)
+    expected = np.linalg.inv(matrix.astype(np.float64))
+    found = np.asarray(quick_jit(linalg.swept_inverse)(jnp.asarray(matrix)))
+    np.testing.assert_array_equal(found, found.T)
+    # The error of an inverse from a Cholesky is of this order (Higham 2002, 14.5),
+    # and grows by far less than n where rounding errors have any sign.
+    assert error(found, expected) < 4 * np.sqrt(n) * F32 * condition + ROUNDING
+
+
+@pytest.mark.parametrize("n", [3, 300])
+@pytest.mark.parametrize("spoil", [-10.0, np.nan])
+def test_the_sweep_tells_what_has_no_inverse(n, spoil):
+    matrix = np.eye(n, dtype=np.float32)
+    matrix[n - 1, n - 1] = spoil
+    found = np.asarray(quick_jit(linalg.swept_inverse)(jnp.asarray(matrix)))
+    assert not np.isfinite(found).all()
+
+
+def test_an_accelerator_inverts_together_and_a_cpu_in_turn():
+    shapes = (
+        jax.ShapeDtypeStruct((3, linalg.packed_size(300)), jnp.float32),
+        jax.ShapeDtypeStruct((3,), jnp.float32),
+    )
+
+    def text_for(platform):
+        traced = jax.jit(linalg.damped_inverse).trace(*shapes)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    for platform in ("tpu", "cuda"):
+        assert "3x150x150" in text_for(platform)  # the pivots of all matrices
+    assert "3x150x150" not in text_for("cpu")
+    compiled = jax.jit(linalg.damped_inverse).lower(*shapes).compile().as_text()
+    assert " conditional(" not in compiled  # nothing is left to choose
+
+
 def test_eigendecomposition_puts_the_matrix_together_again():
     stack = np.stack([spd(i, 6) for i in range(3)]).astype(np.float32)
     values, vectors = linalg.eigendecompose(linalg.pack(jnp.asarray(stack)))
