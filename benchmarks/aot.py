@@ -5,7 +5,7 @@
 
 Nothing runs; XLA compiles on a CPU (``pip install 'lbopt[aot-tpu]'`` or ``aot-gpu``).
 Each step is compiled in a process of its own and added to the record at once; what the
-record holds already is left out, unless ``--again`` is given.
+record holds already is left out, unless it failed or ``--again`` is given.
 
 SGD's step is compiled before the others of a problem, in the same run, and ratios are
 over that one.  On a busy machine those of CPU seconds are the ones to read.
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> harness.Record:
     if not wanted:
         parser.error("; ".join(notes))
     record = _begin(argv, options.output)
-    done = set() if options.again else set(map(case_of, record["rows"]))
+    # What failed is tried again: another process may have taken its memory.
+    sound = [] if options.again else [r for r in record["rows"] if "error" not in r]
+    done = set(map(case_of, sound))
     for case in with_baselines([case for case in wanted if case not in done]):
         harness.tell(f"compiling {case.problem()}: {case.step()}")
         row = case._asdict() | {"target": str(case.target), "run": record["date"]}
@@ -79,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     several("placement", ("comm", "memory"), "comm")
     several("due", aot_steps.DUES, "none", "statistics", "all")
     several("weight-sharing", ("expand", "reduce"), "expand")
-    parser.add_argument("--batch", type=int, help="images on each device")
-    parser.add_argument("--image", type=int, help="pixels along each side")
+    parser.add_argument("--batch", type=harness.positive, help="images on each device")
+    parser.add_argument("--image", type=harness.positive, help="pixels along each side")
     parser.add_argument("--effort", choices=("low", "default"), default="low")
     parser.add_argument("--label", default="", help="a name for the code's version")
     parser.add_argument("--programs", type=pathlib.Path, help="folder for their text")

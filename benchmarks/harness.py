@@ -71,11 +71,22 @@ def parser(
     )
     for number, (default, text) in numbers.items():
         flag = f"--{number.replace('_', '-')}"
-        result.add_argument(flag, type=_positive, default=default, help=text)
+        result.add_argument(flag, type=positive, default=default, help=text)
     return result
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Parses a number of an option.
+
+    Args:
+      text: the number.
+
+    Returns:
+      The number.
+
+    Raises:
+      ArgumentTypeError: for a number below one.
+    """
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")

@@ -102,9 +102,15 @@ def test_a_failure_is_a_row_and_ends_nothing(tmp_path, monkeypatch, capsys):
         return fake(3.0)
 
     monkeypatch.setattr(harness, "in_new_process", fail)
-    record = aot.main([*ON_CPU, "--optimizer", "lars", "nlcg"])
+    arguments = [*ON_CPU, "--optimizer", "lars", "nlcg"]
+    arguments += ["--output", str(tmp_path / "aot.json")]
+    record = aot.main(arguments)
     assert ["error" in row for row in record["rows"]] == [False, True, False]
     assert "| lars | FAILED the process died" in capsys.readouterr().out
+    # It is tried again, with an SGD of the same run before it.
+    record = aot.main(arguments)
+    optimizers = [row["optimizer"] for row in record["rows"]]
+    assert optimizers == ["sgd", "lars", "nlcg", "sgd", "lars"]
 
 
 def test_a_missing_compiler_is_refused_by_name(monkeypatch, capsys):
