@@ -69,7 +69,7 @@ def measure(run: Run, *, network: Network, batch_size: int | None, rounds: int) 
         return update.lower(state, grads, workload.params, curvature)
 
     lowered = [gradient.lower(*arguments), with_statistics.lower(*arguments)]
-    kinds = list(dict.fromkeys(CYCLE))
+    kinds: list[str] = list(dict.fromkeys(CYCLE))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         lowered += [lower(kind) for kind in kinds]
         first, second, *updates = pool.map(lambda x: x.compile(), lowered)
@@ -84,7 +84,7 @@ def measure(run: Run, *, network: Network, batch_size: int | None, rounds: int) 
                 seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
         run.report(name, timing.spread([1e3 * s for s in values])._asdict())
-    programs = dict(zip(kinds, updates, strict=True))
+    programs: dict[str, Any] = dict(zip(kinds, updates, strict=True))
     times = _updates(tx.init(workload.params), results, workload, programs, rounds)
     run.report("update", times)
 
