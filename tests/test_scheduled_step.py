@@ -88,12 +88,14 @@ def test_a_step_that_renews_nothing_has_no_loop_and_no_conditional():
         step = training.make_train_step(loss_fn, tx, layers)
         state = training.init_state(tx, *START, RNG)
         text = step.lower(state, batch_of(0), **due).compile().as_text()
-        return len(re.findall(r" (?:while|conditional)\(", text))
+        branching = re.findall(r".* (?:while|conditional)\(.*", text)
+        # Those of the random numbers are not ours.
+        return sum("threefry" not in x and "_uniform" not in x for x in branching)
 
-    of_the_loss = count(optax.sgd(0.1), None)  # its random numbers
-    assert count(optimizer(), LAYERS, due=NOTHING) == of_the_loss
-    assert count(optimizer(), LAYERS, due=STATISTICS) == of_the_loss
-    assert count(optimizer(), LAYERS) > of_the_loss  # or the test would see none
+    assert count(optax.sgd(0.1), None) == 0
+    assert count(optimizer(), LAYERS, due=NOTHING) == 0
+    assert count(optimizer(), LAYERS, due=STATISTICS) == 0
+    assert count(optimizer(), LAYERS) > 0  # or the test would see none
 
 
 # ------------------------------------------------------------ which program is called

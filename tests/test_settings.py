@@ -1,6 +1,7 @@
 """``Periods`` and ``Placement``, and the numbers that optimizers refuse by name."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -177,3 +178,68 @@ def test_injected_periods_take_effect_under_jit(problem, name):
         steps = {"statistics": clocks.statistic_step, "inverses": clocks.inverse_step}
         renewed_at.append(int(steps[name][0]))
     assert renewed_at == [0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("periods", "expected"),
+    [
+        (Periods(), [(True, True)] * 3),
+        (Periods(2, 3), [(True, True), (False, False), (True, False)]),
+        (Periods(1, None), [(True, True), (True, False), (True, False)]),
+        # Only flags know whose turn it is, and what waits to be delivered.
+        (Periods(2, 3, stagger=True), [(True, None), (False, None), (True, None)]),
+        (Periods(1, 3, delay=1), [(True, None)] * 3),
+        (
+            Periods(np.int64(2), np.int32(2)),
+            [(True, True), (False, False), (True, True)],
+        ),
+    ],
+)
+def test_the_number_of_a_step_says_what_is_due(periods, expected):
+    assert [periods.due(step) for step in range(3)] == expected
+
+
+def test_periods_that_are_arrays_are_left_to_flags():
+    assert Periods(jnp.asarray(2), 3).due(1) == (None, False)
+
+
+def test_a_loop_of_ones_own_renews_what_is_due(problem):
+    layers = problem.trace()
+    periods = Periods(2, 4)
+    tx = lbopt.scale_by_kfac(layers, periods=periods)
+    f = lbopt.value_grad_and_curvature(problem.loss_fn, layers)
+
+    @functools.partial(jax.jit, static_argnames="due")
+    def step(state, due):
+        _, grads, curvature = f(
+            problem.params, *problem.args, due=lbopt.refresh(state, due)
+        )
+        return tx.update(grads, state, curvature=curvature, due=due)
+
+    by_schedule, by_flags = (tx.init(problem.params) for _ in range(2))
+    for number in range(5):
+        updates, by_schedule = step(by_schedule, periods.due(number))
+        expected, by_flags = step(by_flags, lbopt.Due())
+        assert_close(updates, expected, rtol=1e-4)
+    clocks, others = by_schedule.refresh, by_flags.refresh
+    assert clocks.statistic_step.tolist() == others.statistic_step.tolist()
+    assert clocks.inverse_step.tolist() == others.inverse_step.tolist()
+
+
+@pytest.mark.parametrize("due", [True, (True, False), lbopt.Due(1, 0)])
+def test_what_is_no_due_is_refused(problem, due):
+    tx = inspect.unwrap(lbopt.scale_by_kfac)(problem.trace())
+    state, grads = tx.init(problem.params), problem.params
+    with pytest.raises(ValueError, match=r"due=.* must be an lbopt.Due of flags"):
+        inspect.unwrap(tx.update)(grads, state, curvature={}, due=due)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stale_threshold": 0.1, "factor_decay": 0.0}, {"eigenvalues": "corrected"}],
+)
+def test_flags_alone_decide_where_the_host_cannot_know(problem, options):
+    tx = lbopt.scale_by_kfac(problem.trace(), **options)
+    state, grads = tx.init(problem.params), problem.params
+    with pytest.raises(ValueError, match=r"due=Due.* must be left out with stale_thr"):
+        tx.update(grads, state, curvature={}, due=lbopt.Due(True, True))

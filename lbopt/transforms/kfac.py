@@ -61,7 +61,8 @@ def scale_by_kfac(
     unchanged.  An inverse that is not finite leaves the old inverse in effect, and the
     layer's damping grows tenfold until one is.  A λ of a schedule or of
     ``update(damping=)`` that is not positive and finite leaves the last one in effect
-    that was.  ``rejected`` counts all three by layer.
+    that was.  ``rejected`` counts all three by layer.  With ``update(due=)`` what was
+    refused waits until it is due again.
 
     With ``placement``, under ``jax.shard_map`` or ``jax.pmap`` over its axis, the
     gradients and statistics are those of each device's examples; the transformation
