@@ -282,12 +282,14 @@ def layer_factors(opt_state: OptState, layers: Layers) -> dict[str, Any]:
 
 def _newly_rejected(layers: Layers, before: OptState, after: OptState) -> Array:
     """Returns the first layer with a statistic or an inverse rejected in this step."""
-    numbers = {path: i for i, path in enumerate(layers)}
-    flags = jnp.zeros(len(layers), bool)
     states = map(kfac_state.curvature_states, (before, after))
+    changed, paths = [jnp.zeros(1, bool)], [""]
     for old, new in zip(*states, strict=True):
-        positions = [numbers[path] for path in sorted(plain(new.factors))]
-        flags = flags.at[jnp.asarray(positions)].set(new.rejected > old.rejected)
+        changed.append(new.rejected > old.rejected)
+        paths += sorted(plain(new.factors))
+    # The first flag, False, is that of layers without curvature.
+    places = {path: place for place, path in enumerate(paths)}
+    flags = jnp.concatenate(changed)[np.asarray([places.get(p, 0) for p in layers])]
     return jnp.where(jnp.any(flags), jnp.argmax(flags), -1).astype(jnp.int32)
 
 

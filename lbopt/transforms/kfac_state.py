@@ -270,8 +270,23 @@ def by_layer(
     """Sums flags of statistics for each layer."""
     # A layer has as many statistics as factors, in the order of the leaves.
     layer_of = [i for i, x in enumerate(layers.values()) for _ in x.block.factors]
-    counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, np.asarray(layer_of), len(layers))
+    return sums_of_groups(flags.astype(jnp.int32), np.asarray(layer_of), len(layers))
+
+
+def sums_of_groups(numbers: Array, group_of: np.ndarray, groups: int) -> Array:
+    """Sums numbers by their group.
+
+    Args:
+      numbers: the numbers, ``[items]``.
+      group_of: the group of each.
+      groups: the number of groups.
+
+    Returns:
+      The sums, ``[groups]``.
+    """
+    # Not by jax.ops.segment_sum: its scatter is a loop on some backends.
+    mine = np.arange(groups)[:, None] == group_of[None]
+    return jnp.sum(jnp.where(mine, numbers[None], 0), 1)
 
 
 def report(
@@ -331,8 +346,8 @@ def report(
     rows += returned * jnp.asarray(back, jnp.float32)
     kind = np.asarray(kinds)
     return Report(
-        statistics=jax.ops.segment_sum(due.astype(jnp.int32), kind, len(KINDS)),
-        statistic_bytes=jax.ops.segment_sum(moved, kind, len(KINDS)),
+        statistics=sums_of_groups(due.astype(jnp.int32), kind, len(KINDS)),
+        statistic_bytes=sums_of_groups(moved, kind, len(KINDS)),
         inversions=jnp.sum(inverted.accepted, dtype=jnp.int32),
         inverse_bytes=remote * jnp.sum(rows),
     )

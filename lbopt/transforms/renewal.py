@@ -244,9 +244,8 @@ def any_by_layer(
     flags: Bool[Array, " units"], owners: Owners, layers: Mapping[str, Layer]
 ) -> Bool[Array, " layers"]:
     """Returns for each layer whether the flag of any of its units is set."""
-    # A sum, because there is no segmented "any".
-    counts = flags.astype(jnp.int32)
-    return jax.ops.segment_sum(counts, _layer_of(owners), len(layers)) > 0
+    mine = np.arange(len(layers))[:, None] == _layer_of(owners)[None]
+    return jnp.any(mine & flags[None], 1)
 
 
 def all_inverted(

@@ -66,7 +66,7 @@ def invert_all(
     else:
         mine = _inverted_by_owners(classes, rows, damping, axis)
         made = _replicated(classes, mine, axis)
-    renewed, accepted = list(inverses), jnp.zeros(len(owners.units), bool)
+    renewed, accepted = list(inverses), []
     queues = unit_classes.queues_of(classes, known)
     for number, (units, queue) in enumerate(zip(classes, queues, strict=True)):
         if units.gathered:
@@ -88,10 +88,13 @@ def invert_all(
                 return own[places[position]]
 
             kept, sound = inversion.keep(owners, units, queue, read, kept, axis)
-        accepted = accepted.at[units.numbers].set(sound)
+        accepted.append(sound)
+    numbers = np.concatenate([units.numbers for units in classes])
+    # By gathering: a scatter is a loop on some backends.
+    by_unit = jnp.concatenate(accepted)[np.argsort(numbers)]
     rounds = jnp.asarray([units.queues.shape[1] for units in classes])
     count = jnp.asarray([len(units.numbers) for units in classes])
-    return renewed, kept, Inverted(accepted, rounds, rounds, count)
+    return renewed, kept, Inverted(by_unit, rounds, rounds, count)
 
 
 def _inverted_by_owners(
