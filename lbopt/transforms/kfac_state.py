@@ -286,7 +286,7 @@ def sums_of_groups(numbers: Array, group_of: np.ndarray, groups: int) -> Array:
     """
     # Not by jax.ops.segment_sum: its scatter is a loop on some backends.
     mine = np.arange(groups)[:, None] == group_of[None]
-    return jnp.sum(jnp.where(mine, numbers[None], 0), 1)
+    return jnp.sum(jnp.where(mine, numbers[None], 0), 1, dtype=numbers.dtype)
 
 
 def report(
