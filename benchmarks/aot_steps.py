@@ -331,27 +331,9 @@ def lower(case: Case, devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lowers a step for devices."""
     model = MODELS[case.model][0].clone(dtype=jnp.bfloat16)
 
-    def batch(examples: int) -> dict[str, Any]:
-        shape = (examples, case.image, case.image, 3)
-        return {
-            "x": jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-            "y": jax.ShapeDtypeStruct((examples,), jnp.int32),
-        }
-
-    def loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
-        del rng
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(
-            variables, batch["x"], train=True, mutable=list(model_state)
-        )
-        lbopt.likelihood(logits, "categorical")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return jnp.mean(losses), (model_state, {})
-
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    init = jax.eval_shape(lambda r, x: model.init(r, x, train=True), rng, batch(2)["x"])
-    model_state = dict(init)
-    params = model_state.pop("params")
+    loss_fn, params, model_state, batch, rng = workloads.image_shapes(
+        model, case.image, jnp.bfloat16
+    )
     layers, tx = None, None
     if case.optimizer in FIRST_ORDER:
         tx = FIRST_ORDER[case.optimizer]()

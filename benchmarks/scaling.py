@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 import lbopt
+from benchmarks import workloads
 from benchmarks.scaling_model import (
     KINDS,
     Collective,
@@ -70,28 +71,9 @@ VARIANTS = (*map(Variant, PLACEMENTS), Variant("comm", None))
 
 def make_problem(model: resnet.ResNet, image_size: int) -> Problem:
     """Makes a classifier of square images as shapes, without an array."""
-
-    def batch(examples: int) -> dict[str, Any]:
-        shape = (examples, image_size, image_size, 3)
-        return {
-            "x": jax.ShapeDtypeStruct(shape, jnp.float32),
-            "y": jax.ShapeDtypeStruct((examples,), jnp.int32),
-        }
-
-    def loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
-        del rng
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(
-            variables, batch["x"], train=True, mutable=list(model_state)
-        )
-        lbopt.likelihood(logits, "categorical")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return jnp.mean(losses), (model_state, {})
-
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    init = jax.eval_shape(lambda r, x: model.init(r, x, train=True), rng, batch(2)["x"])
-    model_state = dict(init)
-    params = model_state.pop("params")
+    loss_fn, params, model_state, batch, rng = workloads.image_shapes(
+        model, image_size, jnp.float32
+    )
     layers = lbopt.trace_layers(
         loss_fn, params, model_state, batch(2), rng, has_aux=True
     )

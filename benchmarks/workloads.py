@@ -140,6 +140,51 @@ def _classifier(
     )
 
 
+class ImageShapes(NamedTuple):
+    """A classifier of images as shapes, without an array.
+
+    Attributes:
+      loss_fn: the loss in the form that ``lbopt.training`` takes.
+      params: the parameters.
+      model_state: the model's other collections.
+      batch: returns a batch of so many examples.
+      rng: a key.
+    """
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    model_state: Any
+    batch: Callable[[int], dict[str, Any]]
+    rng: Any
+
+
+def image_shapes(model: resnet.ResNet, image_size: int, dtype: Any) -> ImageShapes:
+    """Returns a classifier of square images as shapes, for compiling alone."""
+
+    def batch(examples: int) -> dict[str, Any]:
+        shape = (examples, image_size, image_size, 3)
+        return {
+            "x": jax.ShapeDtypeStruct(shape, dtype),
+            "y": jax.ShapeDtypeStruct((examples,), jnp.int32),
+        }
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
+        del rng
+        variables = {"params": params, **model_state}
+        logits, model_state = model.apply(
+            variables, batch["x"], train=True, mutable=list(model_state)
+        )
+        lbopt.likelihood(logits, "categorical")
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        return jnp.mean(losses), (model_state, {})
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    init = jax.eval_shape(lambda r, x: model.init(r, x, train=True), rng, batch(2)["x"])
+    model_state = dict(init)
+    params = model_state.pop("params")
+    return ImageShapes(loss_fn, params, model_state, batch, rng)
+
+
 class Autoencoder(nn.Module):
     """Dense layers of ``sizes`` units from input to code and back, with tanh."""
 

@@ -87,7 +87,10 @@ class ScheduledStep:
             return Due()
         static = self._static
         if static is None:
-            static = all(d.platform != "cpu" for d in state.step.devices())
+            # A state from a checkpoint may hold arrays of NumPy, which jax will place.
+            own = isinstance(state.step, jax.Array)
+            devices = state.step.devices() if own else jax.devices()
+            static = all(device.platform != "cpu" for device in devices)
         return due if static or not any(due) else Due()
 
     def lower(

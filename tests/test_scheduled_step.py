@@ -168,6 +168,14 @@ def test_a_cpu_has_one_program_with_flags_for_all_that_is_due():
     assert all(isinstance(flag, np.ndarray) for f in given for flag in f)
 
 
+def test_a_state_may_hold_arrays_of_numpy():
+    tx = optimizer()
+    step = training.make_train_step(loss_fn, tx, LAYERS)
+    state = training.init_state(tx, *START, RNG)
+    state, _ = step(state._replace(step=np.asarray(1)), batch_of(0))
+    assert state.step == 2
+
+
 def test_a_resumed_run_goes_on_where_it_was():
     tx, first, second = plain_kfac(), Programs(), Programs()
     state = course(tx, 3, first)

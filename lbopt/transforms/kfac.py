@@ -292,9 +292,9 @@ class _Settings(NamedTuple):
             )
         if due.inverses is False:
             return state, inversion.nothing_inverted(owners)
-        if due.inverses is True:
-            return renewal.invert_all(present, owners, state, amounts, self.axis)
-        scheduled = _units_due(due, owners, state, findings, periods, self.adaptive)
+        scheduled = None
+        if due.inverses is not True:
+            scheduled = _units_due(due, owners, state, findings, periods, self.adaptive)
         return renewal.invert(present, owners, state, scheduled, amounts, self.axis)
 
 

@@ -76,15 +76,17 @@ def invert(
     layers: Mapping[str, Layer],
     owners: Owners,
     state: KfacState,
-    scheduled: Bool[Array, " units"],
+    scheduled: Bool[Array, " units"] | None,
     amounts: Float[Array, " units"],
     axis: Axis,
 ) -> tuple[KfacState, inversion.Inverted]:
-    """Renews the inverses that are due."""
-    # A unit without any inverse is due whatever the schedule.
-    due = can_be_inverted(layers, owners, state)
-    due &= scheduled | (state.refresh.inverse_step < 0)
-    inverses, kept, inverted = inversion.invert(
+    """Renews the inverses that are due; all at once if ``scheduled`` is None."""
+    due, renew = can_be_inverted(layers, owners, state), scheduled_inversion.invert_all
+    if scheduled is not None:
+        # A unit without any inverse is due whatever the schedule.
+        due &= scheduled | (state.refresh.inverse_step < 0)
+        renew = inversion.invert
+    inverses, kept, inverted = renew(
         owners,
         _factor_rows(layers, state, axis),
         inverse_leaves(layers, state),
@@ -96,30 +98,6 @@ def invert(
     state = with_inverses(layers, state, inverses, kept)
     return with_outcome(
         layers, owners, state, due, inverted.accepted, state.count
-    ), inverted
-
-
-def invert_all(
-    layers: Mapping[str, Layer],
-    owners: Owners,
-    state: KfacState,
-    amounts: Float[Array, " units"],
-    axis: Axis,
-) -> tuple[KfacState, inversion.Inverted]:
-    """Renews all inverses, in a step at which the host knows that they are due."""
-    known = can_be_inverted(layers, owners, state)
-    inverses, kept, inverted = scheduled_inversion.invert_all(
-        owners,
-        _factor_rows(layers, state, axis),
-        inverse_leaves(layers, state),
-        kfac_state.local(state.kept),
-        known,
-        amounts,
-        axis,
-    )
-    state = with_inverses(layers, state, inverses, kept)
-    return with_outcome(
-        layers, owners, state, known, inverted.accepted, state.count
     ), inverted
 
 

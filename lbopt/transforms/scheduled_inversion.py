@@ -25,8 +25,8 @@ from lbopt.transforms import inversion, unit_classes
 from lbopt.transforms.inversion import Inverted
 from lbopt.transforms.unit_classes import UnitClass
 
-# Devices that own fewer units of a class than others skip the rest of its places, where
-# an inversion costs more than the loop that it takes to skip it.
+# A device that owns fewer units of a class than others skips the rest of its places by
+# a loop; those of smaller units it inverts in vain, all at once.
 _LOOP_FROM = 512**3
 
 

@@ -58,7 +58,7 @@ def test_a_row_of_the_table():
 
 @pytest.mark.slow
 def test_the_page_says_what_the_compiler_does():
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="needs XLA:TPU: pip install '.[aot-tpu]'")
     # In a process of its own: the compiler reads its environment when it starts.
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.collectives", "v5e:2x2", "v5e:4x4"],
